@@ -1,0 +1,128 @@
+# `make` lists the targets. The environment is .venv, made on first use and again only when
+# pyproject.toml or constraints.txt change; its stamp is .venv/.installed.
+#
+# Settings, all optional:
+#   PYTHON=python3.12    interpreter that .venv is made with (3.11 or later)
+#   PY=python3           run with this interpreter as it is; .venv is neither made nor used
+#   TORCH_INDEX=<url>    package index to take torch from, a CPU-only one for example
+#   ARGS="..."           more arguments for the command of the target
+PYTHON = python3
+PY     = .venv/bin/python
+TORCH_INDEX ?=
+ARGS   =
+
+# One thread a process: two workers share two cores, and OpenMP threads that spin on a busy machine cost
+# several times the work they do.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+
+STAMP := .venv/.installed
+ifeq ($(PY),.venv/bin/python)
+ENV := $(STAMP)
+else
+ENV :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+TYPED := emerging_optimizers $(wildcard tests/reference)
+PYTEST := $(PY) -m pytest
+PARALLEL := -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help env demo grid test check lint format-check types contracts test-all test-gpu format clean clean-env
+
+help: ## list the targets
+	@echo "emerging-optimizers: make <target>"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
+	@echo "options: PYTHON=python3.12 (for .venv)  PY=python3 (no .venv)  TORCH_INDEX=<url>  ARGS=\"...\""
+
+env: $(ENV) ## make the environment in .venv (the other targets do it by themselves)
+	@echo "env: $(PY) is ready"
+
+demo: $(ENV) ## train a small GPT on real text with AdamW, Muon and SOAP and draw the curves
+	@echo "demo: a small GPT on real text with AdamW, Muon and SOAP, one after the other"
+	$(PY) -m emerging_optimizers.lab train $(ARGS)
+
+grid: $(ENV) ## run the learning-rate grid behind the demo's defaults
+	@echo "grid: every optimizer over its learning rates (longer than the demo)"
+	$(PY) -m emerging_optimizers.lab grid $(ARGS)
+
+test: check ## everything CI runs: check, then the tests that are not slow
+	@echo "test: pytest, two workers of one thread each"
+	$(PYTEST) $(PARALLEL) -m "not slow" $(ARGS)
+
+check: lint format-check types contracts ## the static part: lint, format, types, import contracts
+
+lint: $(ENV)
+	@echo "lint: ruff"
+	@$(PY) -m ruff check .
+
+format-check: $(ENV)
+	@echo "format: ruff (make format mends it)"
+	@$(PY) -m ruff format --check .
+
+types: $(ENV)
+	@echo "types: mypy --strict over $(TYPED) (the first run reads torch: half a minute)"
+	@$(PY) -m mypy $(TYPED)
+
+contracts: $(ENV)
+	@echo "contracts: import-linter"
+	@$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-logo
+
+test-all: check ## like test, with the slow sweeps
+	@echo "test-all: pytest with the slow sweeps"
+	$(PYTEST) $(PARALLEL) $(ARGS)
+
+# One process, since workers would share one device. pytest-timeout may be missing from a machine that was
+# set up by others, so a setting that pytest does not know is no error here.
+test-gpu: $(ENV) ## the tests that need a CUDA device (PY=python3 runs with the machine's own torch)
+	@$(PY) -c "import torch as t; print('test-gpu: torch', t.__version__, 'on', t.cuda.get_device_name() \
+	  if t.cuda.is_available() else 'a machine without a CUDA device: every test will be skipped')"
+	$(PYTEST) -m gpu -W "ignore::pytest.PytestConfigWarning" $(ARGS)
+
+format: $(ENV) ## format the code and mend what ruff can mend
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean: ## remove caches and build output (the environment and runs/ stay)
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+clean-env: ## remove the environment
+	rm -rf .venv
+
+# --- the environment ----------------------------------------------------------------------------------
+
+# The stamp does not count when .venv lost its interpreter, or has another than the one asked for.
+ifeq ($(realpath .venv/bin/python),)
+.PHONY: $(STAMP)
+else ifeq ($(origin PYTHON),command line)
+ifneq ($(shell .venv/bin/python -V 2>&1),$(shell $(PYTHON) -V 2>&1))
+.PHONY: $(STAMP)
+REMAKE := yes
+endif
+endif
+
+# With TORCH_INDEX, torch is taken from there and nothing else is: such an index often carries old copies of
+# other packages. The second step finds torch installed and leaves it.
+UV  := UV_FIND_LINKS="$${UV_FIND_LINKS:-$(PIP_FIND_LINKS)}" .venv/bin/uv pip install -p .venv -c constraints.txt
+PIP := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+UV_TORCH  := $(if $(TORCH_INDEX),$(UV) --default-index "$(TORCH_INDEX)" --no-deps torch &&)
+PIP_TORCH := $(if $(TORCH_INDEX),$(PIP) --index-url "$(TORCH_INDEX)" --no-deps torch &&)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "env: Python 3.11 or later is needed, and '$(PYTHON)' is: $$($(PYTHON) -V 2>&1 | head -n 1)"; \
+	  echo "env: name another one with  make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@if [ -n "$(REMAKE)" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
+	  echo "env: making .venv with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear .venv; fi
+	@echo "env: installing the library, the lab and the tools into .venv (torch is the large one)"
+	@if .venv/bin/python -m pip install --quiet --disable-pip-version-check uv && \
+	    $(UV_TORCH) $(UV) -e '.[lab,dev]'; \
+	  then :; \
+	else \
+	  echo "env: uv is not available or failed (its message is above): going on with pip, which is slower"; \
+	  $(PIP_TORCH) $(PIP) -e '.[lab,dev]'; \
+	fi
+	@touch $@
