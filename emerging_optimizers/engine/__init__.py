@@ -1,0 +1,10 @@
+"""torch.optim plumbing, once: grouping, state, dtypes, decay, checkpoints, execution.
+
+Layer 1: imports linalg and torch; knows the contract of a rule (`engine/rule.py`) and no rule.
+"""
+
+from emerging_optimizers.engine.optimizer import EngineOptions, RuleOptimizer
+from emerging_optimizers.engine.rule import Phase, Rule, Scalars, Step
+from emerging_optimizers.engine.scalars import debias, lerp
+
+__all__ = ["EngineOptions", "Phase", "Rule", "RuleOptimizer", "Scalars", "Step", "debias", "lerp"]

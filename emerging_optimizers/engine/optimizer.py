@@ -1,0 +1,430 @@
+"""The only `step()` of the library.
+
+Life of a step: hyper-parameters and gradients are checked; then, bucket by bucket: rows that have gradients ->
+stack in float32 -> l2 decay -> rule -> state written back into its stacks -> decay and update written to the
+parameters -> hooks. Whatever can raise does so before the first weight or state has changed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypedDict, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import checkpoint
+from emerging_optimizers.engine.buckets import Bucket, Chunk
+from emerging_optimizers.engine.executors import Execution, call
+from emerging_optimizers.engine.matrix_view import MATRIX_VIEWS, item_shape
+from emerging_optimizers.engine.rule import Phase, Rule, Step
+from emerging_optimizers.engine.scalars import make_scalars
+from emerging_optimizers.engine.validate import (
+    FLAG,
+    LEARNING_RATE,
+    NON_NEGATIVE,
+    Check,
+    check_group,
+    one_of,
+    suggest,
+)
+from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _eager(function: FunctionT) -> FunctionT:
+    """Keep a function out of a graph that the user compiles around it; the engine compiles rules itself."""
+    return torch.compiler.disable(function)  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+class EngineOptions(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes.
+
+    Attributes:
+        maximize: follow the gradient up instead of down; per group. Default False.
+        matrix_view: "auto" (a 3-D parameter is a batch of matrices) or "flatten" ((out, rest)); per group, for
+            matrix optimizers. Default "auto".
+        execution: "stacked" (default: matrices of one shape in one call), "per_matrix" (one matrix a call, the
+            definition of correct) or "compiled" (the rule through torch.compile).
+    """
+
+    maximize: bool
+    matrix_view: str
+    execution: Execution
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """A torch optimizer that applies a `Rule`; subclasses name the rule, the ranges and the arguments.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups, as for any torch optimizer.
+        defaults: the hyper-parameters of a group that does not set them; static ones too.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        TypeError: an unknown keyword argument.
+        ValueError: a hyper-parameter out of its range, or a parameter that the rule cannot update; the message
+            names it. The optimizer, its state and the parameters are as before.
+    """
+
+    rule: ClassVar[type[Rule]]
+    ranges: ClassVar[Mapping[str, Check]] = {}
+    _common_ranges: ClassVar[Mapping[str, Check]] = {
+        "lr": LEARNING_RATE,
+        "weight_decay": NON_NEGATIVE,
+        "weight_decay_method": one_of(*get_args(WeightDecayT)),
+        "maximize": FLAG,
+        "matrix_view": one_of(*MATRIX_VIEWS),
+    }
+    # Attributes beside torch's that a pickle or a copy keeps.
+    _kept: ClassVar[tuple[str, ...]] = ("execution",)
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **engine: Any) -> None:
+        self.execution: Execution = engine.pop("execution", "stacked")
+        if self.execution not in get_args(Execution):
+            raise ValueError(
+                f"{self._name}: execution={self.execution!r} is not one of {', '.join(get_args(Execution))}"
+            )
+        defaults = {
+            "weight_decay": 0.0,
+            "weight_decay_method": "decoupled",
+            **defaults,
+            "maximize": engine.pop("maximize", False),
+            "matrix_view": engine.pop("matrix_view", "auto"),
+        }
+        if engine:
+            name = next(iter(engine))
+            raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, defaults)}")
+        self._forget_stacks()
+        super().__init__(params, _plain_options(defaults))
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    # ---- what a subclass may say about a group ------------------------------------------------------------------
+
+    def _algorithm(self, group: Mapping[str, Any]) -> "type[RuleOptimizer]":
+        """The class whose rule and ranges hold for a group."""
+        return type(self)
+
+    def _make_rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule of a group whose hyper-parameters have been checked."""
+        return self._algorithm(group).rule.from_group(group)
+
+    @classmethod
+    def _check_choice(cls, group: Mapping[str, Any]) -> None:
+        """Raise for, or warn about, a combination of hyper-parameters; each is in its range already."""
+
+    def _check_route(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise for the parameter groups of a checkpoint that do not belong to this optimizer."""
+
+    # ---- groups -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; it is checked whole, and not added if it is refused."""
+        for name in param_group:
+            hint = "" if name in self.defaults else suggest(name, self.defaults)
+            if hint:
+                raise ValueError(f"{self._name}: a parameter group sets {name!r}, which is not an option{hint}")
+        super().add_param_group(_plain_options(param_group))
+        group = self.param_groups[-1]
+        try:
+            rule = self._checked_rule(len(self.param_groups) - 1)
+            for i, p in enumerate(group["params"]):
+                self._check_parameter(p, rule, _label(group, i, p), self._algorithm(group).__name__)
+        except Exception:
+            self._rules.pop(len(self.param_groups) - 1, None)
+            self.param_groups.pop()
+            raise
+
+    def _checked_rule(self, index: int) -> Rule:
+        """The rule of a group; built and checked again only where a value of the group has changed."""
+        group = self.param_groups[index]
+        algorithm = self._algorithm(group)
+        ranges = {**self._common_ranges, **algorithm.ranges}
+        values = tuple(id(v) if isinstance(v, Tensor) else v for v in map(group.__getitem__, ranges))
+        known = self._rules.get(index)
+        if known is not None and known[0] == values:
+            return known[1]
+        check_group(algorithm.__name__, f"param_groups[{index}]", group, ranges)
+        algorithm._check_choice(group)
+        rule = self._make_rule(group)
+        if self.execution == "compiled" and rule.reads_parameters:
+            raise ValueError(
+                f"{self._name}: execution='compiled' cannot run a rule that is given by a Python function of one "
+                "parameter; use execution='stacked' or 'per_matrix'"
+            )
+        self._rules[index] = (values, rule)
+        return rule
+
+    @staticmethod
+    def _check_parameter(p: Tensor, rule: Rule, label: str, owner: str) -> None:
+        if p.dtype not in DTYPES:
+            raise ValueError(f"{owner}: {label} has dtype {p.dtype}; allowed are {', '.join(map(str, DTYPES))}")
+        if p.layout != torch.strided:
+            raise ValueError(f"{owner}: {label} has layout {p.layout}; only dense tensors can be updated")
+        if hasattr(p, "placements"):
+            raise ValueError(f"{owner}: {label} is a DTensor; sharded parameters are not supported yet")
+        if p.ndim < 2 and not rule.elementwise:
+            raise ValueError(
+                f"{owner} updates matrices, and {label} is not one. Give vectors and scalars to an "
+                f"element-wise optimizer such as AdamW, or call create_optimizer({owner.lower()!r}, model), which "
+                "does that and keeps one optimizer."
+            )
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def _forget_stacks(self) -> None:
+        """Drop what is derived from groups and `state`; the next step builds it again from them."""
+        self._rules: dict[int, tuple[tuple[Any, ...], Rule]] = {}
+        self._buckets: list[tuple[int, Bucket]] = []
+        self._homes: dict[Tensor, tuple[Bucket, int]] = {}
+
+    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
+        """Create the state of a group's parameters now instead of in the first step."""
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        self._bind(index, self._checked_rule(index), skip_non_grad_params)
+
+    def _bind(self, index: int, rule: Rule, only_trainable: bool = True) -> None:
+        """Give every parameter of a group a place in a stack, and adopt the state that it already has."""
+        group = self.param_groups[index]
+        new = [
+            (i, p)
+            for i, p in enumerate(group["params"])
+            if p not in self._homes
+            and p.numel()
+            and (p.requires_grad or p.grad is not None or p in self.state or not only_trainable)
+        ]
+        if new:
+            self._install(index, _fill(new, group, rule, self.state))
+
+    def _install(self, index: int, buckets: list[Bucket]) -> None:
+        for bucket in buckets:
+            self._buckets.append((index, bucket))
+            for row, p in enumerate(bucket.parameters):
+                self._homes[p] = (bucket, row)
+                self.state[p] = bucket.published[row].copy()
+
+    def _follow_user(self) -> None:
+        """Take over what users did since the last step: moved parameters, replaced entries of `state`."""
+        if not all(bucket.fits(i) for bucket, i in self._homes.values()):
+            self._forget_stacks()
+            return
+        for p, (bucket, i) in self._homes.items():
+            views, state = bucket.published[i], self.state[p]
+            if len(state) != len(views) or any(state.get(key) is not view for key, view in views.items()):
+                bucket.adopt(i, state, f"a parameter of shape {tuple(p.shape)}")
+                self.state[p] = views.copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_stacks()
+        for group in self.param_groups:  # a checkpoint from before an option existed
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, loadable with `weights_only=True`. The state's tensors are views of the live stacks."""
+        return {**super().state_dict(), "format": checkpoint.FORMAT}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state keeps its own dtype (torch casts it to the parameter's).
+
+        Raises:
+            ValueError: the checkpoint does not belong to this optimizer; nothing has changed.
+        """
+        staged: list[tuple[int, list[Bucket]]] = []
+
+        def stage(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+            checkpoint.check_format(incoming)
+            saved = checkpoint.state_by_parameter([g["params"] for g in self.param_groups], incoming)
+            if saved is not None:  # else torch says what does not correspond
+                self._check_route(incoming["param_groups"])
+                for index, (mine, theirs) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=True)):
+                    group = {**self.defaults, **theirs, "params": mine["params"]}
+                    members = [(i, p) for i, p in enumerate(mine["params"]) if p in saved]
+                    staged.append((index, _fill(members, group, self._make_rule(group), saved)))
+            return {**incoming, "state": {}}
+
+        def install(_: Any) -> None:
+            self._forget_stacks()
+            self.state.clear()
+            for index, buckets in staged:
+                self._install(index, buckets)
+
+        # Registered for this call alone, so that it sees what the user's own hooks have made of the checkpoint.
+        before = self.register_load_state_dict_pre_hook(stage)
+        after = self.register_load_state_dict_post_hook(install, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    @_eager
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss; it runs with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: a hyper-parameter or a gradient that cannot be used; no weight and no state has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rules = [self._checked_rule(index) for index in range(len(self.param_groups))]
+        self._check_gradients()
+        self._follow_user()
+        for index, rule in enumerate(rules):
+            self._bind(index, rule)
+        for index, bucket in self._buckets:
+            self._step_bucket(bucket, rules[index], self.param_groups[index])
+        return loss
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"{self._name}: the gradient of {_label(group, i, p)} has layout {p.grad.layout}; only "
+                        "dense gradients can be used (nn.Embedding(sparse=False))"
+                    )
+
+    def _step_bucket(self, bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
+        active = [i for i, p in enumerate(bucket.parameters) if p.grad is not None]
+        if not active:
+            return
+        # Rows of one phase run together; pieces of vectors also share their step count, so that it is a number.
+        by_phase: dict[tuple[Phase, int], list[int]] = {}
+        for i in active:
+            count = bucket.counts[i] + 1
+            shared = count if rule.counts_steps and rule.elementwise else 0
+            by_phase.setdefault((rule.phase(count), shared), []).append(i)
+        execution: Execution = "per_matrix" if rule.reads_parameters else self.execution
+        moving = [bucket.parameters[i] for i in active]
+        context = rule.hook.before(moving) if rule.hook else None
+        for (phase, count), members in by_phase.items():
+            for chunk in bucket.chunks(members, execution):
+                self._run(bucket, chunk, frozenset(members), rule, phase, count, group, execution)
+        if rule.hook:
+            rule.hook.after(moving, context)
+        bucket.count(active)
+
+    def _run(
+        self,
+        bucket: Bucket,
+        chunk: Chunk,
+        members: frozenset[int],
+        rule: Rule,
+        phase: Phase,
+        count: int,
+        group: Mapping[str, Any],
+        execution: Execution,
+    ) -> None:
+        """One call of the rule, from the gradients to the weights."""
+        gradients = [p.grad if i in members else None for i, p in enumerate(bucket.parameters)]
+        grad = bucket.stack(chunk, gradients)
+        if group["maximize"]:
+            grad = -grad
+        adds_l2 = group["weight_decay_method"] == "l2" and group["weight_decay"] != 0 and not rule.handles_l2
+        extra: dict[str, Any] = {}
+        if adds_l2 or rule.reads_weight:
+            weight = bucket.stack(chunk, bucket.parameters)
+            if rule.reads_weight:
+                extra["weight"] = weight
+            if adds_l2:
+                grad = grad + group["weight_decay"] * weight
+        if rule.reads_parameters:
+            extra["parameters"] = [bucket.parameters[segment.row] for segment in chunk]
+        if rule.counts_steps:
+            extra["step"] = count if rule.elementwise else bucket.step_of(chunk)
+        state = bucket.read(chunk)
+        out = call(rule, grad, state, make_scalars(rule.scalars, group, extra), phase, execution)
+        new_state = out.state
+        if any(segment.row not in members for segment in chunk):
+            live = bucket.mask(chunk, members)
+            new_state = type(state)(
+                *(old if old is None else torch.where(_like(live, old), new, old)
+                  for old, new in zip(state, out.state, strict=True))
+            )  # fmt: skip
+        bucket.write(chunk, new_state)
+        self._move(bucket, chunk, members, out, group)
+
+    @staticmethod
+    def _move(bucket: Bucket, chunk: Chunk, members: frozenset[int], out: Step, group: Mapping[str, Any]) -> None:
+        """W <- keep W - lr direction, rounded once to the parameter's dtype."""
+        if out.parameter is not None:
+            torch._foreach_copy_(*bucket.targets(chunk, out.parameter, members))
+            return
+        assert out.direction is not None
+        parts, directions = bucket.targets(chunk, out.direction, members)
+        wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
+        lr = group["lr"]
+        keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
+        if isinstance(lr, Tensor):
+            for w, direction in zip(wide, directions, strict=True):
+                w.mul_(keep).sub_(direction * lr)
+        else:
+            if keep != 1:
+                torch._foreach_mul_(wide, keep)
+            torch._foreach_add_(wide, directions, alpha=-lr)
+        if wide is not parts:
+            torch._foreach_copy_(parts, wide)
+
+
+def _fill(
+    members: list[tuple[int, Tensor]],
+    group: Mapping[str, Any],
+    rule: Rule,
+    saved: Mapping[Tensor, Mapping[str, Any]],
+) -> list[Bucket]:
+    """Buckets for some parameters of a group, with the state that is saved for them."""
+    kinds: dict[Any, list[tuple[int, Tensor]]] = {}
+    for i, p in members:
+        item = item_shape(p, rule.elementwise, group["matrix_view"])
+        kinds.setdefault((item, p.dtype, p.device), []).append((i, p))
+    buckets = []
+    for (item, _, _), rows in kinds.items():
+        bucket = Bucket([p for _, p in rows], item, rule)
+        for row, (i, p) in enumerate(rows):
+            if saved.get(p):
+                bucket.adopt(row, saved[p], _label(group, i, p))
+        buckets.append(bucket)
+    return buckets
+
+
+def _label(group: Mapping[str, Any], i: int, p: Tensor) -> str:
+    """How messages name a parameter."""
+    names = group.get("param_names")
+    return f"parameter {names[i]!r} of shape {tuple(p.shape)}" if names else f"parameter {i} of shape {tuple(p.shape)}"
+
+
+def _like(live: Tensor, state: Tensor) -> Tensor:
+    return live.view(-1, *(1 for _ in state.shape[1:]))
+
+
+def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration libraries' lists and numbers as Python's own, which a checkpoint can hold."""
+    return {name: value if name in ("params", "param_names") else _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Tensor, str)):
+        return value
+    if hasattr(value, "item"):
+        return value.item()
+    return tuple(map(_plain, value)) if isinstance(value, Sequence) else value

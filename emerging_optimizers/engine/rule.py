@@ -1,0 +1,116 @@
+"""The contract of a rule: a pure function over a stack.
+
+A matrix rule sees `grad` as (B, M, N): B matrices of one shape. An element-wise rule sees a flat piece of any
+length and must not care about rank. Both are float32 (float64 for float64 parameters), on any device.
+
+Names of tensors end in their shape: B matrices of a stack, M rows, N columns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.engine.hooks import WeightHook
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+
+
+class Phase(Enum):
+    """What a step does to a slowly changing part of the state, such as an eigenbasis; static."""
+
+    FIRST = "first"
+    REFRESH = "refresh"
+    REUSE = "reuse"
+
+
+class Scalars(Protocol):
+    """The hyper-parameters that a rule names in `Rule.scalars`, and what the engine adds.
+
+    Attributes:
+        step: how many times each matrix has been updated, this time included. It broadcasts against the gradient.
+        weight: the parameters as a stack like the gradient, for a rule that `reads_weight`.
+        parameters: the torch parameters behind the stack, for a rule that `reads_parameters`.
+    """
+
+    step: Any
+    weight: Tensor
+    parameters: list[Tensor]
+
+    def __getattr__(self, name: str) -> Any:
+        """A hyper-parameter: a Python number in eager execution, a 0-D tensor in compiled execution."""
+
+
+class Step(NamedTuple):
+    """What a rule returns.
+
+    Attributes:
+        direction: W <- W - lr * direction, shaped like the gradient.
+        state: the new state, of the type that `init` returned.
+        parameter: the new weight itself, for rules that rewrite it; direction is then ignored.
+    """
+
+    direction: Tensor | None
+    state: Any
+    parameter: Tensor | None = None
+
+
+RuleT = TypeVar("RuleT", bound="Rule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
+    """One update rule. Its dataclass fields are its static hyper-parameters: what changes control flow.
+
+    Static and scalar hyper-parameters alike live in the parameter groups, under the same names.
+
+    Attributes:
+        scalars: names of the hyper-parameters that `update` reads as numbers or tensors.
+        elementwise: the rule acts on each element by itself; its state has the gradient's shape.
+        counts_steps: `update` reads `t.step`; the count is saved as `step`.
+        handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
+    """
+
+    scalars: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = False
+    handles_l2: ClassVar[bool] = False
+    reads_parameters: ClassVar[bool] = False
+
+    @property
+    def matmul_precision(self) -> FP32MatmulPrecT:
+        """The float32 matmul precision that the engine sets for `update`."""
+        return "highest"
+
+    @property
+    def hook(self) -> WeightHook | None:
+        """What is done to the weights around the update."""
+        return None
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether `update` reads `t.weight`."""
+        return False
+
+    @classmethod
+    def from_group(cls: type[RuleT], group: Mapping[str, Any]) -> RuleT:
+        """The rule that a parameter group asks for."""
+        return cls(**{field.name: group[field.name] for field in fields(cls)})
+
+    def phase(self, step: int) -> Phase:
+        """The phase of the update that is the `step`-th of a matrix, from 1."""
+        return Phase.REUSE
+
+    @abstractmethod
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        """A NamedTuple of tensors, the state before the first step; None for a part that does not exist.
+
+        A field's name is its key in checkpoints; its first axis is the first axis of `shape`.
+        """
+
+    @abstractmethod
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """One step. Pure: modifies nothing, reads no value on the host, does not branch on the device."""

@@ -1,0 +1,50 @@
+"""Hyper-parameters on their way into a rule."""
+
+from collections import namedtuple
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def debias(beta: Any, step: Any, like: Tensor) -> Any:
+    """1 - beta^step, the share that an exponential average with `beta` has collected after `step` steps.
+
+    Computed in float64 (in float32 it is off by 6e-5 for beta = 0.999 at the first step), returned in the dtype of
+    `like`, or as a number if both are numbers.
+    """
+    share = 1 - beta**step
+    return share.to(like.dtype) if isinstance(share, Tensor) else share
+
+
+def lerp(old: Tensor, new: Tensor, share: Any) -> Tensor:
+    """old + share (new - old), where the share is a number or a tensor of any floating dtype."""
+    return torch.lerp(old, new, share.to(old.dtype) if isinstance(share, Tensor) else share)
+
+
+@cache
+def _record(names: tuple[str, ...]) -> Any:
+    return namedtuple("Scalars", names)
+
+
+def make_scalars(names: tuple[str, ...], group: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+    """A named tuple of the group's values and `extra`; a pytree, so that a compiled rule takes it as input."""
+    return _record((*names, *extra))(*(group[name] for name in names), *extra.values())
+
+
+def as_tensors(scalars: Any, device: torch.device) -> Any:
+    """The same record with every number as a 0-D float64 tensor, so that a new value does not recompile.
+
+    0-D tensors do not take part in type promotion, so a float32 stack stays float32.
+    """
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(convert(v) for v in value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return torch.full((), value, dtype=torch.float64, device=device)
+        return value
+
+    return type(scalars)(*(convert(value) for value in scalars))

@@ -1,0 +1,33 @@
+"""Symmetric eigendecomposition of a stack, in descending order, where one bad row stays in its row."""
+
+import torch
+from torch import Tensor
+
+
+def eigh_descending(k_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues (B, N) in descending order and eigenvectors (B, N, N) as columns, :math:`K = Q \Lambda Q^\top`.
+
+    The stack is decomposed in one call. If that fails, each row is tried alone, then in float64; a row that still
+    fails (it is not finite) returns the identity and its diagonal, and the others are untouched.
+
+    Example:
+        >>> values, vectors = eigh_descending(torch.diag(torch.tensor([1.0, 3.0, 2.0]))[None])
+        >>> values
+        tensor([[3., 2., 1.]])
+    """
+    try:
+        values, vectors = torch.linalg.eigh(k_BNN)
+    except RuntimeError:  # torch.linalg.LinAlgError is one
+        rows = [_eigh_row(k) for k in k_BNN]
+        values, vectors = torch.stack([v for v, _ in rows]), torch.stack([q for _, q in rows])
+    return values.flip(-1), vectors.flip(-1)
+
+
+def _eigh_row(k_NN: Tensor) -> tuple[Tensor, Tensor]:
+    for dtype in (k_NN.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(k_NN.to(dtype))
+        except RuntimeError:
+            continue
+        return values.to(k_NN.dtype), vectors.to(k_NN.dtype)
+    return k_NN.diagonal(), torch.eye(k_NN.size(-1), dtype=k_NN.dtype, device=k_NN.device)

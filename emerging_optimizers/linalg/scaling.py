@@ -1,0 +1,29 @@
+"""Scale factors of an orthogonalized update, from the shape of its matrix."""
+
+import math
+from typing import Literal, get_args
+
+MuonScaleT = Literal["shape_scaling", "spectral", "unit_rms_norm"]
+
+
+def muon_scale_factor(size_out: int, size_in: int, mode: MuonScaleT = "spectral") -> float:
+    """What an orthogonalized (size_out, size_in) update is multiplied by.
+
+    "spectral": sqrt(max(out, in)), so that the update's RMS is 1 (Liu et al. 2025, Moonlight, arXiv 2502.16982,
+    up to its 0.2); "shape_scaling": sqrt(max(1, out / in)) (Jordan et al. 2024, Muon); "unit_rms_norm":
+    sqrt(out / in), the RMS-to-RMS operator norm (Pethick et al. 2025, Scion, arXiv 2502.07529).
+
+    Raises:
+        ValueError: for another mode.
+
+    Example:
+        >>> muon_scale_factor(1024, 256, "shape_scaling")
+        2.0
+    """
+    if mode == "spectral":
+        return math.sqrt(max(size_out, size_in))
+    if mode == "shape_scaling":
+        return math.sqrt(max(1.0, size_out / size_in))
+    if mode == "unit_rms_norm":
+        return math.sqrt(size_out / size_in)
+    raise ValueError(f"scale_mode={mode!r} is not one of {', '.join(get_args(MuonScaleT))}")
