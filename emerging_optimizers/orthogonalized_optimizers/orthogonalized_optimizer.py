@@ -1,0 +1,184 @@
+r"""The base of Muon and its relatives: momentum, then a map of the whole matrix.
+
+.. math::
+    M_t &= \mu M_{t-1} + (1 - \mu) G_t \\
+    N_t &= M_t \quad\text{or, with nesterov,}\quad (1 - \mu) G_t + \mu M_t \\
+    W_t &= (1 - \eta\lambda) W_{t-1} - \eta \, O(N_t)
+
+The momentum is an exponential average that starts at zero and is not bias-corrected: most maps :math:`O` do not see
+its scale.
+
+References:
+    Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks.
+    Bernstein and Newhouse 2024, Old Optimizer, New Norm: An Anthology, arXiv 2409.20325.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine.scalars import make_scalars
+from emerging_optimizers.engine.validate import FLAG, FRACTION, one_of
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+
+
+class MomentumState(NamedTuple):
+    """The momentum, (B, M, N)."""
+
+    momentum_buffer: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrthogonalizedRule(Rule):
+    """Momentum, then `orthogonalize`; here that is the identity, subclasses override it."""
+
+    scalars: ClassVar[tuple[str, ...]] = ("momentum",)
+    nesterov: bool = False
+    fp32_matmul_prec: FP32MatmulPrecT = "highest"
+
+    @property
+    def matmul_precision(self) -> FP32MatmulPrecT:
+        """Of `orthogonalize`; momentum has no products."""
+        return self.fp32_matmul_prec
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MomentumState:
+        """Zero momentum."""
+        return MomentumState(torch.zeros(shape, dtype=dtype, device=device))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        momentum_BMN = lerp(state.momentum_buffer, grad, 1 - t.momentum)
+        ahead_BMN = lerp(grad, momentum_BMN, t.momentum) if self.nesterov else momentum_BMN
+        return Step(self.orthogonalize(ahead_BMN, t), MomentumState(momentum_BMN))
+
+    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
+        """The map O of a stack of matrices, scale included."""
+        return x_BMN
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionRule(OrthogonalizedRule):
+    """The map O is a Python function of one parameter and one matrix."""
+
+    reads_parameters = True
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
+        """The function, matrix by matrix."""
+        return torch.stack([self.function(p, x_MN) for p, x_MN in zip(t.parameters, x_BMN, strict=True)])
+
+
+class OrthogonalizedOptimizer(RuleOptimizer):
+    """Momentum and a map of the matrix that you give; the equations are in this module's docstring.
+
+    Three ways to give the map: `scaled_orthogonalize_fn`; a subclass that overrides `orthogonalize` (to split a
+    fused matrix, say); or a subclass that names its own `OrthogonalizedRule`, which is the only one that works on
+    stacks and compiles. The first two are called matrix by matrix.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0.
+        momentum: mu, in [0, 1).
+        weight_decay: >= 0.
+        nesterov: look one step ahead.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        fp32_matmul_prec: float32 matmul precision during the map: "highest", "high" or "medium".
+        scaled_orthogonalize_fn: a (M, N) float32 matrix to a (M, N) matrix, scale included. None: the identity, and
+            a warning, unless a subclass says otherwise.
+        **kwargs: see `EngineOptions`; anything else becomes an entry of the parameter groups and reaches
+            `orthogonalize`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = OrthogonalizedOptimizer(
+        ...     [w], lr=1.0, momentum=0.0, weight_decay=0.0, nesterov=False, weight_decay_method="decoupled",
+        ...     fp32_matmul_prec="highest", scaled_orthogonalize_fn=torch.sign,
+        ... )
+        >>> w.grad = torch.tensor([[0.5, -3.0], [2.0, 1.0]])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([[-1.,  1.],
+                [-1., -1.]], requires_grad=True)
+    """
+
+    rule = OrthogonalizedRule
+    ranges = {"momentum": FRACTION, "nesterov": FLAG, "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT))}
+    _kept = ("execution", "scaled_orthogonalize_fn")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float,
+        weight_decay: float,
+        *,
+        nesterov: bool,
+        weight_decay_method: WeightDecayT,
+        fp32_matmul_prec: FP32MatmulPrecT,
+        scaled_orthogonalize_fn: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.scaled_orthogonalize_fn = scaled_orthogonalize_fn
+        if scaled_orthogonalize_fn is None and not self._overrides and self.rule is OrthogonalizedRule:
+            warnings.warn(
+                "OrthogonalizedOptimizer without scaled_orthogonalize_fn is SGD with momentum: the update is the "
+                "momentum itself. Give a function, or use a subclass such as Muon.",
+                UserWarning,
+                stacklevel=2,
+            )
+        engine = {name: kwargs.pop(name) for name in EngineOptions.__annotations__ if name in kwargs}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "weight_decay_method": weight_decay_method,
+            "fp32_matmul_prec": fp32_matmul_prec,
+            **kwargs,
+        }
+        super().__init__(params, defaults, **engine)
+
+    @property
+    def _overrides(self) -> bool:
+        return type(self).orthogonalize is not OrthogonalizedOptimizer.orthogonalize
+
+    def _make_rule(self, group: Mapping[str, Any]) -> Rule:
+        if self.scaled_orthogonalize_fn is None and not self._overrides:
+            return super()._make_rule(group)
+        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+        def function(p: Tensor, x_MN: Tensor) -> Tensor:
+            return self.orthogonalize(p, x_MN, **options)
+
+        return FunctionRule(nesterov=group["nesterov"], fp32_matmul_prec=group["fp32_matmul_prec"], function=function)
+
+    def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
+        """The map O of one matrix; override it to change it. Overridden, it is called matrix by matrix.
+
+        Args:
+            p: the parameter that the matrix belongs to.
+            grad: (M, N), the momentum or, with nesterov, the matrix one step ahead; float32.
+            **kwargs: the parameter group without its parameters.
+
+        Raises:
+            ValueError: `grad` is not a matrix.
+        """
+        if grad.ndim != 2:
+            raise ValueError(f"orthogonalize takes one matrix; given is a tensor of shape {tuple(grad.shape)}")
+        if self.scaled_orthogonalize_fn is not None:
+            return self.scaled_orthogonalize_fn(grad)
+        rule = type(self).rule.from_group(kwargs)
+        assert isinstance(rule, OrthogonalizedRule)
+        return rule.orthogonalize(grad[None], make_scalars(rule.scalars, kwargs, {}))[0]

@@ -1,0 +1,125 @@
+r"""AdamW: Adam with decoupled weight decay.
+
+.. math::
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) G_t \\
+    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) G_t^2 \\
+    W_t &= (1 - \eta\lambda) W_{t-1}
+        - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+The default for vectors, embeddings and heads, and the baseline of every comparison.
+
+References:
+    Kingma and Ba 2015, Adam, arXiv 1412.6980. Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization,
+    arXiv 1711.05101. Dozat 2016, Nadam (the nesterov form, used by SOAP).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+
+
+class AdamState(NamedTuple):
+    """First and second moment, each shaped like the gradient."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "AdamState":
+        """The state before the first step."""
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in cls._fields))
+
+
+def adam_direction(
+    grad: Tensor, s: AdamState, t: Scalars, *, correct_bias: bool = True, nesterov: bool = False
+) -> tuple[Tensor, AdamState]:
+    """Adam's direction and new moments, for a tensor of any shape; `t` has betas, eps and step."""
+    beta1, beta2 = t.betas
+    m = lerp(s.exp_avg, grad, 1 - beta1)
+    v = s.exp_avg_sq * beta2 + grad.square() * (1 - beta2)
+
+    bias1 = debias(beta1, t.step, grad) if correct_bias else 1.0
+    bias2 = debias(beta2, t.step, grad) if correct_bias else 1.0
+    if nesterov:
+        ahead = debias(beta1, t.step + 1, grad) if correct_bias else 1.0
+        numerator = m * (beta1 / ahead) + grad * ((1 - beta1) / bias1)
+    else:
+        numerator = m / bias1
+    return numerator / ((v / bias2).sqrt() + t.eps), AdamState(m, v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWRule(Rule):
+    """Adam, element by element."""
+
+    scalars = ("betas", "eps")
+    elementwise = True
+    counts_steps = True
+    correct_bias: bool = True
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
+        """Zero moments."""
+        return AdamState.zeros(shape, dtype, device)
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        return Step(*adam_direction(grad, state, t, correct_bias=self.correct_bias))
+
+
+class AdamW(RuleOptimizer):
+    """AdamW, equal to `torch.optim.AdamW`; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        lr: learning rate, >= 0, a number or a 0-D tensor.
+        betas: decay of the first and second moment, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: >= 0.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        correct_bias: divide the moments by 1 - beta^t.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = AdamW([w], lr=0.1, weight_decay=0.0)
+        >>> w.grad = torch.tensor([1.0, -2.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([0.9000, 1.1000], requires_grad=True)
+    """
+
+    rule = AdamWRule
+    ranges = {"betas": BETAS, "eps": NON_NEGATIVE, "correct_bias": FLAG}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        weight_decay_method: WeightDecayT = "decoupled",
+        correct_bias: bool = True,
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, defaults, **engine)

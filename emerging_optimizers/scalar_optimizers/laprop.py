@@ -1,0 +1,124 @@
+r"""LaProp: Adam that normalises the gradient before it enters the momentum.
+
+.. math::
+    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) G_t^2 \\
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) \frac{G_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} \\
+    W_t &= (1 - \eta\lambda) W_{t-1} - \eta \, m_t / (1 - \beta_1^t)
+
+Momentum and adaptivity are decoupled: a spike is divided by itself before it can fill the momentum, and
+:math:`\beta_2` may be much smaller than Adam allows.
+
+References:
+    Ziyin, Wang and Ueda 2020, LaProp: Separating Momentum and Adaptivity in Adam, arXiv 2002.04839.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.hooks import KeepNorm
+from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.scalar_optimizers.adamw import AdamState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaPropRule(Rule):
+    """LaProp, element by element."""
+
+    scalars = ("betas", "eps")
+    elementwise = True
+    counts_steps = True
+    correct_bias: bool = True
+    frob_normalize: bool = False
+
+    @property
+    def hook(self) -> KeepNorm | None:
+        """With `frob_normalize`, the weight keeps its norm."""
+        return KeepNorm() if self.frob_normalize else None
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
+        """Zero moments."""
+        return AdamState.zeros(shape, dtype, device)
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        beta1, beta2 = t.betas
+        bias1 = debias(beta1, t.step, grad) if self.correct_bias else 1.0
+        bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
+        v = state.exp_avg_sq * beta2 + grad.square() * (1 - beta2)
+        normalized = grad / ((v / bias2).sqrt() + t.eps)
+        m = lerp(state.exp_avg, normalized, 1 - beta1)
+        return Step(m / bias1, AdamState(m, v))
+
+
+class LaProp(RuleOptimizer):
+    """LaProp; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        lr: learning rate, >= 0.
+        betas: decay of the momentum and of the second moment, each in [0, 1). A beta2 far below Adam's (0.65, say)
+            forgets a spike in a few steps.
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: >= 0.
+        correct_bias: divide the moments by 1 - beta^t.
+        frob_normalize: rescale every parameter to the Frobenius norm that it had before the step; weight decay is
+            then undone by it, and a warning says so.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = LaProp([w], lr=0.1)
+        >>> w.grad = torch.tensor([1.0, -2.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([0.9000, 1.1000], requires_grad=True)
+    """
+
+    rule = LaPropRule
+    ranges = {"betas": BETAS, "eps": NON_NEGATIVE, "correct_bias": FLAG, "frob_normalize": FLAG}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        frob_normalize: bool = False,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+            "frob_normalize": frob_normalize,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)
+
+    @classmethod
+    def _check_choice(cls, group: Any) -> None:
+        if group["frob_normalize"] and group["weight_decay"] and group["weight_decay_method"] != "l2":
+            warnings.warn(
+                f"LaProp: frob_normalize=True gives each weight its norm back, so weight_decay="
+                f"{group['weight_decay']} has no effect on the norm; set weight_decay=0",
+                UserWarning,
+                stacklevel=2,
+            )

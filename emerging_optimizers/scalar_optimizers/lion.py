@@ -1,0 +1,94 @@
+r"""Lion: the sign of an interpolated momentum.
+
+.. math::
+    U_t &= \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) G_t) \\
+    m_t &= \beta_2 m_{t-1} + (1 - \beta_2) G_t \\
+    W_t &= (1 - \eta\lambda) W_{t-1} - \eta \, U_t
+
+One state tensor, every element moves by the learning rate: use a third to a tenth of AdamW's, with three to ten
+times its weight decay.
+
+References:
+    Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine.validate import BETAS
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+
+
+class LionState(NamedTuple):
+    """The momentum, shaped like the gradient."""
+
+    exp_avg: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionRule(Rule):
+    """Lion, element by element."""
+
+    scalars = ("betas",)
+    elementwise = True
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LionState:
+        """Zero momentum."""
+        return LionState(torch.zeros(shape, dtype=dtype, device=device))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        beta1, beta2 = t.betas
+        direction = lerp(state.exp_avg, grad, 1 - beta1).sign()
+        return Step(direction, LionState(lerp(state.exp_avg, grad, 1 - beta2)))
+
+
+class Lion(RuleOptimizer):
+    """Lion; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        lr: learning rate, >= 0: by how much every element moves.
+        betas: weight of the old momentum in the update, and decay of the momentum; each in [0, 1).
+        weight_decay: >= 0.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = Lion([w], lr=0.1, weight_decay=0.0)
+        >>> w.grad = torch.tensor([1.0, -2.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([0.9000, 1.1000], requires_grad=True)
+    """
+
+    rule = LionRule
+    ranges = {"betas": BETAS}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)

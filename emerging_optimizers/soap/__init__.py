@@ -1,0 +1,9 @@
+"""SOAP and its relatives: Adam in the eigenbasis of Shampoo's factors.
+
+Layer 3: imports the engine, linalg and the element-wise steps, never another family of matrix optimizers.
+"""
+
+from emerging_optimizers.soap.rekls import REKLS
+from emerging_optimizers.soap.soap import SOAP
+
+__all__ = ["REKLS", "SOAP"]

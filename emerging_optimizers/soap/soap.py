@@ -1,0 +1,316 @@
+r"""SOAP: Adam in the eigenbasis of Shampoo's Kronecker factors.
+
+.. math::
+    L_t &= \beta'_s L_{t-1} + (1 - \beta'_s)\, G_t G_t^\top, \qquad
+    R_t = \beta'_s R_{t-1} + (1 - \beta'_s)\, G_t^\top G_t \\
+    Q_L, Q_R &\leftarrow \text{eigenvectors of } L_t, R_t \\
+    G'_t &= Q_L^\top G_t Q_R, \qquad
+    U_t = Q_L \,\mathrm{Adam}(G'_t)\, Q_R^\top, \qquad
+    W_t = (1 - \eta\lambda) W_{t-1} - \eta\, U_t
+
+:math:`\beta'_s = 1 - (1 - \beta_s) / (1 - \beta_s^t)` makes the factors exact weighted means from the first step on.
+With `use_kl_shampoo` each factor is whitened by the other (KL-Shampoo), for an M x N matrix:
+
+.. math::
+    L_t = \beta'_s L_{t-1} + \frac{1 - \beta'_s}{N} X X^\top, \quad X = G_t Q_R \Lambda_R^{-1/2}, \qquad
+    R_t = \beta'_s R_{t-1} + \frac{1 - \beta'_s}{M} Y^\top Y, \quad Y = \Lambda_L^{-1/2} Q_L^\top G_t
+
+with :math:`\Lambda = \max(\mathrm{diag}(Q^\top K Q), \epsilon)`.
+
+The first basis comes from eigh; from then on the bases follow the factors by one step of orthogonal iteration, or by
+eigh again (`use_eigh`). The first moment is carried from the old basis into the new one; the second moment is permuted
+with the basis's columns.
+
+The first step. A basis taken from the same gradient that it then rotates leaves a diagonal and rounding noise, which
+Adam blows up to plus or minus one; the published start does that, and its second update is up to 300 times too large.
+`first_step="adam"` keeps the identity as the basis for the first update, which is exactly Adam's, takes the first
+eigenbasis in the second step, and carries the second moment into it as the variance of uncorrelated entries,
+:math:`V \leftarrow (Q_L^\top)^{\circ 2}\, V\, Q_R^{\circ 2}`.
+
+State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers. For the hidden matrices of a network, where a lower loss for
+the same number of steps is worth a costlier step.
+
+References:
+    Vyas et al. 2024, SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321.
+    Lin et al. 2025, Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization, arXiv 2509.03378.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Unpack, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.validate import (
+    BETAS,
+    COUNT,
+    FLAG,
+    FRACTION,
+    NON_NEGATIVE,
+    POSITIVE,
+    one_of,
+    optional,
+)
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.eigh import eigh_descending
+from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
+from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
+from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
+
+FirstStepT = Literal["adam", "eigenbasis"]
+
+
+class SOAPState(NamedTuple):
+    """Moments in the eigenbasis, factors, bases; a side that is not preconditioned has no factor and no basis."""
+
+    exp_avg: Tensor  # B M N
+    exp_avg_sq: Tensor  # B M N
+    L: Tensor | None  # B M M
+    R: Tensor | None  # B N N
+    Q_L: Tensor | None  # B M M, columns by falling eigenvalue
+    Q_R: Tensor | None  # B N N
+
+
+@dataclass(frozen=True, kw_only=True)
+class SOAPRule(Rule):
+    """Factors, bases, Adam in the basis; one stanza each in `update`."""
+
+    scalars = ("betas", "shampoo_beta", "eps", "weight_decay")
+    counts_steps = True
+    handles_l2 = True  # the factors see the gradient without the l2 term
+    nesterov: bool = False
+    correct_bias: bool = True
+    correct_shampoo_beta_bias: bool | None = None
+    use_eigh: bool = False
+    use_kl_shampoo: bool = False
+    power_iter_steps: int = 1
+    max_update_rms: float = 0.0
+    first_step: FirstStepT = "adam"
+    precondition_frequency: int = 1
+    max_precond_dim: int | None = 10000
+    fp32_matmul_prec: FP32MatmulPrecT = "highest"
+    qr_fp32_matmul_prec: FP32MatmulPrecT = "high"
+    weight_decay_method: WeightDecayT = "decoupled"
+
+    @property
+    def matmul_precision(self) -> FP32MatmulPrecT:
+        """Of everything but the refresh of the bases."""
+        return self.fp32_matmul_prec
+
+    @property
+    def reads_weight(self) -> bool:
+        """For l2 weight decay."""
+        return self.weight_decay_method == "l2"
+
+    def phase(self, step: int) -> Phase:
+        """FIRST makes the first basis: in the first step, or with the Adam start in the second."""
+        since = step - (1 if self.first_step == "eigenbasis" else 2)
+        if since == 0:
+            return Phase.FIRST
+        return Phase.REFRESH if since > 0 and since % self.precondition_frequency == 0 else Phase.REUSE
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SOAPState:
+        """Zero moments, identity bases. The published start has zero factors, the Adam start the identity."""
+        B, M, N = shape
+        limit = self.max_precond_dim or max(M, N)
+
+        def identity(size: int) -> Tensor | None:
+            return torch.eye(size, dtype=dtype, device=device).repeat(B, 1, 1) if size <= limit else None
+
+        L, R = identity(M), identity(N)
+        if self.first_step == "eigenbasis":
+            L, R = (None if factor is None else torch.zeros_like(factor) for factor in (L, R))
+        return SOAPState(*AdamState.zeros(shape, dtype, device), L, R, identity(M), identity(N))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        s: SOAPState = state
+        L, R = self._factors(grad, s, t)
+
+        Q_L, Q_R, exp_avg, exp_avg_sq = s.Q_L, s.Q_R, s.exp_avg, s.exp_avg_sq
+        if phase is not Phase.REUSE:
+            with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+                Q_L, order_L = self._basis(L, s.Q_L, phase)
+                Q_R, order_R = self._basis(R, s.Q_R, phase)
+                exp_avg = project_in(project_out(exp_avg, s.Q_L, s.Q_R), Q_L, Q_R)
+                if phase is Phase.FIRST:  # from the identity
+                    exp_avg_sq = project_in(exp_avg_sq, _square(Q_L), _square(Q_R))
+                else:
+                    exp_avg_sq = _permuted(_permuted(exp_avg_sq, order_L, dim=-2), order_R, dim=-1)
+
+        if self.weight_decay_method == "l2":
+            grad = grad + t.weight_decay * t.weight
+        direction, moments = adam_direction(
+            project_in(grad, Q_L, Q_R),
+            AdamState(exp_avg, exp_avg_sq),
+            t,
+            correct_bias=self.correct_bias,
+            nesterov=self.nesterov,
+        )
+        update_BMN = project_out(direction, Q_L, Q_R)
+
+        if self.max_update_rms > 0:
+            rms = update_BMN.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+            update_BMN = update_BMN * (self.max_update_rms / (rms + 1e-7)).clamp_max(1)
+        return Step(update_BMN, SOAPState(*moments, L, R, Q_L, Q_R))
+
+    def _factors(self, grad: Tensor, s: SOAPState, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
+        """The Kronecker factors with this gradient taken in; for KL both from the old ones."""
+        left_BMN = right_BMN = grad
+        if self.use_kl_shampoo:
+            if s.R is not None and s.Q_R is not None:
+                scale = conjugate_diagonal(s.R, s.Q_R).clamp_min(t.eps).rsqrt()
+                left_BMN = (grad @ s.Q_R) * scale.unsqueeze(-2)
+            if s.L is not None and s.Q_L is not None:
+                scale = conjugate_diagonal(s.L, s.Q_L).clamp_min(t.eps).rsqrt()
+                right_BMN = (s.Q_L.mT @ grad) * scale.unsqueeze(-1)
+            left_BMN = left_BMN * grad.size(-1) ** -0.5
+            right_BMN = right_BMN * grad.size(-2) ** -0.5
+
+        share = 1 - t.shampoo_beta
+        if self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias:
+            share = share / debias(t.shampoo_beta, t.step, grad)
+        elif self.first_step == "adam":  # the first gradient replaces the identity
+            share = torch.where(t.step == 1, 1.0, share)
+        L = None if s.L is None else lerp(s.L, left_BMN @ left_BMN.mT, share)
+        R = None if s.R is None else lerp(s.R, right_BMN.mT @ right_BMN, share)
+        return L, R
+
+    def _basis(self, factor: Tensor | None, basis: Tensor | None, phase: Phase) -> tuple[Tensor | None, Tensor | None]:
+        """The eigenbasis of a factor, and the order in which the old basis's columns were taken up: (B, N)."""
+        if factor is None or basis is None:
+            return None, None
+        order = conjugate_diagonal(factor, basis).argsort(dim=-1, descending=True)
+        if self.use_eigh or phase is Phase.FIRST:
+            return eigh_descending(factor)[1], order
+        ordered = torch.take_along_dim(basis, order.unsqueeze(-2), dim=-1)
+        return orthogonal_iteration(factor, ordered, self.power_iter_steps), order
+
+
+def _square(basis: Tensor | None) -> Tensor | None:
+    return None if basis is None else basis.square()
+
+
+def _permuted(x_BMN: Tensor, order: Tensor | None, dim: int) -> Tensor:
+    if order is None:
+        return x_BMN
+    return torch.take_along_dim(x_BMN, order.unsqueeze(-1 if dim == -2 else -2), dim=dim)
+
+
+class SOAP(RuleOptimizer):
+    """SOAP; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0.
+        betas: decay of Adam's moments, each in [0, 1).
+        shampoo_beta: decay of the factors, in [0, 1).
+        eps: added to the root of the second moment, and the floor of the eigenvalues with KL; > 0.
+        weight_decay: >= 0.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        nesterov: Adam with Nesterov momentum.
+        correct_bias: divide Adam's moments by 1 - beta^t.
+        fp32_matmul_prec: float32 matmul precision of factors and projections: "highest", "high" or "medium".
+        use_eigh: take the bases from eigh at every refresh instead of one orthogonal iteration.
+        qr_fp32_matmul_prec: float32 matmul precision of the refresh.
+        power_iter_steps: orthogonal iterations a refresh, >= 1.
+        max_update_rms: scale an update down whose RMS is larger; 0: never.
+        use_kl_shampoo: the factors of KL-Shampoo.
+        correct_shampoo_beta_bias: bias-correct the factors; None: as `correct_bias`.
+        first_step: "adam": the first update is Adam's, the second step makes the first basis; "eigenbasis": the
+            published start, which reproduces published tables and whose second update explodes.
+        precondition_frequency: steps from one refresh of the bases to the next, >= 1. The factors take in every
+            gradient.
+        max_precond_dim: a side that is longer keeps the identity as its basis and has no factor; both longer: Adam.
+            None: no limit.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(4, 2))
+        >>> optimizer = SOAP([w], lr=0.1)
+        >>> w.grad = torch.ones(4, 2)
+        >>> optimizer.step()
+        >>> w[0]
+        tensor([-0.1000, -0.1000], grad_fn=<SelectBackward0>)
+    """
+
+    rule = SOAPRule
+    ranges = {
+        "betas": BETAS,
+        "shampoo_beta": FRACTION,
+        "eps": POSITIVE,
+        "nesterov": FLAG,
+        "correct_bias": FLAG,
+        "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
+        "use_eigh": FLAG,
+        "qr_fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
+        "power_iter_steps": COUNT,
+        "max_update_rms": NON_NEGATIVE,
+        "use_kl_shampoo": FLAG,
+        "correct_shampoo_beta_bias": optional(FLAG),
+        "first_step": one_of(*get_args(FirstStepT)),
+        "precondition_frequency": COUNT,
+        "max_precond_dim": optional(COUNT),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: WeightDecayT = "decoupled",
+        nesterov: bool = False,
+        correct_bias: bool = True,
+        fp32_matmul_prec: FP32MatmulPrecT = "highest",
+        use_eigh: bool = False,
+        qr_fp32_matmul_prec: FP32MatmulPrecT = "high",
+        power_iter_steps: int = 1,
+        max_update_rms: float = 0.0,
+        use_kl_shampoo: bool = False,
+        correct_shampoo_beta_bias: bool | None = None,
+        stream_list: Sequence[Any] | None = None,
+        first_step: FirstStepT = "adam",
+        precondition_frequency: int = 1,
+        max_precond_dim: int | None = 10000,
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        if stream_list is not None:
+            warnings.warn(
+                "SOAP: stream_list has no effect, matrices of one shape are updated in one call; leave it out",
+                UserWarning,
+                stacklevel=2,
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "nesterov": nesterov,
+            "correct_bias": correct_bias,
+            "fp32_matmul_prec": fp32_matmul_prec,
+            "use_eigh": use_eigh,
+            "qr_fp32_matmul_prec": qr_fp32_matmul_prec,
+            "power_iter_steps": power_iter_steps,
+            "max_update_rms": max_update_rms,
+            "use_kl_shampoo": use_kl_shampoo,
+            "correct_shampoo_beta_bias": correct_shampoo_beta_bias,
+            "first_step": first_step,
+            "precondition_frequency": precondition_frequency,
+            "max_precond_dim": max_precond_dim,
+        }
+        super().__init__(params, defaults, **engine)
