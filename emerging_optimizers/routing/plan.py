@@ -1,0 +1,259 @@
+"""The route plan: for each parameter of a model the rule, its learning rate and the reason."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emerging_optimizers import registry
+
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Where one parameter goes.
+
+    Attributes:
+        name: as in `model.named_parameters()`.
+        shape: of the parameter.
+        optimizer: a registry name, or "frozen" for a parameter that does not require a gradient.
+        lr: its learning rate; None: frozen.
+        decays: whether it gets the weight decay of its optimizer; vectors do not.
+        reason: why.
+        fallback: it has the shape of a matrix but did not go to the matrix optimizer, by shape or by a guess.
+        view: how the matrix optimizer cuts it into matrices.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    optimizer: str
+    lr: Any
+    decays: bool
+    reason: str
+    fallback: bool = False
+    view: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutePlan:
+    """All routes of a model, in the order of its parameters. Prints as a table."""
+
+    routes: tuple[Route, ...]
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self.routes)
+
+    def __len__(self) -> int:
+        return len(self.routes)
+
+    def __getitem__(self, name: str) -> Route:
+        """The route of a parameter name."""
+        return next(route for route in self.routes if route.name == name)
+
+    @property
+    def fallbacks(self) -> tuple[Route, ...]:
+        """Matrices that the matrix optimizer does not get."""
+        return tuple(route for route in self.routes if route.fallback)
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "optimizer", "lr", "reason")
+        rows = [
+            (
+                r.name,
+                "x".join(map(str, r.shape)) or "scalar",
+                r.optimizer,
+                "" if r.lr is None else f"{r.lr:g}",
+                r.reason,
+            )
+            for r in self.routes
+        ]
+        widths = [max(len(row[k]) for row in (header, *rows)) for k in range(4)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths, strict=True)), row[4]])
+                 for row in (header, *rows)]  # fmt: skip
+        return "\n".join(line.rstrip() for line in lines)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError unless the plan names every parameter of a model exactly once, with its shape."""
+        planned: dict[str, Route] = {}
+        wrong = []
+        for route in self.routes:
+            if route.name in planned:
+                wrong.append(f"{route.name} is taken twice: by {planned[route.name].optimizer} and {route.optimizer}")
+            planned[route.name] = route
+        for name, p in model.named_parameters():
+            if name not in planned:
+                wrong.append(f"{name} {tuple(p.shape)} is left over")
+            elif (shape := planned.pop(name).shape) != tuple(p.shape):
+                wrong.append(f"{name} has shape {tuple(p.shape)}, planned is {shape}")
+        wrong += [f"{name} is not a parameter of the model" for name in planned]
+        if wrong:
+            raise ValueError(
+                "the route plan does not fit the model:\n  "
+                + "\n  ".join(wrong)
+                + "\nMake it with plan_parameters(model)."
+            )
+
+
+def plan_parameters(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: Any = None,
+    companion: str = "adamw",
+    companion_lr: Any = None,
+    overrides: Mapping[str, str] | None = None,
+    strict: bool = False,
+) -> RoutePlan:
+    """Decide for every parameter of a model which optimizer updates it, and say why.
+
+    Hidden matrices go to the matrix optimizer `name`. To the companion go embeddings, output heads (found through
+    the module graph: tied to an embedding, named by the model's `get_output_embeddings()`, as wide as an embedding
+    has rows, or the last linear layer of a model without embeddings), vectors and scalars. An element-wise `name`
+    takes every parameter. Nothing is changed.
+
+    Args:
+        model: any module; tied parameters are planned once, under their first name.
+        name: registry name of the optimizer, see `list_optimizers`.
+        lr: its learning rate; None: its default.
+        companion: registry name of an element-wise optimizer.
+        companion_lr: its learning rate; None: its default.
+        overrides: shell-style patterns of parameter names to a registry name (`name` or `companion`); the first
+            that matches decides.
+        strict: raise if a parameter with the shape of a matrix falls back to the companion, by its shape or by a
+            guess.
+
+    Raises:
+        ValueError: unknown names, a pattern that matches nothing, an override that cannot be met, or a fallback
+            under `strict`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
+        >>> for route in plan_parameters(model, "muon", lr=0.02):
+        ...     print(route.name, route.optimizer, "|", route.reason)
+        0.weight adamw | embedding
+        1.weight muon | hidden matrix
+        1.bias adamw | vector
+        2.weight adamw | output head: as many rows as the embedding '0.weight'
+        2.bias adamw | vector
+    """
+    main, side = registry.entry(name), registry.entry(companion)
+    name, companion = name.lower(), companion.lower()
+    if not side.elementwise:
+        raise ValueError(
+            f"companion={companion!r} updates matrices only; choose an element-wise one: "
+            + ", ".join(n for n, e in registry.OPTIMIZERS.items() if e.elementwise)
+        )
+    lrs = {companion: _default_lr(companion) if companion_lr is None else companion_lr}
+    lrs[name] = _default_lr(name) if lr is None else lr
+    overrides = dict(overrides or {})
+    unused = set(overrides)
+    special = {} if main.elementwise else _embeddings_and_heads(model)
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+
+    routes = []
+    for parameter_name, p in model.named_parameters():
+        chosen, reason, fallback = _choose(p, owners[id(p)], main.elementwise, name, companion, special.get(id(p)))
+        pattern = next((pattern for pattern in overrides if fnmatchcase(parameter_name, pattern)), None)
+        if pattern is not None:
+            unused.discard(pattern)
+            chosen, reason, fallback = overrides[pattern].lower(), f"override {pattern!r}", False
+            if chosen not in lrs:
+                raise ValueError(f"overrides[{pattern!r}]={chosen!r} is neither {name!r} nor {companion!r}")
+            if p.ndim < 2 and not registry.entry(chosen).elementwise:
+                raise ValueError(
+                    f"overrides[{pattern!r}]={chosen!r} cannot be met: {parameter_name!r} of shape "
+                    f"{tuple(p.shape)} is not a matrix"
+                )
+        if not p.requires_grad:
+            chosen, reason, fallback = FROZEN, "does not require a gradient", False
+        routes.append(
+            Route(
+                name=parameter_name,
+                shape=tuple(p.shape),
+                optimizer=chosen,
+                lr=lrs.get(chosen),
+                decays=p.ndim >= 2,
+                reason=reason,
+                fallback=fallback,
+                view="flatten" if isinstance(owners[id(p)], nn.Conv1d) else "auto",
+            )
+        )
+    if unused:
+        raise ValueError(f"overrides match no parameter: {', '.join(map(repr, sorted(unused)))}")
+    plan = RoutePlan(routes=tuple(routes))
+    if strict and plan.fallbacks:
+        lines = "\n  ".join(f"{r.name} {r.shape}: {r.reason}" for r in plan.fallbacks)
+        raise ValueError(
+            f"strict=True, and these matrices fall back to {companion!r}:\n  {lines}\nName each in overrides."
+        )
+    return plan
+
+
+def _default_lr(name: str) -> Any:
+    default = inspect.signature(registry.entry(name).load()).parameters["lr"].default
+    if default is inspect.Parameter.empty:
+        raise ValueError(f"{name!r} has no default learning rate; give lr")
+    return default
+
+
+def _choose(
+    p: Tensor,
+    owner: nn.Module,
+    elementwise: bool,
+    name: str,
+    companion: str,
+    special: tuple[str, bool] | None,
+) -> tuple[str, str, bool]:
+    """Optimizer, reason, and whether that is a fallback."""
+    if elementwise:
+        return (
+            name,
+            "element-wise: takes any shape" if p.ndim >= 2 else "element-wise; vector, no weight decay",
+            False,
+        )
+    if p.ndim < 2:
+        return companion, "scalar" if p.ndim == 0 else "vector", False
+    if special is not None:
+        reason, guess = special
+        return companion, reason, guess
+    if p.ndim == 3 and p.shape[0] == 1 and not isinstance(owner, nn.Conv1d):
+        return companion, "table with a leading axis of one (position or class token)", True
+    if 1 in (p.shape[0], p.numel() // max(1, p.shape[0])):
+        return companion, "a vector in the shape of a matrix", True
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return name, "convolution, as (out, rest)", False
+    if p.ndim == 3:
+        return name, f"batch of {p.shape[0]} matrices", False
+    return name, "hidden matrix", False
+
+
+def _embeddings_and_heads(model: nn.Module) -> dict[int, tuple[str, bool]]:
+    """For the id of a parameter: the reason, and whether it is a guess."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    tables = {
+        id(module.weight): module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }
+    found: dict[int, tuple[str, bool]] = {key: ("embedding", False) for key in tables if key in names}
+    for linear in linears:
+        if id(linear.weight) in tables:
+            found[id(linear.weight)] = ("embedding, tied to the output head", False)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor):
+        found.setdefault(id(head.weight), ("output head: named by get_output_embeddings()", False))
+    rows = {module.num_embeddings: key for key, module in reversed(tables.items()) if key in names}
+    for linear in linears:
+        if linear.out_features in rows:
+            table = names[rows[linear.out_features]]
+            found.setdefault(id(linear.weight), (f"output head: as many rows as the embedding {table!r}", False))
+    if not tables and len(linears) > 1:
+        found.setdefault(
+            id(linears[-1].weight), ("output head: the last linear layer of a model without embeddings", True)
+        )
+    return found

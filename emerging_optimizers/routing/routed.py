@@ -1,0 +1,68 @@
+"""One torch optimizer whose parameter groups follow different rules."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from emerging_optimizers import registry
+from emerging_optimizers.engine import RuleOptimizer
+from emerging_optimizers.routing.plan import RoutePlan
+
+
+class RoutedOptimizer(RuleOptimizer):
+    """What `create_optimizer(name, model)` returns; a group's entry "algorithm" names its rule.
+
+    Schedulers, checkpoints and trainers see one optimizer. A checkpoint carries the route of every parameter; loading
+    one whose routes differ is an error that lists the difference.
+
+    Attributes:
+        plan: the route plan that it was made from; None for a copy or after unpickling from elsewhere.
+    """
+
+    _kept = ("execution", "plan")
+
+    def __init__(self, groups: list[dict[str, Any]], plan: RoutePlan | None = None, **engine: Any) -> None:
+        self.plan = plan
+        super().__init__(groups, {"lr": 0.0}, **engine)
+
+    def _algorithm(self, group: Mapping[str, Any]) -> type[RuleOptimizer]:
+        algorithm: type[RuleOptimizer] = registry.entry(group["algorithm"]).load()
+        return algorithm
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its "algorithm" is a registry name, whose defaults fill what the group does not set."""
+        if "algorithm" not in param_group:
+            raise ValueError(
+                'RoutedOptimizer: a parameter group needs "algorithm", a name of list_optimizers(); the groups of this '
+                "optimizer follow different rules"
+            )
+        defaults = group_options(param_group["algorithm"], {"lr": 0.0})
+        super().add_param_group({**defaults, "lr": self.defaults["lr"], **param_group})
+
+    def _check_route(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+        mine, saved = _routes(self.param_groups), _routes(saved_groups)
+        lines = [
+            f"{name}: {saved.get(name, 'absent')} in the checkpoint, {mine.get(name, 'absent')} here"
+            for name in sorted(mine.keys() | saved.keys())
+            if mine.get(name) != saved.get(name)
+        ]
+        if lines:
+            raise ValueError(
+                "the routes of the checkpoint differ from this optimizer's:\n  "
+                + "\n  ".join(lines)
+                + "\nCreate the optimizer with the arguments of the run that wrote it, or name the routes in overrides."
+            )
+
+
+def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All hyper-parameters of a group of the optimizer `name`; raises as its constructor does."""
+    return dict(registry.entry(name).load()([torch.zeros(2, 2)], **options).defaults)
+
+
+def _routes(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {
+        name: group.get("algorithm", "unknown")
+        for group in groups
+        for name in group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
+    }
