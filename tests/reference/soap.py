@@ -1,0 +1,241 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors.
+
+    L <- EMA(G G^T)        R <- EMA(G^T G)        Q_L, Q_R: their eigenvectors, by falling eigenvalue
+    W <- W - lr Q_L Adam(Q_L^T G Q_R) Q_R^T
+
+Vyas et al., 2024, arXiv 2409.11321. The Kullback-Leibler form weighs each factor's Gram matrix by the inverse
+of the other factor (Lin et al., 2025, arXiv 2509.03378):
+
+    L <- EMA(G R^-1 G^T / n)        R <- EMA(G^T L^-1 G / m)
+
+Both right-hand sides are formed from the factors and bases before the step, where
+
+    R^-1 = sum_j q_j q_j^T / max(lam_j, eps)        lam_j = q_j^T R q_j
+
+One step, in order: factors; bases; the first moment goes from the old basis into the new one; the gradient
+(with the l2 term, which the factors never see) is turned into the basis; Adam; back; clip; decay; subtract.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .adamw import adam_direction
+from .weight_decay import decay_gradient, decay_weight
+
+
+def eigenbasis(K: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix as columns, largest eigenvalue first."""
+    values, vectors = torch.linalg.eigh(K)
+    order = sorted(range(len(values)), key=lambda i: -float(values[i]))
+    falling: Tensor = vectors[:, order]
+    return falling
+
+
+def orthogonal_iteration(K: Tensor, Q: Tensor, steps: int) -> Tensor:
+    """Q <- the orthogonal factor of K Q, ``steps`` times."""
+    for _ in range(steps):
+        Q, _ = torch.linalg.qr(K @ Q)
+    return Q
+
+
+def rayleigh_quotients(K: Tensor, Q: Tensor) -> list[float]:
+    """q^T K q for each column q of Q."""
+    return [float(Q[:, i] @ K @ Q[:, i]) for i in range(Q.shape[1])]
+
+
+def falling_order(K: Tensor, Q: Tensor) -> list[int]:
+    """The columns of Q by falling Rayleigh quotient."""
+    values = rayleigh_quotients(K, Q)
+    return sorted(range(len(values)), key=lambda i: -values[i])
+
+
+def floored_inverse(K: Tensor, Q: Tensor, eps: float) -> Tensor:
+    """sum_j q_j q_j^T / max(q_j^T K q_j, eps): the inverse that the KL factor uses."""
+    inverse = torch.zeros_like(K)
+    for j, value in enumerate(rayleigh_quotients(K, Q)):
+        inverse += torch.outer(Q[:, j], Q[:, j]) / max(value, eps)
+    return inverse
+
+
+class ReferenceSOAP:
+    """SOAP on one matrix in float64; both matmul precisions are accepted and have no meaning.
+
+    ``first_step="eigenbasis"`` turns into the eigenbasis of the first gradient at once. ``"adam"`` makes the
+    first step Adam's own (identity bases), keeps the plain Gram matrices of the first gradient as factors,
+    and turns into a basis for the first time at the second step (``first_basis``), by orthogonal iteration
+    or, with ``first_refresh="eigh"``, exactly. ``carry_second_moment`` ("never", "first", "always") turns the
+    second moment into a new basis as if its entries were independent.
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: str = "decoupled",
+        nesterov: bool = False,
+        correct_bias: bool = True,
+        fp32_matmul_prec: str = "highest",
+        use_eigh: bool = False,
+        qr_fp32_matmul_prec: str = "high",
+        power_iter_steps: int = 1,
+        max_update_rms: float = 0.0,
+        use_kl_shampoo: bool = False,
+        correct_shampoo_beta_bias: bool | None = None,
+        first_step: str = "adam",
+        precondition_frequency: int = 1,
+        max_precond_dim: int = 10000,
+        first_refresh: str = "qr",
+        carry_second_moment: str = "never",
+    ) -> None:
+        del fp32_matmul_prec, qr_fp32_matmul_prec
+        if first_step not in ("adam", "eigenbasis"):
+            raise ValueError(f"unknown first_step {first_step!r}")
+        if first_refresh not in ("qr", "eigh"):
+            raise ValueError(f"unknown first_refresh {first_refresh!r}")
+        if carry_second_moment not in ("never", "first", "always"):
+            raise ValueError(f"unknown carry_second_moment {carry_second_moment!r}")
+        self.lr, self.betas, self.shampoo_beta, self.eps = lr, betas, shampoo_beta, eps
+        self.weight_decay, self.weight_decay_method = weight_decay, weight_decay_method
+        self.nesterov, self.correct_bias = nesterov, correct_bias
+        self.use_eigh, self.power_iter_steps = use_eigh, power_iter_steps
+        self.max_update_rms, self.use_kl_shampoo = max_update_rms, use_kl_shampoo
+        if correct_shampoo_beta_bias is None:
+            correct_shampoo_beta_bias = correct_bias
+        self.correct_shampoo_beta_bias = correct_shampoo_beta_bias
+        self.first_step, self.precondition_frequency = first_step, precondition_frequency
+        self.max_precond_dim = max_precond_dim
+        self.first_refresh, self.carry_second_moment = first_refresh, carry_second_moment
+        self.t = 0
+        self.exp_avg = torch.zeros(0)  # in the eigenbasis
+        self.exp_avg_sq = torch.zeros(0)  # in the eigenbasis
+        self.L: Tensor | None = None  # None: this side is too long to be preconditioned
+        self.R: Tensor | None = None
+        self.left_null_space: Tensor | None = None  # if set: the last columns of the first left basis
+        self.Q_L = torch.zeros(0)
+        self.Q_R = torch.zeros(0)
+
+    def step(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """The weight after one step."""
+        W, G = weight.double(), grad.double()
+        if self.t == 0:
+            self.start(W)
+        self.t += 1
+
+        self.update_factors(G)
+        if self.refreshes_now():
+            self.refresh_bases()
+
+        G = decay_gradient(G, W, self.weight_decay, self.weight_decay_method)
+        rotated, self.exp_avg, self.exp_avg_sq = adam_direction(
+            self.Q_L.T @ G @ self.Q_R,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.t,
+            betas=self.betas,
+            eps=self.eps,
+            correct_bias=self.correct_bias,
+            nesterov=self.nesterov,
+        )
+        U = self.Q_L @ rotated @ self.Q_R.T
+        if self.max_update_rms > 0:
+            rms = math.sqrt(float((U * U).mean()))
+            U = U * min(1.0, self.max_update_rms / (rms + 1e-7))
+
+        W = decay_weight(W, self.lr, self.weight_decay, self.weight_decay_method)
+        return W - self.lr * U
+
+    def start(self, W: Tensor) -> None:
+        """Zero moments and factors, identity bases; no factor on a side longer than ``max_precond_dim``."""
+        m, n = W.shape
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(W), torch.zeros_like(W)
+        self.Q_L = torch.eye(m, dtype=torch.float64)
+        self.Q_R = torch.eye(n, dtype=torch.float64)
+        if m <= self.max_precond_dim:
+            self.L = torch.zeros(m, m, dtype=torch.float64)
+        if n <= self.max_precond_dim:
+            self.R = torch.zeros(n, n, dtype=torch.float64)
+
+    def update_factors(self, G: Tensor) -> None:
+        """One step of the two running means, both from the factors as they stood before."""
+        m, n = G.shape
+        left, right = G @ G.T, G.T @ G
+        if self.use_kl_shampoo:
+            seeding = self.t == 1 and self.first_step == "adam"
+            if seeding or self.R is None:
+                left = left / n
+            else:
+                left = G @ floored_inverse(self.R, self.Q_R, self.eps) @ G.T / n
+            if seeding or self.L is None:
+                right = right / m
+            else:
+                right = G.T @ floored_inverse(self.L, self.Q_L, self.eps) @ G / m
+
+        beta = self.factor_beta()
+        if self.L is not None:
+            self.L = beta * self.L + (1 - beta) * left
+        if self.R is not None:
+            self.R = beta * self.R + (1 - beta) * right
+
+    def factor_beta(self) -> float:
+        """The weight of the past in the factors' running mean."""
+        if self.t == 1 and self.first_step == "adam":
+            return 0.0  # the first Gram matrices are the factors
+        if self.correct_shampoo_beta_bias:
+            return 1 - (1 - self.shampoo_beta) / (1 - self.shampoo_beta**self.t)
+        return self.shampoo_beta
+
+    def first_refresh_step(self) -> int:
+        """The step with the first basis that is not the identity."""
+        return 1 if self.first_step == "eigenbasis" else 2
+
+    def refreshes_now(self) -> bool:
+        """Every ``precondition_frequency`` steps, counted from the step with the first basis."""
+        since_first = self.t - self.first_refresh_step()
+        return since_first >= 0 and since_first % self.precondition_frequency == 0
+
+    def refresh_bases(self) -> None:
+        """New bases; the first moment is carried over exactly, the second one follows the columns."""
+        first = self.t == self.first_refresh_step()
+        new_basis = self.first_basis if first else self.next_basis
+        moment = self.Q_L @ self.exp_avg @ self.Q_R.T
+        old_L, old_R = self.sort_bases()
+        self.Q_L, self.Q_R = new_basis(self.L, old_L), new_basis(self.R, old_R)
+        if first and self.left_null_space is not None:
+            self.Q_L[:, -self.left_null_space.shape[1] :] = self.left_null_space
+        if self.carry_second_moment == "always" or (self.carry_second_moment == "first" and first):
+            # variances of independent entries add with squared weights
+            self.exp_avg_sq = (self.Q_L.T @ old_L) ** 2 @ self.exp_avg_sq @ (old_R.T @ self.Q_R) ** 2
+        self.exp_avg = self.Q_L.T @ moment @ self.Q_R
+
+    def sort_bases(self) -> tuple[Tensor, Tensor]:
+        """The old bases, columns by falling Rayleigh quotient of the new factors; exp_avg_sq follows."""
+        Q_L, Q_R = self.Q_L, self.Q_R
+        if self.L is not None:
+            order = falling_order(self.L, Q_L)
+            Q_L, self.exp_avg_sq = Q_L[:, order], self.exp_avg_sq[order, :]
+        if self.R is not None:
+            order = falling_order(self.R, Q_R)
+            Q_R, self.exp_avg_sq = Q_R[:, order], self.exp_avg_sq[:, order]
+        return Q_L, Q_R
+
+    def first_basis(self, K: Tensor | None, Q: Tensor) -> Tensor:
+        """The first basis that is not the identity; ``Q`` is the identity with its columns sorted."""
+        if K is None:
+            return Q
+        if self.use_eigh or self.first_step == "eigenbasis" or self.first_refresh == "eigh":
+            return eigenbasis(K)
+        return orthogonal_iteration(K, Q, self.power_iter_steps)
+
+    def next_basis(self, K: Tensor | None, Q: Tensor) -> Tensor:
+        """Every later basis."""
+        if K is None:
+            return Q
+        if self.use_eigh:
+            return eigenbasis(K)
+        return orthogonal_iteration(K, Q, self.power_iter_steps)
