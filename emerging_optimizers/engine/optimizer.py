@@ -34,8 +34,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _eager(function: FunctionT) -> FunctionT:
-    """Keep a function out of a graph that the user compiles around it; the engine compiles rules itself."""
-    return torch.compiler.disable(function)  # type: ignore[no-untyped-call]  # untyped in torch
+    """Keep a function out of a graph that the user compiles around it; the engine compiles rules itself.
+
+    As torch.optim does it: `torch.compiler.disable` would import dynamo with this module, a second or more.
+    """
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined, no-any-return]  # not exported, used by torch.optim
 
 
 class EngineOptions(TypedDict, total=False):
@@ -115,7 +118,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:
-        """Raise for, or warn about, a combination of hyper-parameters; each is in its range already."""
+        """Raise ValueError for a combination of hyper-parameters; each is in its range already."""
+
+    @classmethod
+    def _announce(cls, group: Mapping[str, Any]) -> None:
+        """Warn about a legal choice that may surprise; once, when a group is added."""
 
     def _check_route(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise for the parameter groups of a checkpoint that do not belong to this optimizer."""
@@ -134,6 +141,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             rule = self._checked_rule(len(self.param_groups) - 1)
             for i, p in enumerate(group["params"]):
                 self._check_parameter(p, rule, _label(group, i, p), self._algorithm(group).__name__)
+            self._algorithm(group)._announce(group)
         except Exception:
             self._rules.pop(len(self.param_groups) - 1, None)
             self.param_groups.pop()

@@ -2,7 +2,7 @@
 
 Each step maps a singular value s to a s + b s^3 + c s^5. A schedule is a list of (a, b, c); it was optimised for
 a number of steps, and `band` is where the singular values of a 128 x 64 Gaussian end after that many steps in
-float32. Running a schedule for another number of steps is allowed and announced (`coefficients`).
+float32. Running a schedule for another number of steps is allowed and announced.
 """
 
 import warnings
@@ -26,6 +26,7 @@ class Schedule:
         band: smallest and largest singular value after `made_for` steps (5 where that is None).
         source: where the numbers come from.
         exact: refuse any other number of steps than `made_for`.
+        caution: what a user must know before choosing it.
     """
 
     sets: Coefficients
@@ -34,6 +35,7 @@ class Schedule:
     band: tuple[float, float]
     source: str
     exact: bool = False
+    caution: str = ""
 
 
 _SIMPLE = (3.4445, -4.7750, 2.0315)
@@ -99,6 +101,9 @@ SCHEDULES: dict[str, Schedule] = {
         made_for=4,
         band=(0.98, 1.02),
         source="Boissin et al. 2025, Turbo-Muon, arXiv 2512.04632",
+        caution="the set was made for another normalisation than the Frobenius norm. Where one singular value exceeds "
+        "0.884 of that norm (a gradient of nearly rank one), its direction is followed with the wrong sign. "
+        "coefficient_type='quintic' costs one step more and has no such range",
     ),
     "deepseekv4": Schedule(
         sets=(_SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2,
@@ -124,29 +129,36 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def check_coefficients(coefficient_type: str, steps: int, *, warn: bool = True) -> None:
-    """Raise for a request that cannot be met; say so where a schedule is run off its number of steps."""
+def check_coefficients(coefficient_type: str, steps: int) -> None:
+    """Raise ValueError for a name or a number of steps that cannot be met."""
     if steps < 1:
         raise ValueError(f"num_ns_steps={steps} is not allowed; give an integer >= 1")
-    if coefficient_type == "custom":
-        return
-    if coefficient_type not in SCHEDULES:
+    if coefficient_type not in (*SCHEDULES, "custom"):
         known = ", ".join((*SCHEDULES, "custom"))
         raise ValueError(f"coefficient_type={coefficient_type!r} is not one of {known}")
-    schedule = SCHEDULES[coefficient_type]
-    if schedule.made_for in (None, steps):
+    schedule = SCHEDULES.get(coefficient_type)
+    if schedule and schedule.exact and steps != schedule.made_for:
+        raise ValueError(
+            f"coefficient_type={coefficient_type!r} is made for {schedule.made_for} steps, {steps} asked for; set "
+            f"num_ns_steps={schedule.made_for} or choose another coefficient_type"
+        )
+
+
+def announce_coefficients(coefficient_type: str, steps: int) -> None:
+    """Warn where a schedule is run off the number of steps that it is made for, or has a caution."""
+    schedule = SCHEDULES.get(coefficient_type)
+    if schedule is None:
         return
-    fact = f"coefficient_type={coefficient_type!r} is made for {schedule.made_for} steps, {steps} asked for"
-    if schedule.exact:
-        raise ValueError(f"{fact}; set num_ns_steps={schedule.made_for} or choose another coefficient_type")
-    if warn:
+    if schedule.made_for not in (None, steps):
         low, high = schedule.band
         warnings.warn(
-            f"{fact}: singular values will not end in [{low}, {high}]. "
-            f"Set num_ns_steps={schedule.made_for}, or keep this if you mean it.",
+            f"coefficient_type={coefficient_type!r} is made for {schedule.made_for} steps, {steps} asked for: singular "
+            f"values will not end in [{low}, {high}]. Set num_ns_steps={schedule.made_for}, or keep this on purpose.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
+    if schedule.caution:
+        warnings.warn(f"coefficient_type={coefficient_type!r}: {schedule.caution}.", UserWarning, stacklevel=2)
 
 
 def coefficients(
@@ -161,7 +173,7 @@ def coefficients(
         >>> coefficients("simple", 2)
         ((3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
     """
-    check_coefficients(coefficient_type, steps, warn=False)
+    check_coefficients(coefficient_type, steps)
     if coefficient_type == "custom":
         if not custom:
             raise ValueError("coefficient_type='custom' needs custom_coefficient_sets: a list of (a, b, c)")

@@ -32,6 +32,7 @@ from emerging_optimizers.linalg.coefficients import (
     SCHEDULES,
     Coefficients,
     NSCoeffT,
+    announce_coefficients,
     check_coefficients,
     coefficients,
 )
@@ -81,7 +82,8 @@ class Muon(OrthogonalizedOptimizer):
             ("highest"). float64 parameters are computed in float64.
         coefficient_type: "quintic" (5 steps), "simple" (any), "polar_express" (8), "cans" (5), "aol" (4),
             "deepseekv4" (10), "cubic5" (5) or "custom". Another number of steps than a set is made for is
-            announced by a warning; "cubic5" refuses it.
+            announced by a warning; "cubic5" refuses it. "aol" follows nearly rank-one gradients with the wrong sign,
+            as published, and a warning says so.
         num_ns_steps: Newton-Schulz steps, >= 1.
         scale_mode: "spectral" sqrt(max(M, N)); "shape_scaling" sqrt(max(1, M / N)); "unit_rms_norm" sqrt(M / N).
         extra_scale_factor: multiplies the update, > 0. 0.2 matches the update RMS of AdamW.
@@ -158,3 +160,7 @@ class Muon(OrthogonalizedOptimizer):
                 + ", ".join(SCHEDULES)
             )
         check_coefficients(group["coefficient_type"], group["num_ns_steps"])
+
+    @classmethod
+    def _announce(cls, group: Mapping[str, Any]) -> None:
+        announce_coefficients(group["coefficient_type"], group["num_ns_steps"])

@@ -24,7 +24,7 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.scalars import make_scalars
-from emerging_optimizers.engine.validate import FLAG, FRACTION, one_of
+from emerging_optimizers.engine.validate import FLAG, FRACTION, one_of, suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
@@ -139,6 +139,10 @@ class OrthogonalizedOptimizer(RuleOptimizer):
                 stacklevel=2,
             )
         engine = {name: kwargs.pop(name) for name in EngineOptions.__annotations__ if name in kwargs}
+        for name in kwargs.keys() - self.ranges.keys():
+            hint = suggest(name, (*self.ranges, *EngineOptions.__annotations__, "weight_decay", "weight_decay_method"))
+            if hint or self.rule is not OrthogonalizedRule:  # a rule of its own reads no notes of the user's
+                raise TypeError(f"{self._name} has no argument {name!r}{hint}")
         defaults = {
             "lr": lr,
             "momentum": momentum,

@@ -114,7 +114,7 @@ class LaProp(RuleOptimizer):
         super().__init__(params, defaults, **engine)
 
     @classmethod
-    def _check_choice(cls, group: Any) -> None:
+    def _announce(cls, group: Any) -> None:
         if group["frob_normalize"] and group["weight_decay"] and group["weight_decay_method"] != "l2":
             warnings.warn(
                 f"LaProp: frob_normalize=True gives each weight its norm back, so weight_decay="

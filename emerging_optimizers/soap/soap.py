@@ -15,7 +15,9 @@ With `use_kl_shampoo` each factor is whitened by the other (KL-Shampoo), for an 
     L_t = \beta'_s L_{t-1} + \frac{1 - \beta'_s}{N} X X^\top, \quad X = G_t Q_R \Lambda_R^{-1/2}, \qquad
     R_t = \beta'_s R_{t-1} + \frac{1 - \beta'_s}{M} Y^\top Y, \quad Y = \Lambda_L^{-1/2} Q_L^\top G_t
 
-with :math:`\Lambda = \max(\mathrm{diag}(Q^\top K Q), \epsilon)`.
+with :math:`\Lambda = \max(\mathrm{diag}(Q^\top K Q), \epsilon)`. The first gradient finds both factors empty; each then
+stands for the identity times the gradient's RMS, so that L and R share its scale and neither drowns the gradients that
+follow (the published start divides by :math:`\epsilon` instead, and keeps the first gradient for hundreds of steps).
 
 The first basis comes from eigh; from then on the bases follow the factors by one step of orthogonal iteration, or by
 eigh again (`use_eigh`). The first moment is carried from the old basis into the new one; the second moment is permuted
@@ -115,17 +117,16 @@ class SOAPRule(Rule):
         return Phase.REFRESH if since > 0 and since % self.precondition_frequency == 0 else Phase.REUSE
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SOAPState:
-        """Zero moments, identity bases. The published start has zero factors, the Adam start the identity."""
+        """Zero moments and factors, identity bases."""
         B, M, N = shape
         limit = self.max_precond_dim or max(M, N)
 
         def identity(size: int) -> Tensor | None:
             return torch.eye(size, dtype=dtype, device=device).repeat(B, 1, 1) if size <= limit else None
 
-        L, R = identity(M), identity(N)
-        if self.first_step == "eigenbasis":
-            L, R = (None if factor is None else torch.zeros_like(factor) for factor in (L, R))
-        return SOAPState(*AdamState.zeros(shape, dtype, device), L, R, identity(M), identity(N))
+        Q_L, Q_R = identity(M), identity(N)
+        L, R = (None if basis is None else torch.zeros_like(basis) for basis in (Q_L, Q_R))
+        return SOAPState(*AdamState.zeros(shape, dtype, device), L, R, Q_L, Q_R)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
@@ -137,6 +138,10 @@ class SOAPRule(Rule):
             with fp32_matmul_precision(self.qr_fp32_matmul_prec):
                 Q_L, order_L = self._basis(L, s.Q_L, phase)
                 Q_R, order_R = self._basis(R, s.Q_R, phase)
+                if phase is Phase.FIRST and self.first_step == "adam":
+                    # Where every gradient so far was zero, this one is the first: it is not rotated by itself.
+                    seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
+                    Q_L, Q_R = _choose(seen, Q_L, s.Q_L), _choose(seen, Q_R, s.Q_R)
                 exp_avg = project_in(project_out(exp_avg, s.Q_L, s.Q_R), Q_L, Q_R)
                 if phase is Phase.FIRST:  # from the identity
                     exp_avg_sq = project_in(exp_avg_sq, _square(Q_L), _square(Q_R))
@@ -164,22 +169,26 @@ class SOAPRule(Rule):
         left_BMN = right_BMN = grad
         if self.use_kl_shampoo:
             if s.R is not None and s.Q_R is not None:
-                scale = conjugate_diagonal(s.R, s.Q_R).clamp_min(t.eps).rsqrt()
-                left_BMN = (grad @ s.Q_R) * scale.unsqueeze(-2)
+                left_BMN = (grad @ s.Q_R) * self._eigenvalues(s.R, s.Q_R, grad, t).rsqrt().unsqueeze(-2)
             if s.L is not None and s.Q_L is not None:
-                scale = conjugate_diagonal(s.L, s.Q_L).clamp_min(t.eps).rsqrt()
-                right_BMN = (s.Q_L.mT @ grad) * scale.unsqueeze(-1)
+                right_BMN = (s.Q_L.mT @ grad) * self._eigenvalues(s.L, s.Q_L, grad, t).rsqrt().unsqueeze(-1)
             left_BMN = left_BMN * grad.size(-1) ** -0.5
             right_BMN = right_BMN * grad.size(-2) ** -0.5
 
         share = 1 - t.shampoo_beta
         if self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias:
             share = share / debias(t.shampoo_beta, t.step, grad)
-        elif self.first_step == "adam":  # the first gradient replaces the identity
-            share = torch.where(t.step == 1, 1.0, share)
         L = None if s.L is None else lerp(s.L, left_BMN @ left_BMN.mT, share)
         R = None if s.R is None else lerp(s.R, right_BMN.mT @ right_BMN, share)
         return L, R
+
+    def _eigenvalues(self, factor: Tensor, basis: Tensor, grad: Tensor, t: Scalars) -> Tensor:
+        """Of a factor, as its basis sees them, at least eps: (B, N)."""
+        values = conjugate_diagonal(factor, basis)
+        if self.first_step == "adam":  # an empty factor stands for the identity at the gradient's own scale
+            rms = grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)
+            values = torch.where(values.sum(dim=-1, keepdim=True) == 0, rms, values)
+        return values.clamp_min(t.eps)
 
     def _basis(self, factor: Tensor | None, basis: Tensor | None, phase: Phase) -> tuple[Tensor | None, Tensor | None]:
         """The eigenbasis of a factor, and the order in which the old basis's columns were taken up: (B, N)."""
@@ -194,6 +203,10 @@ class SOAPRule(Rule):
 
 def _square(basis: Tensor | None) -> Tensor | None:
     return None if basis is None else basis.square()
+
+
+def _choose(mask: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    return None if new is None or old is None else torch.where(mask, new, old)
 
 
 def _permuted(x_BMN: Tensor, order: Tensor | None, dim: int) -> Tensor:
