@@ -63,10 +63,8 @@ class ReferenceSOAP:
     """SOAP on one matrix in float64; both matmul precisions are accepted and have no meaning.
 
     ``first_step="eigenbasis"`` turns into the eigenbasis of the first gradient at once. ``"adam"`` makes the
-    first step Adam's own (identity bases), keeps the plain Gram matrices of the first gradient as factors,
-    and turns into a basis for the first time at the second step (``first_basis``), by orthogonal iteration
-    or, with ``first_refresh="eigh"``, exactly. ``carry_second_moment`` ("never", "first", "always") turns the
-    second moment into a new basis as if its entries were independent.
+    first step Adam's own (identity bases) and turns into a basis for the first time at the second step. The first
+    basis is made by eigh, and the second moment is turned into it as if its entries were independent.
     """
 
     def __init__(
@@ -90,16 +88,10 @@ class ReferenceSOAP:
         first_step: str = "adam",
         precondition_frequency: int = 1,
         max_precond_dim: int = 10000,
-        first_refresh: str = "qr",
-        carry_second_moment: str = "never",
     ) -> None:
         del fp32_matmul_prec, qr_fp32_matmul_prec
         if first_step not in ("adam", "eigenbasis"):
             raise ValueError(f"unknown first_step {first_step!r}")
-        if first_refresh not in ("qr", "eigh"):
-            raise ValueError(f"unknown first_refresh {first_refresh!r}")
-        if carry_second_moment not in ("never", "first", "always"):
-            raise ValueError(f"unknown carry_second_moment {carry_second_moment!r}")
         self.lr, self.betas, self.shampoo_beta, self.eps = lr, betas, shampoo_beta, eps
         self.weight_decay, self.weight_decay_method = weight_decay, weight_decay_method
         self.nesterov, self.correct_bias = nesterov, correct_bias
@@ -110,7 +102,6 @@ class ReferenceSOAP:
         self.correct_shampoo_beta_bias = correct_shampoo_beta_bias
         self.first_step, self.precondition_frequency = first_step, precondition_frequency
         self.max_precond_dim = max_precond_dim
-        self.first_refresh, self.carry_second_moment = first_refresh, carry_second_moment
         self.t = 0
         self.exp_avg = torch.zeros(0)  # in the eigenbasis
         self.exp_avg_sq = torch.zeros(0)  # in the eigenbasis
@@ -166,15 +157,9 @@ class ReferenceSOAP:
         m, n = G.shape
         left, right = G @ G.T, G.T @ G
         if self.use_kl_shampoo:
-            seeding = self.t == 1 and self.first_step == "adam"
-            if seeding or self.R is None:
-                left = left / n
-            else:
-                left = G @ floored_inverse(self.R, self.Q_R, self.eps) @ G.T / n
-            if seeding or self.L is None:
-                right = right / m
-            else:
-                right = G.T @ floored_inverse(self.L, self.Q_L, self.eps) @ G / m
+            rms = math.sqrt(float((G * G).mean()))
+            left = G @ self.inverse(self.R, self.Q_R, rms) @ G.T / n
+            right = G.T @ self.inverse(self.L, self.Q_L, rms) @ G / m
 
         beta = self.factor_beta()
         if self.L is not None:
@@ -182,10 +167,16 @@ class ReferenceSOAP:
         if self.R is not None:
             self.R = beta * self.R + (1 - beta) * right
 
+    def inverse(self, K: Tensor | None, Q: Tensor, rms: float) -> Tensor:
+        """The inverse of the other side's factor; the identity where that side is not preconditioned."""
+        if K is None:
+            return torch.eye(len(Q), dtype=torch.float64)
+        if self.first_step == "adam" and not K.any():  # nothing in it yet: the identity at the gradient's scale
+            return torch.eye(len(Q), dtype=torch.float64) / max(rms, self.eps)
+        return floored_inverse(K, Q, self.eps)
+
     def factor_beta(self) -> float:
         """The weight of the past in the factors' running mean."""
-        if self.t == 1 and self.first_step == "adam":
-            return 0.0  # the first Gram matrices are the factors
         if self.correct_shampoo_beta_bias:
             return 1 - (1 - self.shampoo_beta) / (1 - self.shampoo_beta**self.t)
         return self.shampoo_beta
@@ -196,20 +187,20 @@ class ReferenceSOAP:
 
     def refreshes_now(self) -> bool:
         """Every ``precondition_frequency`` steps, counted from the step with the first basis."""
+        if self.t == 2 and self.first_step == "adam" and not self.exp_avg_sq.any():
+            return False  # only zero gradients so far: this one is the first
         since_first = self.t - self.first_refresh_step()
         return since_first >= 0 and since_first % self.precondition_frequency == 0
 
     def refresh_bases(self) -> None:
         """New bases; the first moment is carried over exactly, the second one follows the columns."""
         first = self.t == self.first_refresh_step()
-        new_basis = self.first_basis if first else self.next_basis
         moment = self.Q_L @ self.exp_avg @ self.Q_R.T
         old_L, old_R = self.sort_bases()
-        self.Q_L, self.Q_R = new_basis(self.L, old_L), new_basis(self.R, old_R)
+        self.Q_L, self.Q_R = self.new_basis(self.L, old_L, first), self.new_basis(self.R, old_R, first)
         if first and self.left_null_space is not None:
             self.Q_L[:, -self.left_null_space.shape[1] :] = self.left_null_space
-        if self.carry_second_moment == "always" or (self.carry_second_moment == "first" and first):
-            # variances of independent entries add with squared weights
+        if first:  # variances of independent entries add with squared weights
             self.exp_avg_sq = (self.Q_L.T @ old_L) ** 2 @ self.exp_avg_sq @ (old_R.T @ self.Q_R) ** 2
         self.exp_avg = self.Q_L.T @ moment @ self.Q_R
 
@@ -224,18 +215,10 @@ class ReferenceSOAP:
             Q_R, self.exp_avg_sq = Q_R[:, order], self.exp_avg_sq[:, order]
         return Q_L, Q_R
 
-    def first_basis(self, K: Tensor | None, Q: Tensor) -> Tensor:
-        """The first basis that is not the identity; ``Q`` is the identity with its columns sorted."""
+    def new_basis(self, K: Tensor | None, Q: Tensor, first: bool) -> Tensor:
+        """By eigh where it is the first or where that is asked for, else from the last one, columns sorted."""
         if K is None:
             return Q
-        if self.use_eigh or self.first_step == "eigenbasis" or self.first_refresh == "eigh":
-            return eigenbasis(K)
-        return orthogonal_iteration(K, Q, self.power_iter_steps)
-
-    def next_basis(self, K: Tensor | None, Q: Tensor) -> Tensor:
-        """Every later basis."""
-        if K is None:
-            return Q
-        if self.use_eigh:
+        if first or self.use_eigh:
             return eigenbasis(K)
         return orthogonal_iteration(K, Q, self.power_iter_steps)

@@ -1,0 +1,45 @@
+"""The examples that users read, run as they stand: docstrings of every module, code blocks of the README."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import emerging_optimizers
+
+README = Path(__file__).parents[1] / "README.md"
+# What the `lab` extra installs; without it the lab's modules cannot be imported, and need not be.
+LAB_EXTRA = {"tyro", "rich", "matplotlib", "jinja2"}
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(emerging_optimizers.__path__, "emerging_optimizers.", onerror=lambda name: None)
+    return ["emerging_optimizers", *(module.name for module in found)]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_the_examples_of_a_module_hold(name, tmp_path, monkeypatch):
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name not in LAB_EXTRA or ".lab" not in name:
+            raise
+        pytest.skip(f"{missing.name} of the extra 'lab' is not installed")
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0, "the captured output shows the examples that failed"
+
+
+def test_the_python_blocks_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch):
+    if not README.exists():
+        pytest.skip("there is no README.md yet")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL))
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for block in blocks:
+        line = README.read_text()[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], str(README), "exec"), namespace)
