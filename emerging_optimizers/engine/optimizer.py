@@ -38,7 +38,8 @@ def _eager(function: FunctionT) -> FunctionT:
 
     As torch.optim does it: `torch.compiler.disable` would import dynamo with this module, a second or more.
     """
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined, no-any-return]  # not exported, used by torch.optim
+    # Not exported and not typed, but what torch.optim itself uses.
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined, return-value]
 
 
 class EngineOptions(TypedDict, total=False):
