@@ -251,9 +251,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         def stage(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check_format(incoming)
+            self._check_route(incoming["param_groups"])
             saved = checkpoint.state_by_parameter([g["params"] for g in self.param_groups], incoming)
             if saved is not None:  # else torch says what does not correspond
-                self._check_route(incoming["param_groups"])
                 for index, (mine, theirs) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=True)):
                     group = {**self.defaults, **theirs, "params": mine["params"]}
                     members = [(i, p) for i, p in enumerate(mine["params"]) if p in saved]

@@ -20,7 +20,12 @@ def eigh_descending(k_BNN: Tensor) -> tuple[Tensor, Tensor]:
     except RuntimeError:  # torch.linalg.LinAlgError is one
         rows = [_eigh_row(k) for k in k_BNN]
         values, vectors = torch.stack([v for v, _ in rows]), torch.stack([q for _, q in rows])
-    return values.flip(-1), vectors.flip(-1)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    # LAPACK raises for some matrices that are not finite, and for others returns NaN without a word.
+    sound = values.isfinite().all(dim=-1, keepdim=True)
+    identity = torch.eye(k_BNN.size(-1), dtype=k_BNN.dtype, device=k_BNN.device)
+    diagonal = k_BNN.diagonal(dim1=-2, dim2=-1)
+    return torch.where(sound, values, diagonal), torch.where(sound.unsqueeze(-1), vectors, identity)
 
 
 def _eigh_row(k_NN: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,4 +35,4 @@ def _eigh_row(k_NN: Tensor) -> tuple[Tensor, Tensor]:
         except RuntimeError:
             continue
         return values.to(k_NN.dtype), vectors.to(k_NN.dtype)
-    return k_NN.diagonal(), torch.eye(k_NN.size(-1), dtype=k_NN.dtype, device=k_NN.device)
+    return torch.full_like(k_NN[0], torch.nan), k_NN

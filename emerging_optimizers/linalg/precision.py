@@ -35,13 +35,13 @@ def fp32_matmul_precision(precision: FP32MatmulPrecT = "highest") -> Iterator[No
     cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # untyped in torch
     saved = (cuda.fp32_precision, mkldnn.fp32_precision)
     try:
-        previous: str | None = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through the per-backend API: torch then refuses to name one global precision
-        previous = None
+        previous = torch.get_float32_matmul_precision()
+    except RuntimeError:  # a backend was set by itself: torch names the global precision once they agree with it
+        cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
+        previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        if previous is not None:
-            torch.set_float32_matmul_precision(previous)
+        torch.set_float32_matmul_precision(previous)
         cuda.fp32_precision, mkldnn.fp32_precision = saved

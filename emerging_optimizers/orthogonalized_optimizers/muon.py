@@ -38,7 +38,8 @@ from emerging_optimizers.linalg.coefficients import (
 )
 from emerging_optimizers.linalg.newton_schulz import newton_schulz
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
-from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
+from emerging_optimizers.linalg.scaling import MuonScaleT
+from emerging_optimizers.linalg.scaling import muon_scale_factor as get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
     OrthogonalizedOptimizer,
     OrthogonalizedRule,
@@ -63,7 +64,7 @@ class MuonRule(OrthogonalizedRule):
             coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficient_sets),
             compute_dtype=torch.bfloat16 if low else None,
         )
-        scale = muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode)
+        scale = get_muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode)
         return polar_BMN * (scale * t.extra_scale_factor)
 
 

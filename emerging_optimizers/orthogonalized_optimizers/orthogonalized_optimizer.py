@@ -161,9 +161,10 @@ class OrthogonalizedOptimizer(RuleOptimizer):
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
         if self.scaled_orthogonalize_fn is None and not self._overrides:
             return super()._make_rule(group)
-        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
         def function(p: Tensor, x_MN: Tensor) -> Tensor:
+            # Read now: an entry of the group may be set at any time.
+            options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
             return self.orthogonalize(p, x_MN, **options)
 
         return FunctionRule(nesterov=group["nesterov"], fp32_matmul_prec=group["fp32_matmul_prec"], function=function)

@@ -82,6 +82,14 @@ def create_optimizer(
             raise ValueError(f"{given[0]} is decided by the plan; say it in plan_parameters(...)")
     plan.check(model_or_params)
 
+    if "lr" in (companion_options or {}):
+        raise ValueError("companion_options has no 'lr'; give companion_lr, or say it in the plan")
+    for route in plan:
+        if route.optimizer not in (FROZEN, name.lower(), companion.lower()):
+            raise ValueError(
+                f"the plan gives {route.name} to {route.optimizer!r}; this call is for {name!r} with companion="
+                f"{companion!r}: name the plan's optimizers, or plan again"
+            )
     engine = {key: kwargs.pop(key) for key in EngineOptions.__annotations__ if key in kwargs}
     execution = {key: engine.pop(key) for key in ("execution",) if key in engine}
     options = {companion.lower(): {**(companion_options or {}), **engine}, name.lower(): {**kwargs, **engine}}
@@ -97,7 +105,9 @@ def create_optimizer(
             route.view,
         )
         if key not in groups:
-            asked = {**options[route.optimizer], "lr": route.lr, "matrix_view": route.view}
+            asked = {**options[route.optimizer], "lr": route.lr}
+            if route.view != "auto":
+                asked["matrix_view"] = route.view
             if not route.decays:
                 asked["weight_decay"] = 0.0
             groups[key] = {

@@ -53,7 +53,10 @@ class RoutePlan:
 
     def __getitem__(self, name: str) -> Route:
         """The route of a parameter name."""
-        return next(route for route in self.routes if route.name == name)
+        for route in self.routes:
+            if route.name == name:
+                return route
+        raise KeyError(name)
 
     @property
     def fallbacks(self) -> tuple[Route, ...]:
@@ -67,7 +70,7 @@ class RoutePlan:
                 r.name,
                 "x".join(map(str, r.shape)) or "scalar",
                 r.optimizer,
-                "" if r.lr is None else f"{r.lr:g}",
+                "" if r.lr is None else f"{float(r.lr):g}",
                 r.reason,
             )
             for r in self.routes
@@ -148,8 +151,8 @@ def plan_parameters(
             f"companion={companion!r} updates matrices only; choose an element-wise one: "
             + ", ".join(n for n, e in registry.OPTIMIZERS.items() if e.elementwise)
         )
-    lrs = {companion: _default_lr(companion) if companion_lr is None else companion_lr}
-    lrs[name] = _default_lr(name) if lr is None else lr
+    lrs = {companion: default_lr(companion) if companion_lr is None else companion_lr}
+    lrs[name] = default_lr(name) if lr is None else lr
     overrides = dict(overrides or {})
     unused = set(overrides)
     special = {} if main.elementwise else _embeddings_and_heads(model)
@@ -194,7 +197,8 @@ def plan_parameters(
     return plan
 
 
-def _default_lr(name: str) -> Any:
+def default_lr(name: str) -> Any:
+    """The learning rate that the constructor of `name` has by default; ValueError where it has none."""
     default = inspect.signature(registry.entry(name).load()).parameters["lr"].default
     if default is inspect.Parameter.empty:
         raise ValueError(f"{name!r} has no default learning rate; give lr")
@@ -247,12 +251,15 @@ def _embeddings_and_heads(model: nn.Module) -> dict[int, tuple[str, bool]]:
     head = get_head() if callable(get_head) else None
     if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor):
         found.setdefault(id(head.weight), ("output head: named by get_output_embeddings()", False))
-    rows = {module.num_embeddings: key for key, module in reversed(tables.items()) if key in names}
-    for linear in linears:
-        if linear.out_features in rows:
-            table = names[rows[linear.out_features]]
-            found.setdefault(id(linear.weight), (f"output head: as many rows as the embedding {table!r}", False))
-    if not tables and len(linears) > 1:
+    if any(id(linear.weight) in tables for linear in linears) or isinstance(head, nn.Module):
+        return found  # the head is known; a hidden layer may well be as wide as a table has rows
+    rows = {module.num_embeddings: key for key, module in reversed(list(tables.items())) if key in names}
+    wide = [linear for linear in linears if linear.out_features in rows]
+    if wide:
+        table = names[rows[wide[-1].out_features]]
+        found.setdefault(id(wide[-1].weight), (f"output head: as many rows as the embedding {table!r}", len(wide) > 1))
+    matrices = sum(p.ndim >= 2 for p in model.parameters())
+    if not tables and linears and matrices > 1:
         found.setdefault(
             id(linears[-1].weight), ("output head: the last linear layer of a model without embeddings", True)
         )

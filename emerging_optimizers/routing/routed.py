@@ -7,7 +7,8 @@ import torch
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine import RuleOptimizer
-from emerging_optimizers.routing.plan import RoutePlan
+from emerging_optimizers.engine.validate import suggest
+from emerging_optimizers.routing.plan import RoutePlan, default_lr
 
 
 class RoutedOptimizer(RuleOptimizer):
@@ -37,8 +38,12 @@ class RoutedOptimizer(RuleOptimizer):
                 'RoutedOptimizer: a parameter group needs "algorithm", a name of list_optimizers(); the groups of this '
                 "optimizer follow different rules"
             )
-        defaults = group_options(param_group["algorithm"], {"lr": 0.0})
-        super().add_param_group({**defaults, "lr": self.defaults["lr"], **param_group})
+        lr = param_group["lr"] if "lr" in param_group else default_lr(param_group["algorithm"])
+        defaults = group_options(param_group["algorithm"], {"lr": lr})
+        for name in param_group:
+            if name not in defaults and (hint := suggest(name, defaults)):
+                raise ValueError(f"RoutedOptimizer: a parameter group sets {name!r}, which is not an option{hint}")
+        super().add_param_group({**defaults, **param_group})
 
     def _check_route(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
         mine, saved = _routes(self.param_groups), _routes(saved_groups)
@@ -53,6 +58,13 @@ class RoutedOptimizer(RuleOptimizer):
                 + "\n  ".join(lines)
                 + "\nCreate the optimizer with the arguments of the run that wrote it, or name the routes in overrides."
             )
+        for mine_group, saved_group in zip(self.param_groups, saved_groups, strict=False):
+            names = saved_group.get("param_names")
+            if names is not None and list(names) != list(mine_group.get("param_names", names)):
+                raise ValueError(
+                    f"the parameters of the checkpoint stand in another order: {', '.join(names)} there, "
+                    f"{', '.join(mine_group['param_names'])} here; build the model as in the run that wrote it"
+                )
 
 
 def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

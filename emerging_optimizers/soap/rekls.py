@@ -45,6 +45,7 @@ class REKLS(SOAP):
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.zeros(4, 2))
         >>> optimizer = REKLS([w], lr=0.1)
         >>> w.grad = torch.ones(4, 2)

@@ -1,0 +1,222 @@
+"""Import paths, signatures and state keys of NVIDIA's Emerging-Optimizers (June 2026) hold here too."""
+
+import inspect
+from importlib import import_module
+from inspect import Parameter
+
+import pytest
+import torch
+
+REQUIRED = Parameter.empty
+BETAS, NO_DECAY = (0.9, 0.95), 0.0
+
+# path: (positional arguments, keyword-only arguments), each with its default
+SIGNATURES = {
+    "orthogonalized_optimizers.orthogonalized_optimizer:OrthogonalizedOptimizer": (
+        {"params": REQUIRED, "lr": REQUIRED, "momentum": REQUIRED, "weight_decay": REQUIRED},
+        {
+            "nesterov": REQUIRED,
+            "weight_decay_method": REQUIRED,
+            "fp32_matmul_prec": REQUIRED,
+            "scaled_orthogonalize_fn": None,
+        },
+    ),
+    "orthogonalized_optimizers.muon:Muon": (
+        {"params": REQUIRED, "lr": 3e-4, "momentum": 0.95, "weight_decay": 0.01},
+        {
+            "nesterov": False,
+            "weight_decay_method": "decoupled",
+            "fp32_matmul_prec": "medium",
+            "coefficient_type": "quintic",
+            "num_ns_steps": 5,
+            "scale_mode": "spectral",
+            "extra_scale_factor": 1.0,
+            "use_syrk": False,
+        },
+    ),
+    "soap.soap:SOAP": (
+        {"params": REQUIRED, "lr": REQUIRED, "betas": BETAS, "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01},
+        {
+            "weight_decay_method": "decoupled",
+            "nesterov": False,
+            "correct_bias": True,
+            "fp32_matmul_prec": "highest",
+            "use_eigh": False,
+            "qr_fp32_matmul_prec": "high",
+            "power_iter_steps": 1,
+            "max_update_rms": 0.0,
+            "use_kl_shampoo": False,
+            "correct_shampoo_beta_bias": None,
+            "stream_list": None,
+        },
+    ),
+    "soap.rekls:REKLS": (
+        {"params": REQUIRED, "lr": REQUIRED, "betas": BETAS, "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01},
+        {"weight_decay_method": "decoupled"},
+    ),
+    "scalar_optimizers.laprop:LaProp": (
+        {"params": REQUIRED, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+        {"correct_bias": True, "frob_normalize": False, "weight_decay_method": "decoupled"},
+    ),
+    "scalar_optimizers.lion:Lion": (
+        {"params": REQUIRED, "lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.01},
+        {"weight_decay_method": "decoupled"},
+    ),
+}
+
+
+def load(path: str):
+    module, name = path.split(":")
+    return getattr(import_module(f"emerging_optimizers.{module}"), name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *SIGNATURES,
+        "orthogonalized_optimizers:Muon",
+        "orthogonalized_optimizers:OrthogonalizedOptimizer",
+        "orthogonalized_optimizers:get_muon_scale_factor",
+        "orthogonalized_optimizers.muon:get_muon_scale_factor",
+        "orthogonalized_optimizers.muon_utils:NSCoeffT",
+        "orthogonalized_optimizers.muon_utils:get_coefficient_iterator",
+        "orthogonalized_optimizers.muon_utils:newton_schulz",
+        "soap:REKLS",
+        "soap:SOAP",
+        "scalar_optimizers:LaProp",
+        "scalar_optimizers:Lion",
+        "mixin:WeightDecayT",
+        "utils:FP32MatmulPrecT",
+        "utils:fp32_matmul_precision",
+    ],
+)
+def test_a_published_import_path_resolves(path):
+    assert load(path) is not None
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_published_arguments_have_their_names_order_kinds_and_defaults(path):
+    ours = inspect.signature(load(path)).parameters
+    positional = {n: p.default for n, p in ours.items() if p.kind is Parameter.POSITIONAL_OR_KEYWORD}
+    keyword_only = {n: p.default for n, p in ours.items() if p.kind is Parameter.KEYWORD_ONLY}
+    published_positional, published_keyword_only = SIGNATURES[path]
+    assert list(positional.items()) == list(published_positional.items())
+    assert [(n, d) for n, d in keyword_only.items() if n in published_keyword_only] == list(
+        published_keyword_only.items()
+    )
+    assert REQUIRED not in [d for n, d in keyword_only.items() if n not in published_keyword_only]
+
+
+SOAP_STATE = {"step", "exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"}
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("orthogonalized_optimizers.muon:Muon", {"momentum_buffer"}),
+        ("soap.soap:SOAP", SOAP_STATE),
+        ("soap.rekls:REKLS", SOAP_STATE),
+        ("scalar_optimizers.laprop:LaProp", {"step", "exp_avg", "exp_avg_sq"}),
+        ("scalar_optimizers.lion:Lion", {"exp_avg"}),
+    ],
+)
+def test_state_has_the_published_keys_after_one_step(path, keys):
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    p.grad = torch.eye(4, 3)
+    optimizer = load(path)([p], lr=0.1)
+    optimizer.step()
+    state = optimizer.state[p]
+    assert state.keys() == keys
+    shapes = {"step": (), "L": (4, 4), "Q_L": (4, 4), "R": (3, 3), "Q_R": (3, 3)}
+    assert {key: tuple(torch.as_tensor(value).shape) for key, value in state.items()} == {
+        key: shapes.get(key, (4, 3)) for key in keys
+    }
+    assert optimizer.state_dict()["state"][0].keys() == keys
+
+
+# ---- the calls of the two published notebooks -----------------------------------------------------------------------
+
+COMPARISON = {
+    "LaProp": ("scalar_optimizers.laprop:LaProp", {"lr": 1.0, "betas": (0.9, 0.65), "eps": 1e-8, "weight_decay": 0.0}),
+    "Muon": ("orthogonalized_optimizers.muon:Muon", {"lr": 1.0, "momentum": 0.95, "weight_decay": 0.0}),
+    "SOAP": (
+        "soap.soap:SOAP",
+        {
+            "lr": 1.0,
+            "betas": (0.9, 0.95),
+            "shampoo_beta": 0.95,
+            "weight_decay": 0.0,
+            "fp32_matmul_prec": "highest",
+            "use_kl_shampoo": True,
+        },
+    ),
+    "REKLS": ("soap.rekls:REKLS", {"lr": 1.0, "betas": (0.9, 0.95), "shampoo_beta": 0.95, "weight_decay": 0.0}),
+}
+
+
+@pytest.mark.parametrize("name", COMPARISON)
+def test_the_comparison_notebook_runs_and_records_updates_of_its_steady_size(name):
+    path, options = COMPARISON[name]
+    g = torch.Generator().manual_seed(0)
+    param = torch.zeros((128, 64), requires_grad=True)
+    opt = load(path)([param], **options)
+    for _ in range(12):
+        param.grad = torch.randn((128, 64), generator=g)
+        p_before = param.detach().clone()
+        opt.step()
+        update = p_before - param.detach()
+    rms = update.square().mean().sqrt().item()
+    assert 0.97 < rms < 1.03 if name == "Muon" else 0.1 < rms < 1
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+@pytest.mark.parametrize("use_eigh", [False, True])
+def test_the_eigenbasis_notebook_runs_and_reads_a_basis_and_a_factor(use_eigh, precision):
+    g = torch.Generator().manual_seed(0)
+    param = torch.zeros((16, 8), requires_grad=True)
+    opt = load("soap.soap:SOAP")(
+        [param],
+        lr=1.0,
+        betas=(0.9, 0.95),
+        shampoo_beta=0.95,
+        weight_decay=0.0,
+        use_kl_shampoo=True,
+        use_eigh=use_eigh,
+        fp32_matmul_prec=precision,
+    )
+    Q_L_traj = torch.empty(6, 16, 16)
+    for i in range(6):
+        param.grad = torch.randn((16, 8), generator=g) * (1000.0 if i == 3 else 1.0)
+        opt.step()
+        Q_L_traj[i] = opt.state[param]["Q_L"].detach().cpu()
+    torch.testing.assert_close(Q_L_traj.mT @ Q_L_traj, torch.eye(16).expand(6, 16, 16), rtol=0, atol=1e-4)
+    assert not torch.equal(Q_L_traj[-1], Q_L_traj[-2])  # copies of each step, not six views of the last
+    assert (torch.linalg.eigvalsh(opt.state[param]["L"]) > -1).all()
+
+
+# ---- the published functions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (3, 6, 4)])
+def test_published_newton_schulz_orthogonalizes_a_matrix_or_a_stack(shape):
+    newton_schulz = load("orthogonalized_optimizers.muon_utils:newton_schulz")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    out = newton_schulz(x, steps=8, coefficient_type="polar_express", eps=1e-7)
+    U, _, Vh = torch.linalg.svd(x, full_matrices=False)
+    torch.testing.assert_close(out, U @ Vh, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("x", [torch.ones(3), torch.ones(1, 1, 2, 2), torch.ones(2, 2, dtype=torch.bfloat16)])
+def test_published_newton_schulz_refuses_what_it_refused(x):
+    with pytest.raises(TypeError):
+        load("orthogonalized_optimizers.muon_utils:newton_schulz")(x, steps=5)
+
+
+def test_published_coefficient_iterator_cycles_or_repeats_the_last():
+    iterate = load("orthogonalized_optimizers.muon_utils:get_coefficient_iterator")
+    one, two = (1.0, 0.0, 0.0), (2.0, 0.0, 0.0)
+    assert list(iterate(3, [one, two])) == [one, two, one]
+    assert list(iterate(4, [one, two], mode="repeat_last")) == [one, two, two, two]
+    for bad in (([],), ([one], "stop")):
+        with pytest.raises(ValueError, match=r"empty|mode"):
+            iterate(2, *bad)
