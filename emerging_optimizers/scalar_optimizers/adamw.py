@@ -43,7 +43,7 @@ def adam_direction(
     """Adam's direction and new moments, for a tensor of any shape; `t` has betas, eps and step."""
     beta1, beta2 = t.betas
     m = lerp(s.exp_avg, grad, 1 - beta1)
-    v = s.exp_avg_sq * beta2 + grad.square() * (1 - beta2)
+    v = lerp(s.exp_avg_sq, grad.square(), 1 - beta2)
 
     bias1 = debias(beta1, t.step, grad) if correct_bias else 1.0
     bias2 = debias(beta2, t.step, grad) if correct_bias else 1.0
@@ -52,7 +52,7 @@ def adam_direction(
         numerator = m * (beta1 / ahead) + grad * ((1 - beta1) / bias1)
     else:
         numerator = m / bias1
-    return numerator / ((v / bias2).sqrt() + t.eps), AdamState(m, v)
+    return numerator.div_((v / bias2).sqrt_().add_(t.eps)), AdamState(m, v)
 
 
 @dataclass(frozen=True, kw_only=True)

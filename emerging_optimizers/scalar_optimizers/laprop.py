@@ -51,8 +51,8 @@ class LaPropRule(Rule):
         beta1, beta2 = t.betas
         bias1 = debias(beta1, t.step, grad) if self.correct_bias else 1.0
         bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
-        v = state.exp_avg_sq * beta2 + grad.square() * (1 - beta2)
-        normalized = grad / ((v / bias2).sqrt() + t.eps)
+        v = lerp(state.exp_avg_sq, grad.square(), 1 - beta2)
+        normalized = grad / (v / bias2).sqrt_().add_(t.eps)
         m = lerp(state.exp_avg, normalized, 1 - beta1)
         return Step(m / bias1, AdamState(m, v))
 

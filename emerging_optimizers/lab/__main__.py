@@ -1,0 +1,125 @@
+"""``eopt``: the command line of the lab; also ``python -m emerging_optimizers.lab``.
+
+A command is a frozen dataclass with a ``run`` method and a line in `Command`. It imports what it needs when
+it runs, so that help does not wait for torch.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from emerging_optimizers.lab.config import TrainConfig, UsageError
+
+NEWEST = Path("newest")
+
+ResumeFolder = Annotated[
+    Path | None,
+    PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[DIR]",
+        instance_from_str=lambda words: Path(words[0]) if words else NEWEST,
+        is_instance=lambda value: value is None or isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a small GPT on real text with several optimizers and compare them."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    out: Path | None = None
+    """Folder of the run; by default a new one under runs/."""
+    resume: ResumeFolder = None
+    """Continue an interrupted run: the newest under runs/, or the one in DIR."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Begins or continues a run."""
+        from emerging_optimizers.lab.train import newest_run, read_run, resume_train, run_train
+
+        if self.resume is None:
+            run_train(self.config, self.out)
+            return
+        if self.out is not None:
+            raise UsageError("--resume continues a run in its own folder; leave out --out")
+        folder = newest_run() if self.resume == NEWEST else self.resume
+        stored = asdict(read_run(folder)[0])
+        # Parsed again with the stored values as defaults, what differs from them is what was asked for.
+        asked = asdict(tyro.cli(Train, args=args, default=Train(config=TrainConfig.from_json(stored))).config)
+        if changed := [key for key in stored if asked[key] != stored[key]]:
+            differences = "; ".join(f"--{key.replace('_', '-')} is {asked[key]}, was {stored[key]}" for key in changed)
+            raise UsageError(f"{folder} was begun with other settings: {differences}")
+        resume_train(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Run each optimizer over its learning rates; results already in the file are kept."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
+        default_factory=lambda: TrainConfig(optimizers=("adamw", "muon", "soap", "rekls"))
+    )
+    out: Path = Path("benchmarks/results/train_grid.json")
+    """The results; environment and figure stand beside it under the same name."""
+    fresh: bool = False
+    """Forget the results in the file."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs what is missing."""
+        from emerging_optimizers.lab.grid import run_grid
+
+        run_grid(self.config, self.out, fresh=self.fresh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """Show the optimizers."""
+
+    pattern: tyro.conf.Positional[str] = "*"
+    """Which ones, as in '*muon*'."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Prints a table."""
+        from rich.console import Console
+        from rich.table import Table
+
+        from emerging_optimizers.registry import OPTIMIZERS, list_optimizers
+
+        names = list_optimizers(self.pattern)
+        if not names:
+            raise UsageError(f"no optimizer matches {self.pattern!r}; known are {', '.join(OPTIMIZERS)}")
+        table = Table("name", "what it is", "for", "paper")
+        for name, entry in OPTIMIZERS.items():
+            if name in names:
+                shapes = "any shape" if entry.elementwise else "matrices"
+                table.add_row(name, entry.description, shapes, entry.paper)
+        Console().print(table)
+
+
+Command = Train | Grid | List
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Args:
+        argv: The arguments; by default those of the process.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = tyro.cli(Command, args=args, prog="eopt", description="Experiments on emerging optimizers.")
+        command.run(args[1:])
+    except UsageError as error:
+        raise SystemExit(f"eopt: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("eopt: interrupted; a run continues with `eopt train --resume`") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What a run is asked to do: the job, each optimizer's learning rates, and the error of a wrong request.
+
+Nothing here imports torch, so that ``eopt --help`` answers at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+
+class UsageError(ValueError):
+    """A request that cannot be carried out as it stands; the text says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """How one optimizer enters the comparison."""
+
+    lr: float | None = None
+    """Learning rate; None is the optimizer's own default."""
+    companion_lr: float | None = None
+    """Learning rate of the AdamW that takes embeddings, head and norms beside a matrix optimizer."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of `create_optimizer`."""
+
+
+# Learning rates of the default job; `eopt grid` searches around them and says where a better one lies.
+TUNED: dict[str, Arm] = {
+    "adamw": Arm(lr=1e-3),
+    "laprop": Arm(lr=1e-3),
+    "lion": Arm(lr=3e-4),
+    "muon": Arm(lr=2e-3, companion_lr=3e-3, options={"nesterov": True}),
+    "soap": Arm(lr=1.2e-2, companion_lr=3e-3, options={"nesterov": True}),
+    "rekls": Arm(lr=6e-3, companion_lr=3e-3, options={"nesterov": True}),
+}
+
+# What `eopt grid` tries; an optimizer without a row tries GRID_FACTORS times its learning rate.
+GRID: dict[str, tuple[float, ...]] = {
+    "adamw": (5e-4, 1e-3, 2e-3, 3e-3, 6e-3),
+}
+GRID_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def _parse_names(words: list[str]) -> tuple[str, ...]:
+    return tuple(name.strip() for name in words[0].split(",") if name.strip())
+
+
+def _parse_rates(words: list[str]) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for item in _parse_names(words):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"{item!r} is not NAME=RATE, as in muon=0.03,soap=0.01")
+        rates[name.strip()] = float(value)
+    return rates
+
+
+Names = Annotated[
+    tuple[str, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME,NAME,...",
+        instance_from_str=_parse_names,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda names: [",".join(names)],
+    ),
+]
+Rates = Annotated[
+    Mapping[str, float],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME=RATE,...",
+        instance_from_str=_parse_rates,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda rates: [",".join(f"{name}={rate:g}" for name, rate in rates.items()) or "tuned"],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training job: text, model, schedule. Everything that can change a loss is here."""
+
+    optimizers: Names = ("adamw", "muon", "soap")
+    """Who runs: names from `eopt list`, separated by commas."""
+    lr: Rates = field(default_factory=dict)
+    """Learning rates that replace the tuned ones, as in muon=0.03,soap=0.01."""
+    companion_lr: float | None = None
+    """Learning rate of the companion AdamW (embeddings, head, norms) of every matrix optimizer."""
+    text: str | None = None
+    """A UTF-8 file to learn; by default CPython's own language reference, `pydoc_data.topics`."""
+    steps: int = 200
+    """Optimizer steps of each run."""
+    batch: int = 16
+    """Windows of text in a batch."""
+    context: int = 64
+    """Characters in a window."""
+    width: int = 128
+    """Width of the model."""
+    depth: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads of a block."""
+    warmup: int = 10
+    """Steps of linear warm-up, after which the learning rate falls linearly to zero."""
+    eval_every: int = 25
+    """Steps between evaluations on the held-out text."""
+    eval_windows: int = 256
+    """Held-out windows of an evaluation, the same ones each time."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    threads: int = 1
+    """Threads of torch; two are slower than one on a loaded machine."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("steps", "batch", "context", "width", "depth", "heads", "warmup"),
+            *("eval_every", "eval_windows", "checkpoint_every", "threads"),
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.warmup >= self.steps:
+            raise UsageError(f"--warmup {self.warmup} leaves nothing of --steps {self.steps}; give fewer warm-up steps")
+        if self.width % self.heads:
+            raise UsageError(f"--width {self.width} cannot be split into --heads {self.heads} equal heads")
+        if not self.optimizers or len(set(self.optimizers)) < len(self.optimizers):
+            raise UsageError(f"--optimizers {','.join(self.optimizers)!r} must name each optimizer once")
+        if unused := sorted(set(self.lr) - set(self.optimizers)):
+            raise UsageError(f"--lr names {', '.join(unused)}, which --optimizers does not run")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "TrainConfig":
+        """The inverse of `dataclasses.asdict` followed by JSON."""
+        return cls(**{**value, "optimizers": tuple(value["optimizers"])})
+
+    def arm(self, name: str) -> Arm:
+        """The learning rates and options that an optimizer runs with: the tuned ones, then the overrides."""
+        tuned = TUNED.get(name, Arm())
+        companion_lr = tuned.companion_lr if self.companion_lr is None else self.companion_lr
+        return Arm(lr=self.lr.get(name, tuned.lr), companion_lr=companion_lr, options=tuned.options)

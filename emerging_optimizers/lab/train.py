@@ -1,0 +1,256 @@
+"""The training job: one loop for every optimizer, the comparison around it, and how it is continued."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from emerging_optimizers import create_optimizer
+from emerging_optimizers.lab import report
+from emerging_optimizers.lab.config import Arm, TrainConfig, UsageError
+from emerging_optimizers.lab.data import Text, load_text
+from emerging_optimizers.lab.model import GPT
+from emerging_optimizers.lab.record import (
+    RunFolder,
+    RunResult,
+    StepRecord,
+    environment,
+    read_json,
+    write_json,
+)
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished comparison."""
+
+    folder: Path
+    config: TrainConfig
+    runs: tuple[RunResult, ...]
+
+
+def run_train(config: TrainConfig, out: Path | None = None, console: Console | None = None) -> TrainResult:
+    """Trains the same model on the same data with each optimizer and compares them.
+
+    Args:
+        config: The job.
+        out: Folder of the run; by default a new one under ``runs/`` named by the time.
+        console: Where to show progress and the closing table.
+
+    Returns:
+        What each optimizer did, and where the files are.
+
+    Raises:
+        UsageError: The folder holds a run already, or the job cannot be run as it stands. Nothing has been
+            written then.
+    """
+    folder = out or RUNS / time.strftime("%Y-%m-%d-%H%M%S")
+    if (folder / "config.json").exists():
+        raise UsageError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --out")
+    text = load_text(config.text, config.context)
+    arms = {name: config.arm(name) for name in config.optimizers}
+    for name, arm in arms.items():
+        make_optimizer(name, arm, make_model(config, text))
+    write_json(folder / "environment.json", environment(text, config.threads))
+    write_json(
+        folder / "config.json",
+        {"config": asdict(config), "arms": {name: asdict(arm) for name, arm in arms.items()}},
+    )
+    return _compare(folder, config, arms, text, console or Console())
+
+
+def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
+    """Continues a run that was interrupted at any moment; finished optimizers are not run again.
+
+    On the CPU the losses are those of an uninterrupted run, bit for bit.
+
+    Args:
+        folder: Folder of the run.
+        console: Where to show progress and the closing table.
+
+    Returns:
+        What each optimizer did, and where the files are.
+
+    Raises:
+        UsageError: There is no run in the folder, or its text has changed.
+    """
+    console = console or Console()
+    config, arms = read_run(folder)
+    text = load_text(config.text, config.context)
+    then, now = read_json(folder / "environment.json"), environment(text, config.threads)
+    if then["text"]["sha256"] != now["text"]["sha256"]:
+        raise UsageError(f"{text.source} is not the text that {folder} began with (its SHA-256 differs)")
+    report.print_changes(console, then, now)
+    return _compare(folder, config, arms, text, console)
+
+
+def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Arm]]:
+    """Reads what a run folder was asked to do."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UsageError(f"{folder} holds no run: {path} is missing")
+    stored = read_json(path)
+    return TrainConfig.from_json(stored["config"]), {name: Arm(**arm) for name, arm in stored["arms"].items()}
+
+
+def newest_run() -> Path:
+    """The run under ``runs/`` that began last."""
+    configs = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise UsageError(f"there is no run under {RUNS.resolve()}; name one: --resume DIR")
+    return configs[-1].parent
+
+
+def train_one(
+    config: TrainConfig,
+    name: str,
+    arm: Arm,
+    text: Text,
+    *,
+    folder: RunFolder | None = None,
+    watch: report.Watch | None = None,
+) -> RunResult:
+    """Trains with one optimizer: the only training loop of the lab.
+
+    Args:
+        config: The job.
+        name: Name of the optimizer in the registry.
+        arm: Its learning rates and options.
+        text: What to learn.
+        folder: Where to keep metrics and checkpoints, and to continue from; None keeps nothing.
+        watch: Called after each step.
+
+    Returns:
+        The steps and their cost.
+    """
+    with _threads(config.threads):
+        model = make_model(config, text)
+        optimizer = make_optimizer(name, arm, model)
+        if arm.lr is None:
+            own = next(group for group in optimizer.param_groups if group["algorithm"] == name)
+            arm = replace(arm, lr=float(own["lr"]))
+        schedule = LambdaLR(optimizer, lambda done: _lr_factor(config, done))
+        checkpoint, steps = folder.restore() if folder else (None, [])
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        if checkpoint:
+            for key, part in parts.items():
+                part.load_state_dict(checkpoint[key])
+        held_out = text.held_out(config.eval_windows, config.context)
+
+        past = steps[-1] if steps else StepRecord(step=0)
+        for step in range(past.step + 1, config.steps + 1):
+            wall, cpu = time.perf_counter(), time.process_time()
+            loss = model.loss(*text.batch(config.seed, step, config.batch, config.context))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            before = time.process_time()
+            optimizer.step()
+            after = time.process_time()
+            rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
+            schedule.step()
+            past = StepRecord(
+                step=step,
+                loss=loss.item(),
+                lr=rates,
+                optimizer_s=past.optimizer_s + after - before,
+                cpu_s=past.cpu_s + time.process_time() - cpu,
+                wall_s=past.wall_s + time.perf_counter() - wall,
+            )
+            if step % config.eval_every == 0 or step == config.steps:
+                past = replace(past, validation_loss=_evaluate(model, *held_out))
+            steps.append(past)
+            if folder:
+                folder.append(past)
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    states = {name: part.state_dict() for name, part in parts.items()}
+                    folder.save({"step": step, **states})
+            if watch:
+                watch(past)
+
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return RunResult(
+        optimizer=name,
+        arm=arm,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        state_bytes=sum(tensor.nbytes for tensor in tensors),
+        steps=tuple(steps),
+    )
+
+
+def make_model(config: TrainConfig, text: Text) -> GPT:
+    """The model of a job, with its initial weights."""
+    return GPT(
+        vocabulary=len(text.vocabulary),
+        context=config.context,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        seed=config.seed,
+    )
+
+
+def make_optimizer(name: str, arm: Arm, model: GPT) -> torch.optim.Optimizer:
+    """The optimizer of an arm."""
+    try:
+        return create_optimizer(name, model, lr=arm.lr, companion_lr=arm.companion_lr, **arm.options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{name}: {error}") from error
+
+
+def _compare(folder: Path, config: TrainConfig, arms: Mapping[str, Arm], text: Text, console: Console) -> TrainResult:
+    """Runs what is not finished yet, then shows and saves the comparison."""
+    results = []
+    for name, arm in arms.items():
+        run = RunFolder(folder / name)
+        if not run.result.exists():
+            with report.watching(console, name, config.steps, config.batch * config.context) as watch:
+                result = train_one(config, name, arm, text, folder=run, watch=watch)
+            write_json(run.result, asdict(result))
+        results.append(RunResult.from_json(read_json(run.result)))
+
+    from emerging_optimizers.lab.plots import plot_losses
+
+    plot_losses(results, folder / "loss.png")
+    write_json(folder / "summary.json", report.summary(results))
+    console.print(report.comparison(results))
+    for what, path in (
+        ("figure", folder / "loss.png"),
+        ("summary", folder / "summary.json"),
+        ("run", folder),
+    ):
+        console.print(f"{what:<8} {path}", soft_wrap=True)
+    return TrainResult(folder=folder, config=config, runs=tuple(results))
+
+
+def _lr_factor(config: TrainConfig, done: int) -> float:
+    """Linear warm-up, then a linear fall to zero, after a number of steps done."""
+    return min((done + 1) / config.warmup, (config.steps - done) / (config.steps - config.warmup))
+
+
+@torch.no_grad()
+def _evaluate(model: GPT, ids_BT: Tensor, targets_BT: Tensor) -> float:
+    """Mean loss, 64 windows at a time."""
+    total = 0.0
+    for start in range(0, len(ids_BT), 64):
+        ids, targets = ids_BT[start : start + 64], targets_BT[start : start + 64]
+        total += model.loss(ids, targets).item() * len(ids)
+    return total / len(ids_BT)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
