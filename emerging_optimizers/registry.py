@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, overload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,12 @@ def entry(name: str) -> Entry:
     return found
 
 
+@overload
+def list_optimizers(pattern: str = ..., with_description: Literal[False] = ...) -> list[str]: ...
+@overload
+def list_optimizers(pattern: str, with_description: Literal[True]) -> list[tuple[str, str]]: ...
+@overload
+def list_optimizers(*, with_description: Literal[True]) -> list[tuple[str, str]]: ...
 def list_optimizers(pattern: str = "*", with_description: bool = False) -> list[str] | list[tuple[str, str]]:
     """The names that match a shell-style pattern, sorted; with one line each if asked for.
 

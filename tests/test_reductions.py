@@ -149,3 +149,23 @@ def test_the_published_start_is_there_by_name_and_explodes(shape: tuple[int, int
     rms = update_rms(lambda p: SOAP(p, lr=1.0, weight_decay=0.0, first_step="eigenbasis"), grads)
     assert rms[0] == pytest.approx(0.96, abs=0.01)
     assert rms[1] > 10
+
+
+@pytest.mark.parametrize("make", [SOAP, REKLS])
+def test_zero_gradients_before_the_first_do_not_count_as_the_first(make: Make) -> None:
+    """A zero-initialised output projection gives the layers below it a zero first gradient."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.zeros(16, 12), *(torch.randn(16, 12, generator=generator) for _ in range(20))]
+    ratios = [
+        a / b
+        for a, b in zip(
+            update_rms(lambda p: make(p, lr=1.0, weight_decay=0.0), grads)[1:], adam_rms(grads)[1:], strict=True
+        )
+    ]
+    assert ratios[0] == pytest.approx(1.0, rel=1e-3)
+    assert max(ratios) < 4
+
+
+def test_rekls_says_that_its_two_options_are_fixed() -> None:
+    with pytest.raises(TypeError, match="SOAP with use_eigh=True"):
+        REKLS([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, use_eigh=True)  # type: ignore[call-arg]

@@ -75,6 +75,9 @@ class REKLS(SOAP):
         max_precond_dim: int | None = 10000,
         **engine: Unpack[EngineOptions],
     ) -> None:
+        for fixed in ("use_eigh", "use_kl_shampoo"):
+            if fixed in engine:
+                raise TypeError(f"REKLS has no argument {fixed!r}: it is SOAP with {fixed}=True; use SOAP to choose")
         super().__init__(
             params,
             lr,
