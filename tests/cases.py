@@ -129,6 +129,7 @@ CASES: list[OptimizerCase] = [
         {
             "": {},
             "kl": {"use_kl_shampoo": True},
+            "kl_floor": {"use_kl_shampoo": True, "relative_floor": 0.3},
             "eigh": {"use_eigh": True},
             "nesterov": {"nesterov": True},
             "uncorrected": {"correct_bias": False, "descends": 0.2},

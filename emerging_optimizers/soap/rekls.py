@@ -39,6 +39,8 @@ class REKLS(SOAP):
         first_step: "adam", or "eigenbasis" for the published start.
         precondition_frequency: steps from one refresh of the bases to the next, >= 1.
         max_precond_dim: a side that is longer is not preconditioned; None: no limit.
+        relative_floor: eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01, or 0 with the
+            published start.
         **engine: see `EngineOptions`.
 
     Raises:
@@ -73,6 +75,7 @@ class REKLS(SOAP):
         first_step: FirstStepT = "adam",
         precondition_frequency: int = 1,
         max_precond_dim: int | None = 10000,
+        relative_floor: float | None = None,
         **engine: Unpack[EngineOptions],
     ) -> None:
         for fixed in ("use_eigh", "use_kl_shampoo"):
@@ -97,5 +100,6 @@ class REKLS(SOAP):
             first_step=first_step,
             precondition_frequency=precondition_frequency,
             max_precond_dim=max_precond_dim,
+            relative_floor=relative_floor,
             **engine,
         )

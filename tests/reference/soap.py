@@ -51,11 +51,13 @@ def falling_order(K: Tensor, Q: Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda i: -values[i])
 
 
-def floored_inverse(K: Tensor, Q: Tensor, eps: float) -> Tensor:
-    """sum_j q_j q_j^T / max(q_j^T K q_j, eps): the inverse that the KL factor uses."""
+def floored_inverse(K: Tensor, Q: Tensor, eps: float, share: float) -> Tensor:
+    """sum_j q_j q_j^T / max(q_j^T K q_j, eps, share of their mean): the inverse that the KL factor uses."""
     inverse = torch.zeros_like(K)
-    for j, value in enumerate(rayleigh_quotients(K, Q)):
-        inverse += torch.outer(Q[:, j], Q[:, j]) / max(value, eps)
+    values = rayleigh_quotients(K, Q)
+    floor = max(eps, share * sum(values) / len(values))
+    for j, value in enumerate(values):
+        inverse += torch.outer(Q[:, j], Q[:, j]) / max(value, floor)
     return inverse
 
 
@@ -88,6 +90,7 @@ class ReferenceSOAP:
         first_step: str = "adam",
         precondition_frequency: int = 1,
         max_precond_dim: int = 10000,
+        relative_floor: float | None = None,
     ) -> None:
         del fp32_matmul_prec, qr_fp32_matmul_prec
         if first_step not in ("adam", "eigenbasis"):
@@ -102,6 +105,9 @@ class ReferenceSOAP:
         self.correct_shampoo_beta_bias = correct_shampoo_beta_bias
         self.first_step, self.precondition_frequency = first_step, precondition_frequency
         self.max_precond_dim = max_precond_dim
+        if relative_floor is None:
+            relative_floor = 0.01 if first_step == "adam" else 0.0
+        self.relative_floor = relative_floor
         self.t = 0
         self.exp_avg = torch.zeros(0)  # in the eigenbasis
         self.exp_avg_sq = torch.zeros(0)  # in the eigenbasis
@@ -173,7 +179,7 @@ class ReferenceSOAP:
             return torch.eye(len(Q), dtype=torch.float64)
         if self.first_step == "adam" and not K.any():  # nothing in it yet: the identity at the gradient's scale
             return torch.eye(len(Q), dtype=torch.float64) / max(rms, self.eps)
-        return floored_inverse(K, Q, self.eps)
+        return floored_inverse(K, Q, self.eps, self.relative_floor)
 
     def factor_beta(self) -> float:
         """The weight of the past in the factors' running mean."""
