@@ -28,17 +28,22 @@ class Arm:
 
 # Learning rates of the default job; `eopt grid` searches around them and says where a better one lies.
 TUNED: dict[str, Arm] = {
-    "adamw": Arm(lr=1e-3),
-    "laprop": Arm(lr=1e-3),
-    "lion": Arm(lr=3e-4),
-    "muon": Arm(lr=2e-3, companion_lr=3e-3, options={"nesterov": True}),
-    "soap": Arm(lr=1.2e-2, companion_lr=3e-3, options={"nesterov": True}),
-    "rekls": Arm(lr=6e-3, companion_lr=3e-3, options={"nesterov": True}),
+    "adamw": Arm(lr=2e-3),
+    "laprop": Arm(lr=2e-3),
+    "lion": Arm(lr=6e-4),
+    "muon": Arm(lr=4e-3, companion_lr=4e-3, options={"nesterov": True}),
+    "soap": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
+    "rekls": Arm(lr=1.2e-2, companion_lr=4e-3, options={"nesterov": True}),
 }
 
 # What `eopt grid` tries; an optimizer without a row tries GRID_FACTORS times its learning rate.
 GRID: dict[str, tuple[float, ...]] = {
     "adamw": (5e-4, 1e-3, 2e-3, 3e-3, 6e-3),
+    "laprop": (5e-4, 1e-3, 2e-3, 3e-3, 6e-3),
+    "lion": (1.5e-4, 3e-4, 6e-4, 1.2e-3),
+    "muon": (1e-3, 2e-3, 4e-3, 8e-3),
+    "soap": (4.5e-3, 9e-3, 1.2e-2, 1.8e-2),
+    "rekls": (6e-3, 9e-3, 1.2e-2, 1.8e-2),
 }
 GRID_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 

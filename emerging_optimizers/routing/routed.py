@@ -59,11 +59,10 @@ class RoutedOptimizer(RuleOptimizer):
                 + "\nCreate the optimizer with the arguments of the run that wrote it, or name the routes in overrides."
             )
         for mine_group, saved_group in zip(self.param_groups, saved_groups, strict=False):
-            names = saved_group.get("param_names")
-            if names is not None and list(names) != list(mine_group.get("param_names", names)):
+            if _names(saved_group) != _names(mine_group):
                 raise ValueError(
-                    f"the parameters of the checkpoint stand in another order: {', '.join(names)} there, "
-                    f"{', '.join(mine_group['param_names'])} here; build the model as in the run that wrote it"
+                    f"the parameters of the checkpoint stand in another order: {', '.join(_names(saved_group))} there, "
+                    f"{', '.join(_names(mine_group))} here; build the model as in the run that wrote it"
                 )
 
 
@@ -73,8 +72,10 @@ def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _routes(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    return {
-        name: group.get("algorithm", "unknown")
-        for group in groups
-        for name in group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
-    }
+    return {name: group.get("algorithm", "unknown") for group in groups for name in _names(group)}
+
+
+def _names(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parameters, without what torch.compile and DistributedDataParallel put before them."""
+    names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
+    return [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]

@@ -341,3 +341,14 @@ def test_an_added_group_that_cannot_be_followed_is_refused_whole(group, message)
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({**group, "lr": 0.1})
     assert len(optimizer.param_groups) == groups
+
+
+def test_a_checkpoint_of_a_compiled_or_wrapped_model_loads_into_the_bare_one() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    optimizer = create_optimizer("muon", model)
+    saved = optimizer.state_dict()
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
+        for group in saved["param_groups"]:
+            group["param_names"] = [prefix + name for name in group["param_names"]]
+        optimizer.load_state_dict(saved)
+        saved = create_optimizer("muon", model).state_dict()
