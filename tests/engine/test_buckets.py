@@ -1,0 +1,92 @@
+"""Chunks cover what they should, and stacks give back what was put in."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emerging_optimizers.engine import buckets
+from emerging_optimizers.engine.buckets import Bucket
+from emerging_optimizers.engine.matrix_view import item_shape
+from emerging_optimizers.orthogonalized_optimizers.muon import MuonRule
+from emerging_optimizers.scalar_optimizers.adamw import AdamWRule
+
+
+def vectors(sizes: list[int]) -> Bucket:
+    return Bucket([torch.randn(size) for size in sizes], (), AdamWRule())
+
+
+def experts(counts: list[int]) -> Bucket:
+    return Bucket([torch.randn(count, 3, 2) for count in counts], (3, 2), MuonRule())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    cap=st.integers(1, 40),
+    kind=st.sampled_from([vectors, experts]),
+    data=st.data(),
+)
+def test_chunks_cover_the_members_once_and_within_the_cap(sizes: list[int], cap: int, kind: Any, data: Any) -> None:
+    bucket: Bucket = kind(sizes)
+    members = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "ELEMENT_CHUNK", cap)
+        patch.setattr(buckets, "MATRIX_CHUNK_BYTES", cap * 3 * 2 * 4)
+        chunks = list(bucket.chunks(members, "stacked"))
+    covered = [(i, k) for chunk in chunks for i, start, stop in chunk for k in range(start, stop)]
+    assert covered == [(i, k) for i in members for k in range(sizes[i])]
+    assert all(0 < sum(stop - start for _, start, stop in chunk) <= cap for chunk in chunks)
+
+
+def test_chunks_of_the_other_executions() -> None:
+    bucket = experts([2, 1, 3])
+    assert list(bucket.chunks([0, 2], "compiled")) == [[(0, 0, 2), (1, 0, 1), (2, 0, 3)]]
+    assert list(bucket.chunks([0, 1], "per_matrix")) == [[(0, 0, 1)], [(0, 1, 2)], [(1, 0, 1)]]
+    assert list(vectors([4, 5]).chunks([1], "per_matrix")) == [[(1, 0, 5)]]
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2], [0, 2]], ids=["adjacent", "apart"])
+def test_what_is_written_is_read_and_nothing_else_changes(members: list[int]) -> None:
+    bucket = experts([2, 1, 3])
+    (chunk,) = bucket.chunks(members, "stacked")
+    new = type(bucket.state)(torch.randn_like(bucket.read(chunk).momentum_buffer))
+    bucket.write(chunk, new)
+    assert torch.equal(bucket.read(chunk).momentum_buffer, new.momentum_buffer)
+    stacked = bucket.stack(chunk, bucket.parameters)
+    parts, values = bucket.targets(chunk, stacked, members)
+    assert all(torch.equal(part, value) for part, value in zip(parts, values, strict=True))
+    for i in set(range(3)) - set(members):
+        assert not bucket.published[i]["momentum_buffer"].any()
+
+
+def test_a_parameter_out_of_its_memory_order_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "ELEMENT_CHUNK", 4)
+    bucket = Bucket([torch.randn(3, 5).T, torch.randn(6)], (), AdamWRule())
+    assert list(bucket.chunks([0, 1], "stacked")) == [[(0, 0, 15)], [(1, 0, 4)], [(1, 4, 6)]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "view", "item"),
+    [
+        ((4, 6), "auto", (4, 6)),
+        ((3, 4, 6), "auto", (4, 6)),
+        ((3, 4, 6), "flatten", (3, 24)),
+        ((8, 3, 2, 2), "auto", (8, 12)),
+    ],
+)
+def test_item_shapes(shape: tuple[int, ...], view: str, item: tuple[int, ...]) -> None:
+    assert item_shape(torch.zeros(shape), False, view) == item
+    assert item_shape(torch.zeros(shape), True, view) == ()
+
+
+def test_the_mask_of_a_chunk_follows_its_items() -> None:
+    bucket = experts([2, 1, 3])
+    (chunk,) = bucket.chunks([0, 2], "compiled")
+    assert bucket.mask(chunk, {0, 2}).tolist() == [True, True, False, True, True, True]
+    assert (
+        vectors([2, 3]).mask([buckets.Segment(0, 0, 2), buckets.Segment(1, 0, 3)], {1}).tolist()
+        == [False] * 2 + [True] * 3
+    )
