@@ -101,9 +101,8 @@ def test_no_new_graph_after_the_second_step(case: OptimizerCase) -> None:
             group["lr"] = schedule(t)
         optimizer.step()
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    # With the Adam start SOAP has no basis in its first step, makes one in its second and follows it in its third.
-    steady = 3 if "Q_L" in case.state else 2
-    assert counts[steady - 1 :] == [counts[-1]] * (7 - steady)
+    assert counts[0] > 0
+    assert counts[1:] == [counts[-1]] * 5
 
 
 def test_a_step_inside_a_users_compiled_function_equals_eager() -> None:

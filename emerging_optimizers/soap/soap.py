@@ -115,11 +115,14 @@ class SOAPRule(Rule):
         return self.weight_decay_method == "l2"
 
     def phase(self, step: int) -> Phase:
-        """FIRST makes the first basis: in the first step, or with the Adam start in the second."""
+        """FIRST makes the first basis: in the first step, or with the Adam start in the second.
+
+        A refresh in the Adam start's first step has no effect, but brings the graph of the later ones with it.
+        """
         since = step - (1 if self.first_step == "eigenbasis" else 2)
         if since == 0:
             return Phase.FIRST
-        return Phase.REFRESH if since > 0 and since % self.precondition_frequency == 0 else Phase.REUSE
+        return Phase.REFRESH if since % self.precondition_frequency == 0 else Phase.REUSE
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SOAPState:
         """Zero moments and factors, identity bases."""
@@ -143,8 +146,8 @@ class SOAPRule(Rule):
             with fp32_matmul_precision(self.qr_fp32_matmul_prec):
                 Q_L, order_L = self._basis(L, s.Q_L, phase)
                 Q_R, order_R = self._basis(R, s.Q_R, phase)
-                if phase is Phase.FIRST and self.first_step == "adam":
-                    # Where every gradient so far was zero, this one is the first: it is not rotated by itself.
+                if self.first_step == "adam":
+                    # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
                     seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
                     Q_L, Q_R = _choose(seen, Q_L, s.Q_L), _choose(seen, Q_R, s.Q_R)
                 exp_avg = project_in(project_out(exp_avg, s.Q_L, s.Q_R), Q_L, Q_R)

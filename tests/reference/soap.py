@@ -193,7 +193,7 @@ class ReferenceSOAP:
 
     def refreshes_now(self) -> bool:
         """Every ``precondition_frequency`` steps, counted from the step with the first basis."""
-        if self.t == 2 and self.first_step == "adam" and not self.exp_avg_sq.any():
+        if self.first_step == "adam" and not self.exp_avg_sq.any():
             return False  # only zero gradients so far: this one is the first
         since_first = self.t - self.first_refresh_step()
         return since_first >= 0 and since_first % self.precondition_frequency == 0
