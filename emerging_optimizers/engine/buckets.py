@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine.matrix_view import as_items
+from emerging_optimizers.engine.matrix_view import as_items, item_shape
 from emerging_optimizers.engine.rule import Rule
+from emerging_optimizers.engine.validate import label
 
 # Bytes of gradient in one call of a matrix rule: bounds its temporaries, and is far above what batching gains from.
 MATRIX_CHUNK_BYTES = 64 * 2**20
@@ -242,3 +243,24 @@ class Bucket:
                 view.copy_(value)
         if self.step.numel():
             self.counts[i] = int(views["step"].max())
+
+
+def fill_buckets(
+    members: list[tuple[int, Tensor]],
+    group: Mapping[str, Any],
+    rule: Rule,
+    saved: Mapping[Tensor, Mapping[str, Any]],
+) -> list[Bucket]:
+    """Buckets for some parameters of a group, with the state that is saved for them."""
+    kinds: dict[Any, list[tuple[int, Tensor]]] = {}
+    for i, p in members:
+        item = item_shape(p, rule.elementwise, group["matrix_view"])
+        kinds.setdefault((item, p.dtype, p.device), []).append((i, p))
+    buckets = []
+    for (item, _, _), rows in kinds.items():
+        bucket = Bucket([p for _, p in rows], item, rule)
+        for row, (i, p) in enumerate(rows):
+            if saved.get(p):
+                bucket.adopt(row, saved[p], label(group, i, p))
+        buckets.append(bucket)
+    return buckets

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import checkpoint
-from emerging_optimizers.engine.buckets import Bucket, Chunk
+from emerging_optimizers.engine.buckets import Bucket, Chunk, fill_buckets
 from emerging_optimizers.engine.executors import Execution, call
-from emerging_optimizers.engine.matrix_view import MATRIX_VIEWS, item_shape
+from emerging_optimizers.engine.matrix_view import MATRIX_VIEWS
 from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import (
@@ -24,7 +24,9 @@ from emerging_optimizers.engine.validate import (
     NON_NEGATIVE,
     Check,
     check_group,
+    label,
     one_of,
+    plain_options,
     suggest,
 )
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
@@ -101,7 +103,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             name = next(iter(engine))
             raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, defaults)}")
         self._forget_stacks()
-        super().__init__(params, _plain_options(defaults))
+        super().__init__(params, plain_options(defaults))
 
     @property
     def _name(self) -> str:
@@ -136,12 +138,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             hint = "" if name in self.defaults else suggest(name, self.defaults)
             if hint:
                 raise ValueError(f"{self._name}: a parameter group sets {name!r}, which is not an option{hint}")
-        super().add_param_group(_plain_options(param_group))
+        super().add_param_group(plain_options(param_group))
         group = self.param_groups[-1]
         try:
             rule = self._checked_rule(len(self.param_groups) - 1)
             for i, p in enumerate(group["params"]):
-                self._check_parameter(p, rule, _label(group, i, p), self._algorithm(group).__name__)
+                self._check_parameter(p, rule, label(group, i, p), self._algorithm(group).__name__)
             self._algorithm(group)._announce(group)
         except Exception:
             self._rules.pop(len(self.param_groups) - 1, None)
@@ -207,7 +209,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             and (p.requires_grad or p.grad is not None or p in self.state or not only_trainable)
         ]
         if new:
-            self._install(index, _fill(new, group, rule, self.state))
+            self._install(index, fill_buckets(new, group, rule, self.state))
 
     def _install(self, index: int, buckets: list[Bucket]) -> None:
         for bucket in buckets:
@@ -257,7 +259,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 for index, (mine, theirs) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=True)):
                     group = {**self.defaults, **theirs, "params": mine["params"]}
                     members = [(i, p) for i, p in enumerate(mine["params"]) if p in saved]
-                    staged.append((index, _fill(members, group, self._make_rule(group), saved)))
+                    staged.append((index, fill_buckets(members, group, self._make_rule(group), saved)))
             return {**incoming, "state": {}}
 
         def install(_: Any) -> None:
@@ -309,7 +311,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise ValueError(
-                        f"{self._name}: the gradient of {_label(group, i, p)} has layout {p.grad.layout}; only "
+                        f"{self._name}: the gradient of {label(group, i, p)} has layout {p.grad.layout}; only "
                         "dense gradients can be used (nn.Embedding(sparse=False))"
                     )
 
@@ -395,45 +397,5 @@ class RuleOptimizer(torch.optim.Optimizer):
             torch._foreach_copy_(parts, wide)
 
 
-def _fill(
-    members: list[tuple[int, Tensor]],
-    group: Mapping[str, Any],
-    rule: Rule,
-    saved: Mapping[Tensor, Mapping[str, Any]],
-) -> list[Bucket]:
-    """Buckets for some parameters of a group, with the state that is saved for them."""
-    kinds: dict[Any, list[tuple[int, Tensor]]] = {}
-    for i, p in members:
-        item = item_shape(p, rule.elementwise, group["matrix_view"])
-        kinds.setdefault((item, p.dtype, p.device), []).append((i, p))
-    buckets = []
-    for (item, _, _), rows in kinds.items():
-        bucket = Bucket([p for _, p in rows], item, rule)
-        for row, (i, p) in enumerate(rows):
-            if saved.get(p):
-                bucket.adopt(row, saved[p], _label(group, i, p))
-        buckets.append(bucket)
-    return buckets
-
-
-def _label(group: Mapping[str, Any], i: int, p: Tensor) -> str:
-    """How messages name a parameter."""
-    names = group.get("param_names")
-    return f"parameter {names[i]!r} of shape {tuple(p.shape)}" if names else f"parameter {i} of shape {tuple(p.shape)}"
-
-
 def _like(live: Tensor, state: Tensor) -> Tensor:
     return live.view(-1, *(1 for _ in state.shape[1:]))
-
-
-def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration libraries' lists and numbers as Python's own, which a checkpoint can hold."""
-    return {name: value if name in ("params", "param_names") else _plain(value) for name, value in options.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Tensor, str)):
-        return value
-    if hasattr(value, "item"):
-        return value.item()
-    return tuple(map(_plain, value)) if isinstance(value, Sequence) else value

@@ -1,7 +1,7 @@
 """Checks of what users pass, as data; every message names the argument, the value, what is allowed."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -63,3 +63,22 @@ def check_group(owner: str, where: str, group: Mapping[str, Any], checks: Mappin
     for name, check in checks.items():
         if not check.holds(group[name]):
             raise ValueError(f"{owner}: {name}={group[name]!r} in {where} is not allowed; give {check.allowed}")
+
+
+def label(group: Mapping[str, Any], i: int, p: Tensor) -> str:
+    """How messages name a parameter."""
+    names = group.get("param_names")
+    return f"parameter {names[i]!r} of shape {tuple(p.shape)}" if names else f"parameter {i} of shape {tuple(p.shape)}"
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration libraries' lists and numbers as Python's own, which a checkpoint can hold."""
+    return {name: value if name in ("params", "param_names") else _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Tensor, str)):
+        return value
+    if hasattr(value, "item"):
+        return value.item()
+    return tuple(map(_plain, value)) if isinstance(value, Sequence) else value
