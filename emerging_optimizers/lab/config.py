@@ -30,10 +30,10 @@ class Arm:
 TUNED: dict[str, Arm] = {
     "adamw": Arm(lr=2e-3),
     "laprop": Arm(lr=2e-3),
-    "lion": Arm(lr=6e-4),
+    "lion": Arm(lr=3e-4),
     "muon": Arm(lr=4e-3, companion_lr=4e-3, options={"nesterov": True}),
     "soap": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
-    "rekls": Arm(lr=1.2e-2, companion_lr=4e-3, options={"nesterov": True}),
+    "rekls": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
 }
 
 # What `eopt grid` tries; an optimizer without a row tries GRID_FACTORS times its learning rate.
