@@ -239,6 +239,20 @@ def test_replaced_state_is_taken_over(case: OptimizerCase) -> None:
 
 
 @every_optimizer
+def test_deleted_state_starts_anew_and_the_rest_goes_on(case: OptimizerCase) -> None:
+    ps, optimizer = run(case, 2)
+    kept = {key: value.clone() for key, value in optimizer.state[ps[1]].items()}
+    del optimizer.state[ps[0]]
+    set_gradients(ps, 3, lambda i, t: i > 0)
+    alone = torch.nn.Parameter(ps[0].detach().clone())
+    alone.grad = ps[0].grad
+    case.make([alone]).step()
+    optimizer.step()
+    torch.testing.assert_close(ps[0], alone)
+    assert all(torch.equal(optimizer.state[ps[1]][key], value) for key, value in kept.items())
+
+
+@every_optimizer
 def test_a_parameter_that_changes_dtype_keeps_its_state(case: OptimizerCase) -> None:
     ps, optimizer = run(case, 2)
     ps[0].data = ps[0].data.double()

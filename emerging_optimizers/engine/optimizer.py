@@ -219,8 +219,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self.state[p] = bucket.published[row].copy()
 
     def _follow_user(self) -> None:
-        """Take over what users did since the last step: moved parameters, replaced entries of `state`."""
-        if not all(bucket.fits(i) for bucket, i in self._homes.values()):
+        """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
+        if not all(bucket.fits(i) and self.state.get(p) for p, (bucket, i) in self._homes.items()):
             self._forget_stacks()
             return
         for p, (bucket, i) in self._homes.items():
