@@ -319,7 +319,7 @@ def test_every_hyper_parameter_is_in_the_groups_and_saved(case: OptimizerCase) -
 def test_schedulers_hooks_tensor_lr_and_names(case: OptimizerCase) -> None:
     ps, ref = parameters(case), parameters(case)
     named = [(f"p{i}", p) for i, p in enumerate(ps)]
-    a, b = case.make(named, lr=torch.tensor(0.05, dtype=torch.float64)), case.make(ref, lr=0.05)
+    a, b = case.make(named, lr=torch.tensor([0.05], dtype=torch.float64)), case.make(ref, lr=0.05)
     calls: list[str] = []
     a.register_step_pre_hook(lambda *_: calls.append("pre"))
     a.register_step_post_hook(lambda *_: calls.append("post"))

@@ -57,9 +57,13 @@ class Bucket:
         self.counts = [0] * len(parameters)
         steps = (len(parameters) if rule.elementwise else self.offsets[-1]) if rule.counts_steps else 0
         self.step = torch.zeros(steps, dtype=torch.float32, device=self.device)
-        self.published: list[dict[str, Tensor]] = [self._views(i) for i in range(len(parameters))]
+        # Which stacks are shaped like the gradient, for any gradient: a square matrix's factors are so by accident.
+        shape = (1, 2, 3)[: 1 + len(item)]
+        probe = rule.init(shape, self.dtype, torch.device("meta"))._asdict()
+        like_grad = {name for name, x in probe.items() if x is not None and x.shape == shape}
+        self.published: list[dict[str, Tensor]] = [self._views(i, like_grad) for i in range(len(parameters))]
 
-    def _views(self, i: int) -> dict[str, Tensor]:
+    def _views(self, i: int, like_grad: set[str]) -> dict[str, Tensor]:
         """The state of parameter i under its checkpoint keys, as views of the stacks."""
         p, first, last = self.parameters[i], self.offsets[i], self.offsets[i + 1]
         batched = p.ndim == 3 and self.item == p.shape[1:]
@@ -70,8 +74,7 @@ class Bucket:
             if stack is None:
                 continue
             rows = stack[first:last]
-            same_shape = rows.shape[1:] == self.item
-            views[name] = rows.view(p.shape) if same_shape else rows if batched else rows[0]
+            views[name] = rows.view(p.shape) if name in like_grad else rows if batched else rows[0]
         return views
 
     def fits(self, i: int) -> bool:

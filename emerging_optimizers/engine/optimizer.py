@@ -384,7 +384,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         assert out.direction is not None
         parts, directions = bucket.targets(chunk, out.direction, members)
         wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
-        lr = group["lr"]
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
         if isinstance(lr, Tensor):
             for w, direction in zip(wide, directions, strict=True):

@@ -12,6 +12,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.matrix_view import item_shape
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonRule
 from emerging_optimizers.scalar_optimizers.adamw import AdamWRule
+from emerging_optimizers.soap.soap import SOAPRule
 
 
 def vectors(sizes: list[int]) -> Bucket:
@@ -90,3 +91,11 @@ def test_the_mask_of_a_chunk_follows_its_items() -> None:
         vectors([2, 3]).mask([buckets.Segment(0, 0, 2), buckets.Segment(1, 0, 3)], {1}).tolist()
         == [False] * 2 + [True] * 3
     )
+
+
+def test_factors_of_a_square_convolution_are_square() -> None:
+    bucket = Bucket([torch.randn(12, 3, 2, 2)], (12, 12), SOAPRule())
+    shapes = {key: tuple(view.shape) for key, view in bucket.published[0].items()}
+    assert shapes["exp_avg"] == (12, 3, 2, 2)
+    assert shapes["L"] == shapes["Q_R"] == (12, 12)
+    assert shapes["step"] == ()
