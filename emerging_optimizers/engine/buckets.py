@@ -154,11 +154,11 @@ class Bucket:
                     stack[a:b].copy_(piece)
                 row += b - a
 
-    def stack(self, chunk: Chunk, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Tensors shaped like the parameters (None: zeros) as one stack in the state's dtype."""
+    def stack(self, chunk: Chunk, tensors: Mapping[int, Tensor | None]) -> Tensor:
+        """Tensors shaped like the parameters, by their row, as one stack in the state's dtype; none: zeros."""
         pieces = []
         for i, start, stop in chunk:
-            x = tensors[i]
+            x = tensors.get(i)
             if x is None:
                 pieces.append(torch.zeros((stop - start, *self.item), dtype=self.dtype, device=self.device))
             else:

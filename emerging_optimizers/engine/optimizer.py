@@ -5,7 +5,7 @@ stack in float32 -> l2 decay -> rule -> state written back into its stacks -> de
 parameters -> hooks. Whatever can raise does so before the first weight or state has changed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict, TypeVar, get_args
 
 import torch
@@ -329,8 +329,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         moving = [bucket.parameters[i] for i in active]
         context = rule.hook.before(moving) if rule.hook else None
         for (phase, count), members in by_phase.items():
+            gradients = {i: bucket.parameters[i].grad for i in members}
             for chunk in bucket.chunks(members, execution):
-                self._run(bucket, chunk, frozenset(members), rule, phase, count, group, execution)
+                self._run(bucket, chunk, gradients, rule, phase, count, group, execution)
         if rule.hook:
             rule.hook.after(moving, context)
         bucket.count(active)
@@ -339,22 +340,21 @@ class RuleOptimizer(torch.optim.Optimizer):
         self,
         bucket: Bucket,
         chunk: Chunk,
-        members: frozenset[int],
+        gradients: Mapping[int, Tensor | None],
         rule: Rule,
         phase: Phase,
         count: int,
         group: Mapping[str, Any],
         execution: Execution,
     ) -> None:
-        """One call of the rule, from the gradients to the weights."""
-        gradients = [p.grad if i in members else None for i, p in enumerate(bucket.parameters)]
+        """One call of the rule, from the gradients to the weights; parameters without a gradient do not move."""
         grad = bucket.stack(chunk, gradients)
         if group["maximize"]:
             grad = -grad
         adds_l2 = group["weight_decay_method"] == "l2" and group["weight_decay"] != 0 and not rule.handles_l2
         extra: dict[str, Any] = {}
         if adds_l2 or rule.reads_weight:
-            weight = bucket.stack(chunk, bucket.parameters)
+            weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
             if rule.reads_weight:
                 extra["weight"] = weight
             if adds_l2:
@@ -366,17 +366,17 @@ class RuleOptimizer(torch.optim.Optimizer):
         state = bucket.read(chunk)
         out = call(rule, grad, state, make_scalars(rule.scalars, group, extra), phase, execution)
         new_state = out.state
-        if any(segment.row not in members for segment in chunk):
-            live = bucket.mask(chunk, members)
+        if any(segment.row not in gradients for segment in chunk):
+            live = bucket.mask(chunk, gradients)
             new_state = type(state)(
                 *(old if old is None else torch.where(_like(live, old), new, old)
                   for old, new in zip(state, out.state, strict=True))
             )  # fmt: skip
         bucket.write(chunk, new_state)
-        self._move(bucket, chunk, members, out, group)
+        self._move(bucket, chunk, gradients, out, group)
 
     @staticmethod
-    def _move(bucket: Bucket, chunk: Chunk, members: frozenset[int], out: Step, group: Mapping[str, Any]) -> None:
+    def _move(bucket: Bucket, chunk: Chunk, members: Container[int], out: Step, group: Mapping[str, Any]) -> None:
         """W <- keep W - lr direction, rounded once to the parameter's dtype."""
         if out.parameter is not None:
             torch._foreach_copy_(*bucket.targets(chunk, out.parameter, members))

@@ -56,7 +56,7 @@ def test_what_is_written_is_read_and_nothing_else_changes(members: list[int]) ->
     new = type(bucket.state)(torch.randn_like(bucket.read(chunk).momentum_buffer))
     bucket.write(chunk, new)
     assert torch.equal(bucket.read(chunk).momentum_buffer, new.momentum_buffer)
-    stacked = bucket.stack(chunk, bucket.parameters)
+    stacked = bucket.stack(chunk, dict(enumerate(bucket.parameters)))
     parts, values = bucket.targets(chunk, stacked, members)
     assert all(torch.equal(part, value) for part, value in zip(parts, values, strict=True))
     for i in set(range(3)) - set(members):
