@@ -55,8 +55,11 @@ class Bucket:
             self.offsets.append(self.offsets[-1] + p.numel() // size)
         self.state = rule.init((self.offsets[-1], *item), self.dtype, self.device)
         self.counts = [0] * len(parameters)
-        steps = (len(parameters) if rule.elementwise else self.offsets[-1]) if rule.counts_steps else 0
-        self.step = torch.zeros(steps, dtype=torch.float32, device=self.device)
+        # What is counted and guarded by itself: a matrix, or a parameter of an element-wise rule.
+        self.units = self.offsets[-1] if item else len(parameters)
+        self.step = torch.zeros(self.units if rule.counts_steps else 0, dtype=torch.float32, device=self.device)
+        self.guard: dict[str, Tensor] = {}
+        self.scaled, self.skipped = torch.zeros(2, self.units, dtype=torch.int64, device=self.device)
         # Which stacks are shaped like the gradient, for any gradient: a square matrix's factors are so by accident.
         shape = (1, 2, 3)[: 1 + len(item)]
         probe = rule.init(shape, self.dtype, torch.device("meta"))._asdict()
@@ -69,13 +72,34 @@ class Bucket:
         batched = p.ndim == 3 and self.item == p.shape[1:]
         views: dict[str, Tensor] = {}
         if self.step.numel():
-            views["step"] = self.step[first:last] if batched else self.step[first if self.item else i]
+            views["step"] = self.unit_view(i, self.step)
         for name, stack in self.state._asdict().items():
             if stack is None:
                 continue
             rows = stack[first:last]
             views[name] = rows.view(p.shape) if name in like_grad else rows if batched else rows[0]
         return views
+
+    @property
+    def on_host(self) -> bool:
+        """Whether looking at a value waits for nothing."""
+        return self.device.type == "cpu"
+
+    def unit_view(self, i: int, stack: Tensor) -> Tensor:
+        """What a stack over units holds for parameter i: (b,) for a batch of b matrices, else 0-D."""
+        p = self.parameters[i]
+        if self.item and p.ndim == 3 and self.item == p.shape[1:]:
+            return stack[self.offsets[i] : self.offsets[i + 1]]
+        return stack[self.offsets[i] if self.item else i]
+
+    def start_guard(self) -> None:
+        """Allocate the running means of the spike guard, and publish them beside the rule's state."""
+        if self.guard:
+            return
+        for name in ("guard_norm", "guard_weight"):
+            self.guard[name] = torch.zeros(self.units, dtype=self.dtype, device=self.device)
+            for i, views in enumerate(self.published):
+                views[name] = self.unit_view(i, self.guard[name])
 
     def fits(self, i: int) -> bool:
         """Whether parameter i still is what its stacks were made for."""
@@ -87,19 +111,19 @@ class Bucket:
     def chunks(self, members: Sequence[int], execution: str) -> Iterator[Chunk]:
         """Cut the parameters `members` into the calls of the rule."""
         if execution == "compiled":  # one call of one shape, whoever has a gradient: no new graph later
-            yield [Segment(i, 0, self._items(i)) for i in range(len(self.parameters))]
+            yield [Segment(i, 0, self.items(i)) for i in range(len(self.parameters))]
             return
         if execution == "per_matrix":
             for i in members:
-                step = 1 if self.item else self._items(i)
-                yield from ([Segment(i, k, k + step)] for k in range(0, self._items(i), step))
+                step = 1 if self.item else self.items(i)
+                yield from ([Segment(i, k, k + step)] for k in range(0, self.items(i), step))
             return
         size = torch.Size(self.item).numel() * self.dtype.itemsize
         cap = max(1, MATRIX_CHUNK_BYTES // size) if self.item else ELEMENT_CHUNK
         chunk: Chunk = []
         room = cap
         for i in members:
-            start, items = 0, self._items(i)
+            start, items = 0, self.items(i)
             # A parameter whose memory is not in its own order can only be written whole.
             piece = cap if self.parameters[i].is_contiguous() else items
             while start < items:
@@ -113,7 +137,8 @@ class Bucket:
         if chunk:
             yield chunk
 
-    def _items(self, i: int) -> int:
+    def items(self, i: int) -> int:
+        """How many items parameter i owns."""
         return self.offsets[i + 1] - self.offsets[i]
 
     # ---- in and out of stacks -----------------------------------------------------------------------------------
@@ -178,7 +203,7 @@ class Bucket:
             row += stop - start
             if i not in members:
                 continue
-            if stop - start == self._items(i):
+            if stop - start == self.items(i):
                 parts.append(p)
                 values.append(piece.reshape(p.shape))
             else:
@@ -186,33 +211,38 @@ class Bucket:
                 values.append(piece)
         return parts, values
 
-    def mask(self, chunk: Chunk, members: Container[int]) -> Tensor:
-        """For each item of a chunk, whether its parameter is one of `members`: (B,), bool."""
-        live = [i in members for i, start, stop in chunk for _ in (range(stop - start) if self.item else (0,))]
-        mask = torch.tensor(live, device=self.device)
+    def units_of(self, members: Sequence[int]) -> Tensor:
+        """The indices of the units of some parameters."""
+        ranges = [range(self.offsets[i], self.offsets[i + 1]) if self.item else range(i, i + 1) for i in members]
+        return torch.tensor([unit for indices in ranges for unit in indices], device=self.device)
+
+    def spread(self, chunk: Chunk, stack: Tensor) -> Tensor:
+        """A stack over units as it broadcasts against a chunk: (B, 1, 1), or (K,), or 0-D for one vector."""
         if self.item:
-            return mask
-        lengths = torch.tensor([stop - start for _, start, stop in chunk], device=self.device)
-        return mask.repeat_interleave(lengths)
+            return torch.cat([stack[a:b] for a, b in self._runs(chunk)]).view(-1, *(1 for _ in self.item))
+        if len(chunk) == 1:
+            return stack[chunk[0].row]
+        rows, lengths = zip(*((i, stop - start) for i, start, stop in chunk), strict=True)
+        return stack[list(rows)].repeat_interleave(torch.tensor(lengths, device=self.device))
 
     # ---- counting and adopting ----------------------------------------------------------------------------------
 
-    def step_of(self, chunk: Chunk) -> Tensor:
-        """How often each item of a chunk of matrices has been updated, this update included: (B, 1, 1), float64."""
-        pieces = [self.step[a:b] for a, b in self._runs(chunk)]
-        return (torch.cat(pieces).double() + 1).view(-1, *(1 for _ in self.item))
-
-    def count(self, members: Sequence[int]) -> None:
-        """One more update of the parameters `members`."""
+    def count(self, members: Sequence[int], factor: Tensor | None) -> None:
+        """One more update of the parameters `members`, but not of the units whose factor is 0."""
+        if factor is not None:
+            live = factor > 0
+            if self.on_host:
+                members = [i for i in members if self.unit_view(i, live).any()]
+            if self.step.numel():
+                self.step += live
+        elif self.step.numel():
+            if len(members) == len(self.parameters):
+                self.step += 1
+            else:
+                for i in members:
+                    self.unit_view(i, self.step).add_(1)
         for i in members:
             self.counts[i] += 1
-        if not self.step.numel():
-            return
-        if len(members) == len(self.parameters):
-            self.step += 1
-            return
-        for i in members:
-            (self.step[self.offsets[i] : self.offsets[i + 1]] if self.item else self.step[i]).add_(1)
 
     def adopt(self, i: int, saved: Mapping[str, Any], name: str) -> None:
         """Copy a parameter's state from elsewhere into the stacks, in the stacks' dtype.
@@ -221,8 +251,8 @@ class Bucket:
             ValueError: a key is missing or unknown, or a shape differs.
         """
         views = self.published[i]
-        if saved.keys() != views.keys():
-            missing, unknown = views.keys() - saved.keys(), saved.keys() - views.keys()
+        missing, unknown = views.keys() - saved.keys() - self.guard.keys(), saved.keys() - views.keys()
+        if missing or unknown:
             raise ValueError(
                 f"the optimizer state of {name} does not fit: "
                 + "; ".join(
@@ -233,6 +263,8 @@ class Bucket:
                 + ". It was written by another optimizer or with other options."
             )
         for key, view in views.items():
+            if key not in saved:  # the guard was turned on since
+                continue
             value = torch.as_tensor(saved[key])
             if value.shape != view.shape:
                 if key == "step" and value.numel() == 1:  # one count for a batch of matrices
@@ -262,6 +294,8 @@ def fill_buckets(
     buckets = []
     for (item, _, _), rows in kinds.items():
         bucket = Bucket([p for _, p in rows], item, rule)
+        if group["spike_guard"] is not None or any("guard_norm" in saved.get(p, {}) for _, p in rows):
+            bucket.start_guard()
         for row, (i, p) in enumerate(rows):
             if saved.get(p):
                 bucket.adopt(row, saved[p], label(group, i, p))

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.buckets import Bucket, Chunk, fill_buckets
 from emerging_optimizers.engine.executors import Execution, call
+from emerging_optimizers.engine.guard import NonfiniteT, decide
 from emerging_optimizers.engine.matrix_view import MATRIX_VIEWS
 from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import make_scalars
@@ -22,10 +23,12 @@ from emerging_optimizers.engine.validate import (
     FLAG,
     LEARNING_RATE,
     NON_NEGATIVE,
+    POSITIVE,
     Check,
     check_group,
     label,
     one_of,
+    optional,
     plain_options,
     suggest,
 )
@@ -49,6 +52,11 @@ class EngineOptions(TypedDict, total=False):
 
     Attributes:
         maximize: follow the gradient up instead of down; per group. Default False.
+        spike_guard: scale a matrix's gradient down whose norm exceeds this many times the running mean of its norms
+            (> 1); None: never. Per group. Default None.
+        nonfinite: what a NaN or an infinity in a gradient does: "skip" (that matrix, or in an element-wise rule that
+            parameter, sits the step out and no state sees the gradient), "raise" (before anything moves; reads the
+            device) or "propagate". Per group. Default "skip".
         matrix_view: "auto" (a 3-D parameter is a batch of matrices) or "flatten" ((out, rest)); per group, for
             matrix optimizers. Default "auto".
         execution: "stacked" (default: matrices of one shape in one call), "per_matrix" (one matrix a call, the
@@ -56,6 +64,8 @@ class EngineOptions(TypedDict, total=False):
     """
 
     maximize: bool
+    spike_guard: float | None
+    nonfinite: NonfiniteT
     matrix_view: str
     execution: Execution
 
@@ -81,6 +91,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         "weight_decay": NON_NEGATIVE,
         "weight_decay_method": one_of(*get_args(WeightDecayT)),
         "maximize": FLAG,
+        "spike_guard": optional(Check(lambda v: POSITIVE.holds(v) and v > 1, "a finite number > 1")),
+        "nonfinite": one_of(*get_args(NonfiniteT)),
         "matrix_view": one_of(*MATRIX_VIEWS),
     }
     # Attributes beside torch's that a pickle or a copy keeps.
@@ -97,6 +109,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             "weight_decay_method": "decoupled",
             **defaults,
             "maximize": engine.pop("maximize", False),
+            "spike_guard": engine.pop("spike_guard", None),
+            "nonfinite": engine.pop("nonfinite", "skip"),
             "matrix_view": engine.pop("matrix_view", "auto"),
         }
         if engine:
@@ -309,11 +323,35 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _check_gradients(self) -> None:
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.layout != torch.strided:
+                if p.grad is None:
+                    continue
+                if group["nonfinite"] == "raise" and not bool(p.grad.isfinite().all()):
+                    raise ValueError(
+                        f"{self._name}: the gradient of {label(group, i, p)} is not finite, and its group says "
+                        "nonfinite='raise'; nothing has moved. nonfinite='skip' lets it sit the step out"
+                    )
+                if p.grad.layout != torch.strided:
                     raise ValueError(
                         f"{self._name}: the gradient of {label(group, i, p)} has layout {p.grad.layout}; only "
                         "dense gradients can be used (nn.Embedding(sparse=False))"
                     )
+
+    def guard_events(self) -> dict[str, tuple[int, int]]:
+        """How often each parameter's gradient was scaled down as a spike, and skipped as non-finite.
+
+        Parameters without an event are left out; a batch of matrices counts each matrix. Waits for the device.
+        """
+        events: dict[str, tuple[int, int]] = {}
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p not in self._homes:
+                    continue
+                bucket, row = self._homes[p]
+                counts = tuple(int(bucket.unit_view(row, stack).sum()) for stack in (bucket.scaled, bucket.skipped))
+                if any(counts):
+                    names = group.get("param_names")
+                    events[names[i] if names else f"param_groups[{index}]['params'][{i}]"] = counts  # type: ignore[assignment]
+        return events
 
     def _step_bucket(self, bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
         active = [i for i, p in enumerate(bucket.parameters) if p.grad is not None]
@@ -328,27 +366,45 @@ class RuleOptimizer(torch.optim.Optimizer):
         execution: Execution = "per_matrix" if rule.reads_parameters else self.execution
         moving = [bucket.parameters[i] for i in active]
         context = rule.hook.before(moving) if rule.hook else None
+        if group["spike_guard"] is not None and not bucket.guard:
+            bucket.start_guard()
+            for i, p in enumerate(bucket.parameters):
+                self.state[p] = bucket.published[i].copy()
+        factor = decide(bucket, active, group)
         for (phase, count), members in by_phase.items():
             gradients = {i: bucket.parameters[i].grad for i in members}
             for chunk in bucket.chunks(members, execution):
-                self._run(bucket, chunk, gradients, rule, phase, count, group, execution)
+                self._run(bucket, chunk, gradients, factor, rule, phase, count, group, execution)
         if rule.hook:
             rule.hook.after(moving, context)
-        bucket.count(active)
+        bucket.count(active, factor)
 
     def _run(
         self,
         bucket: Bucket,
         chunk: Chunk,
         gradients: Mapping[int, Tensor | None],
+        factor: Tensor | None,
         rule: Rule,
         phase: Phase,
         count: int,
         group: Mapping[str, Any],
         execution: Execution,
     ) -> None:
-        """One call of the rule, from the gradients to the weights; parameters without a gradient do not move."""
+        """One call of the rule, from the gradients to the weights.
+
+        `factor` scales the gradients of units; where it is 0, neither weight nor state moves.
+        """
         grad = bucket.stack(chunk, gradients)
+        live = None
+        if any(segment.row not in gradients for segment in chunk):
+            members = torch.zeros(bucket.units, device=bucket.device)
+            members[bucket.units_of(list(gradients))] = 1
+            factor = members if factor is None else factor * members
+        if factor is not None:
+            scale = bucket.spread(chunk, factor)
+            live = scale > 0
+            grad = torch.where(live, grad * scale, 0)
         if group["maximize"]:
             grad = -grad
         adds_l2 = group["weight_decay_method"] == "l2" and group["weight_decay"] != 0 and not rule.handles_l2
@@ -362,40 +418,49 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rule.reads_parameters:
             extra["parameters"] = [bucket.parameters[segment.row] for segment in chunk]
         if rule.counts_steps:
-            extra["step"] = count if rule.elementwise else bucket.step_of(chunk)
+            # A number where the host knows it: not on an accelerator that may have skipped a unit.
+            known = rule.elementwise and (factor is None or bucket.on_host)
+            extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
         state = bucket.read(chunk)
         out = call(rule, grad, state, make_scalars(rule.scalars, group, extra), phase, execution)
         new_state = out.state
-        if any(segment.row not in gradients for segment in chunk):
-            live = bucket.mask(chunk, gradients)
-            new_state = type(state)(
-                *(old if old is None else torch.where(_like(live, old), new, old)
-                  for old, new in zip(state, out.state, strict=True))
-            )  # fmt: skip
+        if live is not None:
+            new_state = type(state)(*(_where(live, new, old) for old, new in zip(state, out.state, strict=True)))
         bucket.write(chunk, new_state)
-        self._move(bucket, chunk, gradients, out, group)
+        self._move(bucket, chunk, gradients, live, out, group)
 
     @staticmethod
-    def _move(bucket: Bucket, chunk: Chunk, members: Container[int], out: Step, group: Mapping[str, Any]) -> None:
+    def _move(
+        bucket: Bucket,
+        chunk: Chunk,
+        members: Container[int],
+        live: Tensor | None,
+        out: Step,
+        group: Mapping[str, Any],
+    ) -> None:
         """W <- keep W - lr direction, rounded once to the parameter's dtype."""
-        if out.parameter is not None:
-            torch._foreach_copy_(*bucket.targets(chunk, out.parameter, members))
-            return
-        assert out.direction is not None
-        parts, directions = bucket.targets(chunk, out.direction, members)
-        wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
-        if isinstance(lr, Tensor):
-            for w, direction in zip(wide, directions, strict=True):
-                w.mul_(keep).sub_(direction * lr)
-        else:
+        if live is None and out.direction is not None and not isinstance(lr, Tensor):
+            parts, directions = bucket.targets(chunk, out.direction, members)
+            wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
             if keep != 1:
                 torch._foreach_mul_(wide, keep)
             torch._foreach_add_(wide, directions, alpha=-lr)
-        if wide is not parts:
-            torch._foreach_copy_(parts, wide)
+            if wide is not parts:
+                torch._foreach_copy_(parts, wide)
+            return
+        old = bucket.stack(chunk, {row: bucket.parameters[row] for row, _, _ in chunk})
+        new = out.parameter if out.direction is None else old * keep - out.direction * lr
+        assert new is not None
+        new = new if live is None else torch.where(live, new, old)
+        torch._foreach_copy_(*bucket.targets(chunk, new, members))
 
 
-def _like(live: Tensor, state: Tensor) -> Tensor:
-    return live.view(-1, *(1 for _ in state.shape[1:]))
+def _where(live: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """The new rows of a stack where they are live; `live` has the gradient's rank, the stack may have another."""
+    if new is None or old is None:
+        return None
+    return torch.where(
+        live if live.ndim <= 1 and old.ndim <= 1 else live.reshape(-1, *(1 for _ in old.shape[1:])), new, old
+    )

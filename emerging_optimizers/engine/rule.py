@@ -50,7 +50,7 @@ class Step(NamedTuple):
     Attributes:
         direction: W <- W - lr * direction, shaped like the gradient.
         state: the new state, of the type that `init` returned.
-        parameter: the new weight itself, for rules that rewrite it; direction is then ignored.
+        parameter: the new weight itself, for rules that rewrite it; direction is then None.
     """
 
     direction: Tensor | None

@@ -83,14 +83,12 @@ def test_item_shapes(shape: tuple[int, ...], view: str, item: tuple[int, ...]) -
     assert item_shape(torch.zeros(shape), True, view) == ()
 
 
-def test_the_mask_of_a_chunk_follows_its_items() -> None:
+def test_a_stack_over_units_spreads_over_a_chunk() -> None:
     bucket = experts([2, 1, 3])
-    (chunk,) = bucket.chunks([0, 2], "compiled")
-    assert bucket.mask(chunk, {0, 2}).tolist() == [True, True, False, True, True, True]
-    assert (
-        vectors([2, 3]).mask([buckets.Segment(0, 0, 2), buckets.Segment(1, 0, 3)], {1}).tolist()
-        == [False] * 2 + [True] * 3
-    )
+    (chunk,) = bucket.chunks([0, 2], "stacked")
+    assert bucket.spread(chunk, torch.arange(6)).tolist() == [[[k]] for k in (0, 1, 3, 4, 5)]
+    (chunk,) = vectors([2, 3]).chunks([0, 1], "stacked")
+    assert vectors([2, 3]).spread(chunk, torch.tensor([7, 8])).tolist() == [7, 7, 8, 8, 8]
 
 
 def test_factors_of_a_square_convolution_are_square() -> None:
