@@ -347,10 +347,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if p not in self._homes:
                     continue
                 bucket, row = self._homes[p]
-                counts = tuple(int(bucket.unit_view(row, stack).sum()) for stack in (bucket.scaled, bucket.skipped))
-                if any(counts):
+                scaled, skipped = (int(bucket.unit_view(row, n).sum()) for n in (bucket.scaled, bucket.skipped))
+                if scaled or skipped:
                     names = group.get("param_names")
-                    events[names[i] if names else f"param_groups[{index}]['params'][{i}]"] = counts  # type: ignore[assignment]
+                    events[names[i] if names else f"param_groups[{index}]['params'][{i}]"] = (scaled, skipped)
         return events
 
     def _step_bucket(self, bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
