@@ -14,6 +14,8 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from emerging_optimizers.lab.config import TrainConfig, UsageError
+from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
+from emerging_optimizers.lab.spike import SpikeConfig
 
 NEWEST = Path("newest")
 
@@ -78,6 +80,36 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spike:
+    """Send one gradient that is far too large through each optimizer: recovery and aftershock."""
+
+    config: tyro.conf.OmitArgPrefixes[SpikeConfig] = field(default_factory=SpikeConfig)
+    out: Path = Path("runs/spike")
+    """Folder of the result and the figures."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs the sweep, shows its tables and writes its files."""
+        from emerging_optimizers.lab.spike import run_command
+
+        run_command(self.config, self.out, command=("eopt", "spike", *args))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenbasis:
+    """Follow SOAP's eigenbases around a gradient spike, in float32 and in emulated reduced precision."""
+
+    config: tyro.conf.OmitArgPrefixes[EigenbasisConfig] = field(default_factory=EigenbasisConfig)
+    out: Path = Path("runs/eigenbasis")
+    """Folder of the result and the figure."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs the experiment, shows its tables and writes its files."""
+        from emerging_optimizers.lab.eigenbasis import run_command
+
+        run_command(self.config, self.out, command=("eopt", "eigenbasis", *args))
+
+
+@dataclass(frozen=True, kw_only=True)
 class List:
     """Show the optimizers."""
 
@@ -102,7 +134,7 @@ class List:
         Console().print(table)
 
 
-Command = Train | Grid | List
+Command = Train | Grid | Spike | Eigenbasis | List
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def run_grid(
     text = load_text(config.text, config.context)
     job = {key: value for key, value in asdict(config).items() if key not in ("optimizers", "lr", "companion_lr")}
     job["text_sha256"] = text.sha256
-    now, environment_path = environment(text, config.threads), out.with_suffix(".environment.json")
+    now, environment_path = environment(config.threads, text), out.with_suffix(".environment.json")
     rows: list[GridRow] = []
     if out.exists() and not fresh:
         stored = read_json(out)

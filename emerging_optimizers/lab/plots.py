@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,8 +12,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from emerging_optimizers.lab.eigenbasis import EigenbasisResult
 from emerging_optimizers.lab.record import RunResult
 from emerging_optimizers.lab.report import BASELINE, baseline_loss
+from emerging_optimizers.lab.spike import SpikeResult
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the baseline is dark.
 DARK = "#222222"
@@ -75,6 +78,134 @@ def plot_grid(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -
     axes.set_xscale("log")
     _label(axes, "learning rate", "final held-out loss, nats per character")
     axes.legend(frameon=False, title="best")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_spike_warmup(result: SpikeResult, path: Path) -> None:
+    """Draws the update RMS of each optimizer from its first step, without a spike.
+
+    Args:
+        result: The sweep.
+        path: The picture to write.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for arm, style in zip(result.arms, _arm_styles(result), strict=True):
+        rms = arm.no_spike.rms[: result.config.warmup_steps]
+        axes.plot(range(1, len(rms) + 1), rms, label=arm.name, **style)
+    axes.set_yscale("log")
+    _label(axes, "step", "update RMS")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_spike_sweep(result: SpikeResult, path: Path) -> None:
+    """Draws the update RMS around each spike: a panel a spike, by time and size, a line an optimizer.
+
+    Args:
+        result: The sweep.
+        path: The picture to write.
+    """
+    times, sizes = sorted(result.config.spike_at), sorted(result.config.spike_scale)
+    figure, grid = plt.subplots(
+        *(len(times), len(sizes)),
+        figsize=(1 + 3.7 * len(sizes), 1 + 2.6 * len(times)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for at, row in zip(times, grid, strict=True):
+        for scale, axes in zip(sizes, row, strict=True):
+            for arm, style in zip(result.arms, _arm_styles(result), strict=True):
+                rms = arm.trajectory((at, scale)).rms
+                axes.plot(range(1, len(rms) + 1), rms, label=arm.name, **style)
+            axes.axvline(at + 1, color=DARK, linestyle=":", linewidth=1)
+            axes.set_yscale("log")
+            axes.set_title(f"×{scale:g} after {at} steps", fontsize="medium")
+            _label(axes, "step" if at == times[-1] else "", "update RMS" if scale == sizes[0] else "")
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(result.arms), frameon=False
+    )
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def plot_spike_aftershock(result: SpikeResult, path: Path) -> None:
+    """Draws the largest update after each spike over the spike's size; faint: the largest before it.
+
+    Args:
+        result: The sweep.
+        path: The picture to write.
+    """
+    times = sorted(result.config.spike_at)
+    figure, (panels,) = plt.subplots(
+        *(1, len(times)), figsize=(1 + 3.7 * len(times), 4.5), squeeze=False, sharey=True, layout="constrained"
+    )
+    for at, axes in zip(times, panels, strict=True):
+        for i, (arm, style) in enumerate(zip(result.arms, _arm_styles(result), strict=True)):
+            rows = [row for row in arm.rows if row.spike_at == at]
+            sizes = [row.spike_scale for row in rows]
+            axes.plot(sizes, [row.aftershock for row in rows], label=arm.name, marker=MARKERS[i % 6], **style)
+            axes.plot(sizes, [row.before for row in rows], alpha=0.3, **{**style, "linestyle": ":"})
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"spike after {at} steps", fontsize="medium")
+        first = at == times[0]
+        _label(axes, "size of the spike", "largest update RMS after the spike (dotted: before)" if first else "")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(result.arms), frameon=False
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _arm_styles(result: SpikeResult) -> list[dict[str, Any]]:
+    """A colour for each optimizer; its variants after the first are dashed, dash-dotted, dotted."""
+    colors = {name: color for name, (color, _) in _styles([arm.arm.optimizer for arm in result.arms]).items()}
+    seen: list[str] = []
+    styles = []
+    for arm in result.arms:
+        line = ("-", "--", "-.", ":")[seen.count(arm.arm.optimizer) % 4]
+        seen.append(arm.arm.optimizer)
+        styles.append({"color": colors[arm.arm.optimizer], "linestyle": line, "linewidth": 1.2})
+    return styles
+
+
+def plot_eigenbasis(result: EigenbasisResult, path: Path) -> None:
+    """Draws the angles to the basis before the spike and the update RMS over the steps, a column an optimizer.
+
+    Args:
+        result: The runs.
+        path: The picture to write.
+    """
+    config = result.config
+    columns = len(config.optimizers)
+    figure, panels = plt.subplots(
+        *(2, columns), figsize=(1 + 4.5 * columns, 6), sharex=True, sharey="row", squeeze=False, layout="constrained"
+    )
+    styles = _styles(sorted({run.precision for run in result.runs}))
+    steps = range(1, config.steps + 1)
+    for (angles, updates), optimizer in zip(panels.T, config.optimizers, strict=True):
+        for run in result.runs:
+            if run.optimizer != optimizer:
+                continue
+            color = DARK if run.precision == "highest" else styles[run.precision][0]
+            angles.plot(steps, run.topk_left, color=color, label=f"Q_L at {run.precision}")
+            angles.plot(steps, run.topk_right, color=color, linestyle=":", label=f"Q_R at {run.precision}")
+            updates.plot(steps, run.update_rms, color=color, linewidth=1, label=run.precision)
+        for axes in (angles, updates):
+            axes.axvline(config.spike_at + 1, color=DARK, alpha=0.3, linewidth=6, zorder=0)
+        angles.set_title(optimizer)
+        angles.set_ylim(-3, 93)
+        angles.set_yticks(range(0, 91, 15))
+        updates.set_yscale("log")
+        first = optimizer == config.optimizers[0]
+        _label(angles, "", f"degrees from step {config.spike_at}, top-{config.top}" if first else "")
+        _label(updates, "step (grey: the spike)", "update RMS" if first else "")
+    panels[0, -1].legend(loc="center right")
+    panels[1, -1].legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

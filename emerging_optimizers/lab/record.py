@@ -134,9 +134,9 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def environment(text: Text, threads: int) -> dict[str, Any]:
+def environment(threads: int, text: Text | None = None) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
-    return {
+    value = {
         "emerging_optimizers": __version__,
         "revision": _revision(Path(__file__).parents[2]),
         "python": platform.python_version(),
@@ -144,9 +144,11 @@ def environment(text: Text, threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "threads": threads,
-        "text": {"source": text.source, "characters": len(text), "sha256": text.sha256},
-        "vocabulary": len(text.vocabulary),
     }
+    if text is not None:
+        value["text"] = {"source": text.source, "characters": len(text), "sha256": text.sha256}
+        value["vocabulary"] = len(text.vocabulary)
+    return value
 
 
 def _revision(root: Path) -> str | None:

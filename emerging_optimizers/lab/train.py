@@ -60,7 +60,7 @@ def run_train(config: TrainConfig, out: Path | None = None, console: Console | N
     arms = {name: config.arm(name) for name in config.optimizers}
     for name, arm in arms.items():
         make_optimizer(name, arm, make_model(config, text))
-    write_json(folder / "environment.json", environment(text, config.threads))
+    write_json(folder / "environment.json", environment(config.threads, text))
     write_json(
         folder / "config.json",
         {"config": asdict(config), "arms": {name: asdict(arm) for name, arm in arms.items()}},
@@ -86,7 +86,7 @@ def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
     console = console or Console()
     config, arms = read_run(folder)
     text = load_text(config.text, config.context)
-    then, now = read_json(folder / "environment.json"), environment(text, config.threads)
+    then, now = read_json(folder / "environment.json"), environment(config.threads, text)
     if then["text"]["sha256"] != now["text"]["sha256"]:
         raise UsageError(f"{text.source} is not the text that {folder} began with (its SHA-256 differs)")
     report.print_changes(console, then, now)

@@ -1,0 +1,364 @@
+"""The eigenbasis experiment: what a gradient spike does to SOAP's bases, and what matmul precision has to do with it.
+
+SOAP with KL factors and REKLS see the same i.i.d. Gaussian gradients, one of which is far too large. Each runs at
+several float32 matmul precisions, emulated on the CPU. Two measures: the angles between the bases and the one before
+the spike, as published; and how far each trajectory is from the one at "highest".
+
+Nothing here imports torch before an experiment runs, so that ``eopt --help`` answers at once.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from emerging_optimizers.lab.config import Names, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from torch import Tensor
+
+# "soap_kl" is SOAP with KL factors: a step of orthogonal iteration where REKLS has a whole eigh.
+OPTIMIZERS = {"soap_kl": False, "rekls": True}
+PRECISIONS = ("highest", "high", "medium")
+# Columns of the table of eigenvalues.
+SHOWN = (0, 1, 4, 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenbasisConfig:
+    """The experiment. Everything that can change a number is here."""
+
+    optimizers: Names = tuple(OPTIMIZERS)
+    """soap_kl, rekls or both."""
+    precisions: Names = ("high", "highest")
+    """Float32 matmul precisions of factors and projections; "highest", the reference, runs in any case. On the CPU
+    "high" is emulated TF32 and "medium" emulated bfloat16."""
+    qr_precision: Literal["highest", "high", "medium"] = "high"
+    """Precision of the refresh of the bases, in every run."""
+    start: Literal["eigenbasis", "adam"] = "eigenbasis"
+    """The published start, or the library's default."""
+    update: Literal["whitened", "published"] = "whitened"
+    """How the KL factors are formed: as the library does, or as published (with the published start only)."""
+    shape: tuple[int, int] = (128, 64)
+    """Rows and columns of the parameter."""
+    steps: int = 140
+    """Steps of each run."""
+    spike_at: int = 50
+    """Steps before the spike."""
+    spike_scale: float = 1e3
+    """What the spike's gradient is multiplied by."""
+    offsets: tuple[int, ...] = (1, 2, 5, 10)
+    """Steps before and after the last basis without the spike at which the tables show the angles."""
+    top: int = 8
+    """Columns of the basis whose common subspace is compared, besides the first one alone."""
+    seed: int = 0
+    """Seed of the gradients."""
+    threads: int = 1
+    """Threads of torch."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("optimizers", tuple(OPTIMIZERS)), ("precisions", PRECISIONS)):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise UsageError(f"--{name} must name at least one value, and each of them once")
+            if unknown := sorted(set(values) - set(known)):
+                raise UsageError(f"--{name} names {', '.join(unknown)}; known are {', '.join(known)}")
+        if self.update == "published" and self.start != "eigenbasis":
+            raise UsageError("--update published has no start but the published one; give --start eigenbasis")
+        for name in ("steps", "threads", "top"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.top > min(self.shape):
+            raise UsageError(f"--top {self.top} is more than the {min(self.shape)} columns of the smaller basis")
+        if not self.offsets or min(self.offsets) < 1:
+            raise UsageError("--offsets must name at least one number of steps, each at least 1")
+        if not max(self.offsets) < self.spike_at <= self.steps - max(self.offsets):
+            raise UsageError(
+                f"--spike-at {self.spike_at} needs more than {max(self.offsets)} steps (the largest of --offsets) "
+                f"before it and as many after it in --steps {self.steps}"
+            )
+        if not 0 < self.spike_scale < math.inf:
+            raise UsageError(f"--spike-scale is {self.spike_scale:g}; it must be positive and finite")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "EigenbasisConfig":
+        """The inverse of `dataclasses.asdict` followed by JSON."""
+        return cls(**_with_tuples(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenbasisRun:
+    """One optimizer at one precision, by step. Angles are in degrees, to the basis after step `spike_at`."""
+
+    optimizer: str
+    precision: str
+    update_rms: tuple[float, ...]
+    top1_left: tuple[float, ...]
+    """Between the first columns of Q_L."""
+    topk_left: tuple[float, ...]
+    """Largest principal angle between the spans of the `top` first columns of Q_L."""
+    top1_right: tuple[float, ...]
+    topk_right: tuple[float, ...]
+    eigenvalues: tuple[tuple[float, ...], ...]
+    """The largest eigenvalues of L, falling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Largest relative difference from the run at "highest", over all steps."""
+
+    optimizer: str
+    precision: str
+    update_rms: float
+    eigenvalues: float
+    """Of the ten largest eigenvalues of L."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenbasisResult:
+    """Every run; the agreement follows from them."""
+
+    config: EigenbasisConfig
+    runs: tuple[EigenbasisRun, ...]
+
+    def run(self, optimizer: str, precision: str) -> EigenbasisRun:
+        """The run of an optimizer at a precision."""
+        return next(run for run in self.runs if (run.optimizer, run.precision) == (optimizer, precision))
+
+    @property
+    def agreement(self) -> tuple[Agreement, ...]:
+        """Of each run at a lower precision with the one at "highest"."""
+        found = []
+        for run in self.runs:
+            if run.precision != "highest":
+                exact = self.run(run.optimizer, "highest")
+                rms = _difference(run.update_rms, exact.update_rms)
+                top = max(_difference(*pair) for pair in zip(run.eigenvalues, exact.eigenvalues, strict=True))
+                found.append(
+                    Agreement(optimizer=run.optimizer, precision=run.precision, update_rms=rms, eigenvalues=top)
+                )
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object, with the agreement."""
+        return {**asdict(self), "agreement": [asdict(row) for row in self.agreement]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "EigenbasisResult":
+        """The inverse of `to_json`."""
+        runs = tuple(EigenbasisRun(**_with_tuples(run)) for run in value["runs"])
+        return cls(config=EigenbasisConfig.from_json(value["config"]), runs=runs)
+
+
+def run_eigenbasis(config: EigenbasisConfig) -> EigenbasisResult:
+    """Runs every optimizer at every precision.
+
+    Args:
+        config: The experiment.
+
+    Returns:
+        The runs; the same configuration gives the same numbers on one machine.
+    """
+    import torch
+
+    precisions = (*config.precisions, *({"highest"} - set(config.precisions)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        runs = [_run(config, name, precision) for precision in precisions for name in config.optimizers]
+    finally:
+        torch.set_num_threads(threads)
+    return EigenbasisResult(config=config, runs=tuple(runs))
+
+
+def _run(config: EigenbasisConfig, optimizer: str, precision: str) -> EigenbasisRun:
+    import torch
+
+    from emerging_optimizers.lab.published import PublishedSOAP
+    from emerging_optimizers.linalg.emulation import emulate_bf16, emulate_tf32
+    from emerging_optimizers.soap.soap import SOAP
+
+    gradients = torch.Generator().manual_seed(config.seed)
+    weight = torch.nn.Parameter(torch.zeros(config.shape))
+    soap = (PublishedSOAP if config.update == "published" else SOAP)(
+        [weight],
+        lr=1.0,
+        weight_decay=0.0,
+        use_kl_shampoo=True,
+        use_eigh=OPTIMIZERS[optimizer],
+        first_step=config.start,
+        fp32_matmul_prec=precision,  # type: ignore[arg-type]  # one of PRECISIONS
+        qr_fp32_matmul_prec=config.qr_precision,
+    )
+    medium = emulate_bf16 if "medium" in (precision, config.qr_precision) else nullcontext
+    rms, spectra, left, right = [], [], [], []
+    for step in range(config.steps):
+        scale = config.spike_scale if step == config.spike_at else 1.0
+        weight.grad = torch.randn(config.shape, generator=gradients) * scale
+        before = weight.detach().clone()
+        with emulate_tf32(), medium():
+            soap.step()
+        state = soap.state[weight]
+        rms.append((before - weight.detach()).square().mean().sqrt().item())
+        spectra.append(torch.linalg.eigvalsh(state["L"].double()).flip(-1)[: max(SHOWN) + 1])
+        left.append(state["Q_L"].double())
+        right.append(state["Q_R"].double())
+    return EigenbasisRun(
+        optimizer=optimizer,
+        precision=precision,
+        update_rms=_rounded(rms),
+        top1_left=_angles(left, config.spike_at - 1, 1),
+        topk_left=_angles(left, config.spike_at - 1, config.top),
+        top1_right=_angles(right, config.spike_at - 1, 1),
+        topk_right=_angles(right, config.spike_at - 1, config.top),
+        eigenvalues=tuple(_rounded(spectrum.tolist()) for spectrum in spectra),
+    )
+
+
+def _angles(bases: "Sequence[Tensor]", reference: int, k: int) -> tuple[float, ...]:
+    """Largest principal angle between the first k columns of each basis and those of one of them, in degrees.
+
+    From sine and cosine both: the cosine alone cannot tell angles below 0.02 degrees from rounding.
+    """
+    import torch
+
+    old = bases[reference][:, :k]
+    new = torch.stack([basis[:, :k] for basis in bases])
+    shared = old.mT @ new
+    cosine = torch.linalg.svdvals(shared)[:, -1]
+    sine = torch.linalg.svdvals(new - old @ shared)[:, 0]
+    return _rounded(torch.atan2(sine, cosine).rad2deg().tolist())
+
+
+def print_eigenbasis(result: EigenbasisResult, console: "Console") -> None:
+    """Shows the tables.
+
+    Args:
+        result: The runs.
+        console: Where to.
+    """
+    for run in result.runs:
+        console.print(_angle_table(result.config, run))
+    for run in result.runs:
+        console.print(_eigenvalue_table(result.config, run))
+    if result.agreement:
+        console.print(_agreement_table(result))
+
+
+def save_eigenbasis(result: EigenbasisResult, folder: Path, command: Sequence[str] = ()) -> tuple[Path, ...]:
+    """Writes the result, the environment and the figure.
+
+    Args:
+        result: The runs.
+        folder: Where to; it is made if it is not there.
+        command: The command line, for the record.
+
+    Returns:
+        The files.
+    """
+    from emerging_optimizers.lab.plots import plot_eigenbasis
+    from emerging_optimizers.lab.record import environment, write_json
+
+    json, environment_path, figure = (
+        folder / name for name in ("result.json", "environment_path.json", "eigenbasis.png")
+    )
+    write_json(json, result.to_json())
+    write_json(environment_path, {**environment(result.config.threads), "command": list(command)})
+    plot_eigenbasis(result, figure)
+    return json, environment_path, figure
+
+
+def run_command(
+    config: EigenbasisConfig, folder: Path, console: "Console | None" = None, command: Sequence[str] = ()
+) -> EigenbasisResult:
+    """What ``eopt eigenbasis`` does: runs, shows and saves.
+
+    Args:
+        config: The experiment.
+        folder: Where the files go.
+        console: Where to show the tables.
+        command: The command line, for the record.
+
+    Returns:
+        The runs.
+    """
+    if console is None:
+        from rich.console import Console
+
+        console = Console()
+    result = run_eigenbasis(config)
+    print_eigenbasis(result, console)
+    for path in save_eigenbasis(result, folder, command):
+        console.print(str(path), soft_wrap=True)
+    return result
+
+
+def _angle_table(config: EigenbasisConfig, run: EigenbasisRun) -> "Table":
+    table = _table(
+        f"{run.optimizer} at {run.precision!r}: degrees from the basis of step {config.spike_at}, top-1 / top-"
+        f"{config.top}",
+        ("N", "Q_L, N before", "Q_L, N after", "Q_R, N before", "Q_R, N after"),
+    )
+    for n in config.offsets:
+        cells = [
+            f"{top1[config.spike_at - 1 + shift]:.2f} / {topk[config.spike_at - 1 + shift]:.2f}"
+            for top1, topk in ((run.top1_left, run.topk_left), (run.top1_right, run.topk_right))
+            for shift in (-n, n)
+        ]
+        table.add_row(str(n), *cells)
+    return table
+
+
+def _eigenvalue_table(config: EigenbasisConfig, run: EigenbasisRun) -> "Table":
+    shown = [i for i in SHOWN if i < config.shape[0]]
+    headings = ("step", *(f"eig[{i}]" for i in shown), "top/2nd")
+    table = _table(f"{run.optimizer} at {run.precision!r}: largest eigenvalues of L", headings)
+    around = {config.spike_at + shift for shift in (-4, 0, 1, 2, 5, 10, 20)}
+    for step in sorted(step for step in around if 1 <= step <= config.steps):
+        values = run.eigenvalues[step - 1]
+        ratio = f"{values[0] / values[1]:.4f}" if len(values) > 1 and values[1] else "-"
+        mark = " (spike)" if step == config.spike_at + 1 else ""
+        table.add_row(f"{step}{mark}", *(f"{values[i]:.4g}" for i in shown), ratio)
+    return table
+
+
+def _agreement_table(result: EigenbasisResult) -> "Table":
+    headings = ("optimizer", "precision", "update RMS", "top eigenvalues of L")
+    table = _table('Largest relative difference from "highest", all steps', headings)
+    for row in result.agreement:
+        table.add_row(row.optimizer, row.precision, f"{row.update_rms:.3g}", f"{row.eigenvalues:.3g}")
+    return table
+
+
+def _table(title: str, headings: Sequence[str]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("optimizer", "precision", "step") else "right")
+    return table
+
+
+def _difference(values: Sequence[float], exact: Sequence[float]) -> float:
+    """Largest relative difference; 0 where both are equal, infinite where a number is not finite."""
+    differences = (
+        0.0 if a == b else abs(a - b) / abs(b) if b else math.inf for a, b in zip(values, exact, strict=True)
+    )
+    return max(x if math.isfinite(x) else math.inf for x in differences)
+
+
+def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+    """Six digits: as many as float32 has, and files of half the size."""
+    return tuple(float(f"{value:.6g}") for value in values)
+
+
+def _with_tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+    def convert(x: Any) -> Any:
+        return tuple(map(convert, x)) if isinstance(x, list) else x
+
+    return {key: convert(x) for key, x in value.items()}

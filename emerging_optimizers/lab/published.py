@@ -1,0 +1,44 @@
+r"""SOAP with the KL update as it was published, kept so that its experiments can be repeated.
+
+For an M x N matrix, with the eigenvalues floored at eps alone, as the published start has them:
+
+.. math::
+    L_t = \beta'_s L_{t-1} + \frac{1 - \beta'_s}{N} G_t (Q_R \Lambda_R^{-1} Q_R^\top) G_t^\top, \qquad
+    R_t = \beta'_s R_{t-1} + \frac{1 - \beta'_s}{M} G_t^\top (Q_L \Lambda_L^{-1} Q_L^\top) G_t
+
+In exact arithmetic that is the library's own update. Rounded, it need not be symmetric or positive.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from emerging_optimizers.engine import Scalars, debias, lerp
+from emerging_optimizers.linalg.kronecker import conjugate_diagonal
+from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRule(SOAPRule):
+    """The library's rule with the published factors."""
+
+    def _factors(self, grad: Tensor, s: SOAPState, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
+        assert s.L is not None
+        assert s.R is not None
+        assert s.Q_L is not None
+        assert s.Q_R is not None
+        share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
+        left = grad @ _inverse(s.R, s.Q_R, t.eps) @ grad.mT / grad.size(-1)
+        right = grad.mT @ _inverse(s.L, s.Q_L, t.eps) @ grad / grad.size(-2)
+        return lerp(s.L, left, share), lerp(s.R, right, share)
+
+
+def _inverse(factor: Tensor, basis: Tensor, eps: Tensor) -> Tensor:
+    eigenvalues = conjugate_diagonal(factor, basis).clamp_min(eps)
+    return (basis / eigenvalues.unsqueeze(-2)) @ basis.mT
+
+
+class PublishedSOAP(SOAP):
+    """SOAP for matrices whose two sides are both preconditioned; use it with KL factors and the published start."""
+
+    rule = PublishedRule
