@@ -263,9 +263,7 @@ def save_eigenbasis(result: EigenbasisResult, folder: Path, command: Sequence[st
     from emerging_optimizers.lab.plots import plot_eigenbasis
     from emerging_optimizers.lab.record import environment, write_json
 
-    json, environment_path, figure = (
-        folder / name for name in ("result.json", "environment_path.json", "eigenbasis.png")
-    )
+    json, environment_path, figure = (folder / name for name in ("result.json", "environment.json", "eigenbasis.png"))
     write_json(json, result.to_json())
     write_json(environment_path, {**environment(result.config.threads), "command": list(command)})
     plot_eigenbasis(result, figure)

@@ -136,7 +136,7 @@ def read_json(path: Path) -> Any:
 
 def environment(threads: int, text: Text | None = None) -> dict[str, Any]:
     """What a result depends on besides its configuration."""
-    value = {
+    value: dict[str, Any] = {
         "emerging_optimizers": __version__,
         "revision": _revision(Path(__file__).parents[2]),
         "python": platform.python_version(),

@@ -79,6 +79,8 @@ class SpikeConfig:
     """Steps of the trajectory without a spike that the first figure shows."""
     spectrum_at: tuple[int, ...] = ()
     """Steps, counted from 1, whose updates' singular values are kept; by default the first, each spike's, the last."""
+    spike_guard: float | None = None
+    """The guard's threshold, for every optimizer; by default none."""
     seed: int = 0
     """Seed of the gradients."""
     threads: int = 1
@@ -366,7 +368,7 @@ def run_arm(config: SpikeConfig, name: str, arm: SpikeArm) -> SpikeArmResult:
     base = rows[0]
 
     cls = entry(arm.optimizer).load()
-    options = {"lr": 1.0, "weight_decay": 0.0, **arm.options}
+    options = {"lr": 1.0, "weight_decay": 0.0, "spike_guard": config.spike_guard, **arm.options}
     if "weight_decay" not in inspect.signature(cls).parameters:
         del options["weight_decay"]
     try:
