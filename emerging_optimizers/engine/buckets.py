@@ -69,7 +69,7 @@ class Bucket:
     def _views(self, i: int, like_grad: set[str]) -> dict[str, Tensor]:
         """The state of parameter i under its checkpoint keys, as views of the stacks."""
         p, first, last = self.parameters[i], self.offsets[i], self.offsets[i + 1]
-        batched = p.ndim == 3 and self.item == p.shape[1:]
+        batched = self._batched(i)
         views: dict[str, Tensor] = {}
         if self.step.numel():
             views["step"] = self.unit_view(i, self.step)
@@ -80,6 +80,10 @@ class Bucket:
             views[name] = rows.view(p.shape) if name in like_grad else rows if batched else rows[0]
         return views
 
+    def _batched(self, i: int) -> bool:
+        """Whether parameter i is a batch of matrices."""
+        return self.parameters[i].ndim == 3 and self.item == self.parameters[i].shape[1:]
+
     @property
     def on_host(self) -> bool:
         """Whether looking at a value waits for nothing."""
@@ -87,8 +91,7 @@ class Bucket:
 
     def unit_view(self, i: int, stack: Tensor) -> Tensor:
         """What a stack over units holds for parameter i: (b,) for a batch of b matrices, else 0-D."""
-        p = self.parameters[i]
-        if self.item and p.ndim == 3 and self.item == p.shape[1:]:
+        if self._batched(i):
             return stack[self.offsets[i] : self.offsets[i + 1]]
         return stack[self.offsets[i] if self.item else i]
 
@@ -223,7 +226,9 @@ class Bucket:
         if len(chunk) == 1:
             return stack[chunk[0].row]
         rows, lengths = zip(*((i, stop - start) for i, start, stop in chunk), strict=True)
-        return stack[list(rows)].repeat_interleave(torch.tensor(lengths, device=self.device))
+        # With its size known, the result is allocated without waiting for the device.
+        repeats = torch.tensor(lengths, device=self.device)
+        return stack[list(rows)].repeat_interleave(repeats, output_size=sum(lengths))
 
     # ---- counting and adopting ----------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any]) -> 
         return None
 
     factor = torch.ones_like(norm)
-    index = bucket.units_of(members)
+    index: Any = slice(None) if everywhere else bucket.units_of(members)
     if threshold is not None:
         mean, weight = bucket.guard["guard_norm"], bucket.guard["guard_weight"]
         limit = threshold * mean[index] / weight[index]  # no history: 0 / 0, which no norm exceeds

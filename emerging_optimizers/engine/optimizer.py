@@ -230,7 +230,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._buckets.append((index, bucket))
             for row, p in enumerate(bucket.parameters):
                 self._homes[p] = (bucket, row)
-                self.state[p] = bucket.published[row].copy()
+            self._publish(bucket)
+
+    def _publish(self, bucket: Bucket) -> None:
+        for p, views in zip(bucket.parameters, bucket.published, strict=True):
+            self.state[p] = views.copy()
 
     def _follow_user(self) -> None:
         """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
@@ -368,8 +372,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         context = rule.hook.before(moving) if rule.hook else None
         if group["spike_guard"] is not None and not bucket.guard:
             bucket.start_guard()
-            for i, p in enumerate(bucket.parameters):
-                self.state[p] = bucket.published[i].copy()
+            self._publish(bucket)
         factor = decide(bucket, active, group)
         for (phase, count), members in by_phase.items():
             gradients = {i: bucket.parameters[i].grad for i in members}

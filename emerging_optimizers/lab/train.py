@@ -151,7 +151,7 @@ def train_one(
             wall, cpu = time.perf_counter(), time.process_time()
             loss = model.loss(*text.batch(config.seed, step, config.batch, config.context))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
             before = time.process_time()
             optimizer.step()
             after = time.process_time()
