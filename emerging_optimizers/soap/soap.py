@@ -22,14 +22,21 @@ stands for the identity times the gradient's RMS, so that L and R share its scal
 follow (the published start divides by :math:`\epsilon` instead, and keeps the first gradient for hundreds of steps).
 
 The first basis comes from eigh; from then on the bases follow the factors by one step of orthogonal iteration, or by
-eigh again (`use_eigh`). The first moment is carried from the old basis into the new one; the second moment is permuted
-with the basis's columns.
+eigh again (`use_eigh`). The moments are carried from the old bases into the new ones, the second one as the variance of
+uncorrelated entries:
+
+.. math::
+    T = Q_\text{old}^\top Q_\text{new}, \qquad
+    M \leftarrow T_L^\top M\, T_R, \qquad V \leftarrow (T_L^{\circ 2})^\top\, V\, T_R^{\circ 2}
+
+The published form permutes V with the basis's columns instead. While a basis turns, as it does when a spike decays out
+of the factors, the first moment then meets second moments that belong to other directions, and updates grow to hundreds
+of times their size (docs/spikes.md).
 
 The first step. A basis taken from the same gradient that it then rotates leaves a diagonal and rounding noise, which
 Adam blows up to plus or minus one; the published start does that, and its second update is up to 300 times too large.
-`first_step="adam"` keeps the identity as the basis for the first update, which is exactly Adam's, takes the first
-eigenbasis in the second step, and carries the second moment into it as the variance of uncorrelated entries,
-:math:`V \leftarrow (Q_L^\top)^{\circ 2}\, V\, Q_R^{\circ 2}`.
+`first_step="adam"` keeps the identity as the basis for the first update, which is exactly Adam's, and takes the first
+eigenbasis in the second step. `"eigenbasis"` is the published start, with the published permutation of V.
 
 State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers. For the hidden matrices of a network, where a lower loss for
 the same number of steps is worth a costlier step.
@@ -144,17 +151,17 @@ class SOAPRule(Rule):
         Q_L, Q_R, exp_avg, exp_avg_sq = s.Q_L, s.Q_R, s.exp_avg, s.exp_avg_sq
         if phase is not Phase.REUSE:
             with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-                Q_L, order_L = self._basis(L, s.Q_L, phase)
-                Q_R, order_R = self._basis(R, s.Q_R, phase)
+                Q_L, Q_R = self._basis(L, s.Q_L, phase), self._basis(R, s.Q_R, phase)
                 if self.first_step == "adam":
                     # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
                     seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
                     Q_L, Q_R = _choose(seen, Q_L, s.Q_L), _choose(seen, Q_R, s.Q_R)
-                exp_avg = project_in(project_out(exp_avg, s.Q_L, s.Q_R), Q_L, Q_R)
-                if phase is Phase.FIRST:  # from the identity
-                    exp_avg_sq = project_in(exp_avg_sq, _square(Q_L), _square(Q_R))
+                T_L, T_R = _rotation(s.Q_L, Q_L), _rotation(s.Q_R, Q_R)
+                exp_avg = project_in(exp_avg, T_L, T_R)
+                if self.first_step == "adam":
+                    exp_avg_sq = project_in(exp_avg_sq, _square(T_L), _square(T_R))
                 else:
-                    exp_avg_sq = _permuted(_permuted(exp_avg_sq, order_L, dim=-2), order_R, dim=-1)
+                    exp_avg_sq = _in_order(_in_order(exp_avg_sq, L, s.Q_L, dim=-2), R, s.Q_R, dim=-1)
 
         if self.weight_decay_method == "l2":
             grad = grad + t.weight_decay * t.weight
@@ -192,7 +199,8 @@ class SOAPRule(Rule):
 
     def _eigenvalues(self, factor: Tensor, basis: Tensor, grad: Tensor, t: Scalars) -> Tensor:
         """Of a factor, as its basis sees them, floored: (B, N)."""
-        values = conjugate_diagonal(factor, basis)
+        with fp32_matmul_precision("highest"):  # a TF32 product is wrong by 1e-3 of the largest, in every one of them
+            values = conjugate_diagonal(factor, basis)
         mean = values.mean(dim=-1, keepdim=True)
         if self.first_step == "adam":  # an empty factor stands for the identity at the gradient's own scale
             rms = grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)
@@ -202,28 +210,36 @@ class SOAPRule(Rule):
             floor = DEFAULT_RELATIVE_FLOOR if self.first_step == "adam" else 0.0
         return torch.maximum(values, (mean * floor).clamp_min(t.eps))
 
-    def _basis(self, factor: Tensor | None, basis: Tensor | None, phase: Phase) -> tuple[Tensor | None, Tensor | None]:
-        """The eigenbasis of a factor, and the order in which the old basis's columns were taken up: (B, N)."""
+    def _basis(self, factor: Tensor | None, basis: Tensor | None, phase: Phase) -> Tensor | None:
+        """The eigenbasis of a factor."""
         if factor is None or basis is None:
-            return None, None
-        order = conjugate_diagonal(factor, basis).argsort(dim=-1, descending=True)
+            return None
         if self.use_eigh or phase is Phase.FIRST:
-            return eigh_descending(factor)[1], order
-        ordered = torch.take_along_dim(basis, order.unsqueeze(-2), dim=-1)
-        return orthogonal_iteration(factor, ordered, self.power_iter_steps), order
-
-
-def _square(basis: Tensor | None) -> Tensor | None:
-    return None if basis is None else basis.square()
+            return eigh_descending(factor)[1]
+        return orthogonal_iteration(factor, basis, self.power_iter_steps)
 
 
 def _choose(mask: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
     return None if new is None or old is None else torch.where(mask, new, old)
 
 
-def _permuted(x_BMN: Tensor, order: Tensor | None, dim: int) -> Tensor:
-    if order is None:
+def _rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """From the old basis into the new one; what TF32 would round away here leaks from a spike into every entry."""
+    if old is None or new is None:
+        return None
+    with fp32_matmul_precision("highest"):
+        return old.mT @ new
+
+
+def _square(basis: Tensor | None) -> Tensor | None:
+    return None if basis is None else basis.square()
+
+
+def _in_order(x_BMN: Tensor, factor: Tensor | None, basis: Tensor | None, dim: int) -> Tensor:
+    """Rows (dim -2) or columns (-1) in the order in which `orthogonal_iteration` takes up the basis's columns."""
+    if factor is None or basis is None:
         return x_BMN
+    order = conjugate_diagonal(factor, basis).argsort(dim=-1, descending=True)
     return torch.take_along_dim(x_BMN, order.unsqueeze(-1 if dim == -2 else -2), dim=dim)
 
 
@@ -249,7 +265,8 @@ class SOAP(RuleOptimizer):
         use_kl_shampoo: the factors of KL-Shampoo.
         correct_shampoo_beta_bias: bias-correct the factors; None: as `correct_bias`.
         first_step: "adam": the first update is Adam's, the second step makes the first basis; "eigenbasis": the
-            published start, which reproduces published tables and whose second update explodes.
+            published start, whose second update explodes, and the published permutation of the second moment. It
+            reproduces published tables.
         precondition_frequency: steps from one refresh of the bases to the next, >= 1. The factors take in every
             gradient.
         max_precond_dim: a side that is longer keeps the identity as its basis and has no factor; both longer: Adam.

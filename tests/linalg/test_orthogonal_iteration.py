@@ -25,11 +25,17 @@ def test_on_a_decaying_spectrum_it_converges_to_the_basis_of_eigh(n):
 
 
 def test_several_steps_are_one_step_several_times():
-    k, q = with_spectrum(torch.linspace(1, 3, 6, dtype=torch.float64)), torch.eye(6, dtype=torch.float64)[None]
+    k, q = with_spectrum(torch.linspace(3, 1, 6, dtype=torch.float64)), torch.eye(6, dtype=torch.float64)[None]
+    q = orthogonal_iteration(k, q, steps=40)  # in order, so that one sort is enough
     by_hand = q
     for _ in range(3):
         by_hand = orthogonal_iteration(k, by_hand)
     assert torch.equal(orthogonal_iteration(k, q, steps=3), by_hand)
+
+
+def test_columns_are_taken_up_by_falling_rayleigh_quotient():
+    k = torch.diag(torch.tensor([1.0, 4.0, 2.0]))[None]
+    assert torch.equal(orthogonal_iteration(k, torch.eye(3)[None]).abs()[0], torch.eye(3)[:, [1, 2, 0]])
 
 
 @pytest.mark.parametrize("n", [64, 128, 256])

@@ -64,9 +64,10 @@ def floored_inverse(K: Tensor, Q: Tensor, eps: float, share: float) -> Tensor:
 class ReferenceSOAP:
     """SOAP on one matrix in float64; both matmul precisions are accepted and have no meaning.
 
-    ``first_step="eigenbasis"`` turns into the eigenbasis of the first gradient at once. ``"adam"`` makes the
-    first step Adam's own (identity bases) and turns into a basis for the first time at the second step. The first
-    basis is made by eigh, and the second moment is turned into it as if its entries were independent.
+    ``first_step="eigenbasis"`` turns into the eigenbasis of the first gradient at once, and the second moment follows
+    the columns of a basis. ``"adam"`` makes the first step Adam's own (identity bases), turns into a basis for the
+    first time at the second step, and turns the second moment with the basis as if its entries were independent. The
+    first basis is made by eigh.
     """
 
     def __init__(
@@ -199,27 +200,29 @@ class ReferenceSOAP:
         return since_first >= 0 and since_first % self.precondition_frequency == 0
 
     def refresh_bases(self) -> None:
-        """New bases; the first moment is carried over exactly, the second one follows the columns."""
+        """New bases, and the moments turned into them.
+
+        The second one as if its entries were independent, or in the published form with the columns, as they are
+        taken up.
+        """
         first = self.t == self.first_refresh_step()
         moment = self.Q_L @ self.exp_avg @ self.Q_R.T
-        old_L, old_R = self.sort_bases()
+        before_L, before_R = self.Q_L, self.Q_R
+        old_L, rows = self.sorted_basis(self.L, before_L)
+        old_R, columns = self.sorted_basis(self.R, before_R)
         self.Q_L, self.Q_R = self.new_basis(self.L, old_L, first), self.new_basis(self.R, old_R, first)
         if first and self.left_null_space is not None:
             self.Q_L[:, -self.left_null_space.shape[1] :] = self.left_null_space
-        if first:  # variances of independent entries add with squared weights
-            self.exp_avg_sq = (self.Q_L.T @ old_L) ** 2 @ self.exp_avg_sq @ (old_R.T @ self.Q_R) ** 2
+        if self.first_step == "adam":  # variances of independent entries add with squared weights
+            self.exp_avg_sq = (self.Q_L.T @ before_L) ** 2 @ self.exp_avg_sq @ (before_R.T @ self.Q_R) ** 2
+        else:
+            self.exp_avg_sq = self.exp_avg_sq[rows, :][:, columns]
         self.exp_avg = self.Q_L.T @ moment @ self.Q_R
 
-    def sort_bases(self) -> tuple[Tensor, Tensor]:
-        """The old bases, columns by falling Rayleigh quotient of the new factors; exp_avg_sq follows."""
-        Q_L, Q_R = self.Q_L, self.Q_R
-        if self.L is not None:
-            order = falling_order(self.L, Q_L)
-            Q_L, self.exp_avg_sq = Q_L[:, order], self.exp_avg_sq[order, :]
-        if self.R is not None:
-            order = falling_order(self.R, Q_R)
-            Q_R, self.exp_avg_sq = Q_R[:, order], self.exp_avg_sq[:, order]
-        return Q_L, Q_R
+    def sorted_basis(self, K: Tensor | None, Q: Tensor) -> tuple[Tensor, list[int]]:
+        """An old basis with its columns by falling Rayleigh quotient of the new factor, and their order."""
+        order = list(range(len(Q))) if K is None else falling_order(K, Q)
+        return Q[:, order], order
 
     def new_basis(self, K: Tensor | None, Q: Tensor, first: bool) -> Tensor:
         """By eigh where it is the first or where that is asked for, else from the last one, columns sorted."""
