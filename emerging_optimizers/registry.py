@@ -1,10 +1,15 @@
 """The table of optimizers: name, import path, one line, paper. Importing it imports no optimizer."""
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
-from typing import Any, Literal, overload
+from inspect import Parameter, signature
+from typing import Any, Literal, TypeVar, overload
+
+ClassT = TypeVar("ClassT", bound=type)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,15 +21,19 @@ class Entry:
         description: one line.
         paper: author, year, arXiv number.
         elementwise: it takes parameters of any shape; otherwise matrices only.
+        cls: the class of an entry that was registered while the program ran.
     """
 
     path: str
     description: str
     paper: str
     elementwise: bool = False
+    cls: type | None = field(default=None, repr=False)
 
     def load(self) -> Any:
         """The class."""
+        if self.cls is not None:
+            return self.cls
         module, name = self.path.split(":")
         return getattr(import_module(module), name)
 
@@ -97,3 +106,98 @@ def list_optimizers(pattern: str = "*", with_description: bool = False) -> list[
     """
     names = [name for name in sorted(OPTIMIZERS) if fnmatchcase(name, pattern.lower())]
     return [(name, OPTIMIZERS[name].description) for name in names] if with_description else names
+
+
+def register_optimizer(name: str) -> Callable[[ClassT], ClassT]:
+    """Class decorator: `create_optimizer`, `list_optimizers` and the lab know the class by this name.
+
+    A module that is executed again may register its classes again.
+
+    Args:
+        name: a new name; upper and lower case are the same.
+
+    Raises:
+        ValueError: another class has the name.
+
+    Example:
+        >>> from emerging_optimizers.scalar_optimizers.lion import Lion
+        >>> @register_optimizer("tiger")
+        ... class Tiger(Lion):
+        ...     "Lion, with stripes."
+        >>> list_optimizers("t*", with_description=True)
+        [('tiger', 'Lion, with stripes')]
+        >>> _ = OPTIMIZERS.pop("tiger")
+    """
+
+    def register(cls: ClassT) -> ClassT:
+        path = f"{cls.__module__}:{cls.__qualname__}"
+        known = OPTIMIZERS.get(name.lower())
+        if known is not None and known.path != path:
+            raise ValueError(f"register_optimizer: {name!r} is {known.path} already; give {path} another name")
+        OPTIMIZERS[name.lower()] = Entry(
+            path=path,
+            description=(cls.__doc__ or cls.__name__).strip().partition("\n")[0].rstrip("."),
+            paper="",
+            elementwise=bool(getattr(getattr(cls, "rule", None), "elementwise", False)),
+            cls=cls,
+        )
+        return cls
+
+    return register
+
+
+def get_optimizer_name_list() -> list[str]:
+    """All names, sorted."""
+    return list_optimizers()
+
+
+def get_optimizer_cls(name: str) -> Any:
+    """The class of a name.
+
+    Raises:
+        ValueError: an unknown name; the message suggests the nearest.
+    """
+    return entry(name).load()
+
+
+def validate_optimizer_args(opt_cls: type, kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for keyword arguments that a class does not have, the engine's included.
+
+    Example:
+        >>> validate_optimizer_args(get_optimizer_cls("muon"), {"momentun": 0.9})
+        Traceback (most recent call last):
+            ...
+        TypeError: Muon has no argument 'momentun'; did you mean 'momentum'?
+    """
+    allowed: dict[str, None] = {}
+    for known in signature(opt_cls).parameters.values():
+        if known.kind is not Parameter.VAR_KEYWORD:
+            allowed[known.name] = None
+            continue
+        options = getattr(known.annotation, "__args__", ())
+        if not options:  # it takes anything
+            return
+        allowed |= dict.fromkeys(options[0].__annotations__)
+    for name in kwargs:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(allowed)}"
+            raise TypeError(f"{opt_cls.__name__} has no argument {name!r}; {hint}")
+
+
+def get_configured_optimizer_cls(name: str, **kwargs: Any) -> Any:
+    """The class of a name with arguments filled in: call it with the parameters.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: an argument that the class does not have.
+
+    Example:
+        >>> import torch
+        >>> make = get_configured_optimizer_cls("lion", lr=1e-4)
+        >>> make([torch.nn.Parameter(torch.zeros(3))]).param_groups[0]["lr"]
+        0.0001
+    """
+    cls = get_optimizer_cls(name)
+    validate_optimizer_args(cls, kwargs)
+    return partial(cls, **kwargs)
