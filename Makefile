@@ -30,7 +30,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid test check lint format-check types contracts test-all test-gpu format clean clean-env
+.PHONY: help env demo grid findings notebooks test check lint format-check types contracts test-all test-gpu format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -47,6 +47,20 @@ demo: $(ENV) ## train a small GPT on real text with AdamW, Muon and SOAP and dra
 grid: $(ENV) ## run the learning-rate grid behind the demo's defaults
 	@echo "grid: every optimizer over its learning rates (longer than the demo)"
 	$(PY) -m emerging_optimizers.lab grid $(ARGS)
+
+# Each command also leaves its tables, ready for the pages under docs/, in runs/*/tables.md.
+findings: $(ENV) ## repeat the experiments of docs/spikes.md and docs/precision.md and renew their figures
+	@echo "findings: the spike, eigenbasis and precision experiments, then docs/images"
+	$(PY) -m emerging_optimizers.lab spike --out runs/spike
+	$(PY) -m emerging_optimizers.lab eigenbasis --out runs/eigenbasis
+	$(PY) -m emerging_optimizers.lab precision --out runs/precision
+	@for name in warmup sweep aftershock spectra; do cp runs/spike/$$name.png docs/images/spike_$$name.png; done
+	@cp runs/eigenbasis/eigenbasis.png docs/images/precision_spike.png
+	@cp runs/precision/precision.png docs/images/
+
+notebooks: $(ENV) ## execute the notebooks of examples/ in place
+	@echo "notebooks: each in a kernel of its own (minutes)"
+	$(PY) examples/execute.py examples/*/*.ipynb
 
 test: check ## everything CI runs: check, then the tests that are not slow
 	@echo "test: pytest, two workers of one thread each"

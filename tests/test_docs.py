@@ -1,4 +1,4 @@
-"""The examples that users read, run as they stand: docstrings of every module, code blocks of the README."""
+"""The examples that users read, run as they stand: docstrings of every module, code blocks of pages."""
 
 import doctest
 import importlib
@@ -10,9 +10,10 @@ import pytest
 
 import emerging_optimizers
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "watching.md")
 # What the `lab` extra installs; without it the lab's modules cannot be imported, and need not be.
-LAB_EXTRA = {"tyro", "rich", "matplotlib", "jinja2"}
+LAB_EXTRA = {"tyro", "rich", "matplotlib", "jinja2", "plotly"}
 
 
 def modules() -> list[str]:
@@ -33,13 +34,15 @@ def test_the_examples_of_a_module_hold(name, tmp_path, monkeypatch):
     assert result.failed == 0, "the captured output shows the examples that failed"
 
 
-def test_the_python_blocks_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch):
-    if not README.exists():
-        pytest.skip("there is no README.md yet")
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    if not page.exists():
+        pytest.skip(f"there is no {page.name} here")
+    text = page.read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     assert blocks
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "readme"}
+    namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks:
-        line = README.read_text()[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], str(README), "exec"), namespace)
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], str(page), "exec"), namespace)

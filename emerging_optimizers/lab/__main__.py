@@ -15,7 +15,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from emerging_optimizers.lab.config import TrainConfig, UsageError
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
+from emerging_optimizers.lab.precision import PrecisionConfig
 from emerging_optimizers.lab.spike import SpikeConfig
+from emerging_optimizers.lab.tf32 import TF32Config
 
 NEWEST = Path("newest")
 
@@ -86,12 +88,18 @@ class Spike:
     config: tyro.conf.OmitArgPrefixes[SpikeConfig] = field(default_factory=SpikeConfig)
     out: Path = Path("runs/spike")
     """Folder of the result and the figures."""
+    processes: int = 2
+    """Processes that share the optimizers."""
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the sweep, shows its tables and writes its files."""
-        from emerging_optimizers.lab.spike import run_command
+        from emerging_optimizers.lab.experiment import require_positive, show
+        from emerging_optimizers.lab.spike import run_spike, save_spike
+        from emerging_optimizers.lab.spike_tables import spike_tables
 
-        run_command(self.config, self.out, command=("eopt", "spike", *args))
+        require_positive(self, "processes")
+        result = run_spike(self.config, self.processes)
+        show(spike_tables(result), save_spike(result, self.out, ("eopt", "spike", *args)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +112,66 @@ class Eigenbasis:
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the experiment, shows its tables and writes its files."""
-        from emerging_optimizers.lab.eigenbasis import run_command
+        from emerging_optimizers.lab.eigenbasis import eigenbasis_tables, run_eigenbasis, save_eigenbasis
+        from emerging_optimizers.lab.experiment import show
 
-        run_command(self.config, self.out, command=("eopt", "eigenbasis", *args))
+        result = run_eigenbasis(self.config)
+        show(eigenbasis_tables(result), save_eigenbasis(result, self.out, ("eopt", "eigenbasis", *args)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Measure eigenvalues and KL updates in float32 and in emulated reduced precision over the spectrum's range."""
+
+    config: tyro.conf.OmitArgPrefixes[PrecisionConfig] = field(default_factory=PrecisionConfig)
+    out: Path = Path("runs/precision")
+    """Folder of the result, the tables and the figure."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs the experiment, shows its tables and writes its files."""
+        from emerging_optimizers.lab.experiment import show
+        from emerging_optimizers.lab.precision import precision_tables, run_precision, save_precision
+
+        result = run_precision(self.config)
+        show(precision_tables(result), save_precision(result, self.out, ("eopt", "precision", *args)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TF32:
+    """Train with SOAP and REKLS in float32 and in emulated TF32, with and without a spike, and compare the losses."""
+
+    config: tyro.conf.OmitArgPrefixes[TF32Config] = field(default_factory=TF32Config)
+    out: Path = Path("runs/tf32")
+    """Folder of the result and the figure; runs that it holds already are not repeated."""
+    processes: int = 2
+    """Processes that share the runs; they change no number."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs what is missing, shows the table and writes the files."""
+        from emerging_optimizers.lab.experiment import require_positive, show
+        from emerging_optimizers.lab.tf32 import run_tf32, save_tf32, tf32_tables
+
+        require_positive(self, "processes")
+        result = run_tf32(self.config, self.out / "result.json", self.processes)
+        show(tf32_tables(result), save_tf32(result, self.out, ("eopt", "tf32", *args)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Put the results of every finished run into one HTML file, with tables and interactive figures."""
+
+    runs: Path = Path("runs")
+    """The folder that holds the run folders."""
+    out: Path = Path("runs/report.html")
+    """The file."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Writes the file and says where it is."""
+        from emerging_optimizers.lab.html import write_report
+
+        for section in write_report(self.runs, self.out):
+            print(f"{section.title} ({self.runs / section.id})")
+        print(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +199,7 @@ class List:
         Console().print(table)
 
 
-Command = Train | Grid | Spike | Eigenbasis | List
+Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report | List
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that ``eopt --help`` answers at once.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -46,6 +47,10 @@ GRID: dict[str, tuple[float, ...]] = {
     "rekls": (6e-3, 9e-3, 1.2e-2, 1.8e-2),
 }
 GRID_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+# The spike of a training run where only its time is given, and the guard that it meets in the guarded run.
+SPIKE_SCALE = 1000.0
+SPIKE_GUARD = 2.0
 
 
 def _parse_names(words: list[str]) -> tuple[str, ...]:
@@ -116,6 +121,10 @@ class TrainConfig:
     """Held-out windows of an evaluation, the same ones each time."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
+    spike_at: int | None = None
+    """Steps before a gradient spike; each optimizer then runs without it, with it, and with it behind the guard."""
+    spike_scale: float | None = None
+    """What the gradients of the spike's step are multiplied by; 1000 where --spike-at is given."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     threads: int = 1
@@ -136,6 +145,21 @@ class TrainConfig:
             raise UsageError(f"--optimizers {','.join(self.optimizers)!r} must name each optimizer once")
         if unused := sorted(set(self.lr) - set(self.optimizers)):
             raise UsageError(f"--lr names {', '.join(unused)}, which --optimizers does not run")
+        if self.spike_at is None and self.spike_scale is not None:
+            raise UsageError(f"--spike-scale {self.spike_scale:g} needs --spike-at, the steps before the spike")
+        if self.spike_at is not None and not 1 <= self.spike_at < self.steps - 1:
+            raise UsageError(
+                f"--spike-at {self.spike_at} needs a step before the spike and one after it in --steps {self.steps}"
+            )
+        if self.spike_scale is not None and not 0 < self.spike_scale < math.inf:
+            raise UsageError(f"--spike-scale {self.spike_scale:g} must be positive and finite")
+
+    @property
+    def spike(self) -> tuple[int, float] | None:
+        """Steps before the spike and its size, or None."""
+        if self.spike_at is None:
+            return None
+        return self.spike_at, SPIKE_SCALE if self.spike_scale is None else self.spike_scale
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TrainConfig":

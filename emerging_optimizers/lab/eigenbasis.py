@@ -8,17 +8,25 @@ Nothing here imports torch before an experiment runs, so that ``eopt --help`` an
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from emerging_optimizers.lab.config import Names, UsageError
+from emerging_optimizers.lab.experiment import (
+    Table,
+    from_json,
+    reproducible,
+    require_distinct,
+    require_positive,
+    rounded,
+    save,
+    to_json,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
     from torch import Tensor
 
 # "soap_kl" is SOAP with KL factors: a step of orthogonal iteration where REKLS has a whole eigh.
@@ -39,10 +47,8 @@ class EigenbasisConfig:
     "high" is emulated TF32 and "medium" emulated bfloat16."""
     qr_precision: Literal["highest", "high", "medium"] = "high"
     """Precision of the refresh of the bases, in every run."""
-    start: Literal["eigenbasis", "adam"] = "eigenbasis"
-    """The published start, or the library's default."""
-    update: Literal["whitened", "published"] = "whitened"
-    """How the KL factors are formed: as the library does, or as published (with the published start only)."""
+    start: Literal["published", "eigenbasis", "adam"] = "published"
+    """The published start and KL update; the published start with the library's update; or the library's default."""
     shape: tuple[int, int] = (128, 64)
     """Rows and columns of the parameter."""
     steps: int = 140
@@ -61,17 +67,11 @@ class EigenbasisConfig:
     """Threads of torch."""
 
     def __post_init__(self) -> None:
+        require_positive(self, "steps", "threads", "top")
+        require_distinct(self, "optimizers", "precisions")
         for name, known in (("optimizers", tuple(OPTIMIZERS)), ("precisions", PRECISIONS)):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise UsageError(f"--{name} must name at least one value, and each of them once")
-            if unknown := sorted(set(values) - set(known)):
+            if unknown := sorted(set(getattr(self, name)) - set(known)):
                 raise UsageError(f"--{name} names {', '.join(unknown)}; known are {', '.join(known)}")
-        if self.update == "published" and self.start != "eigenbasis":
-            raise UsageError("--update published has no start but the published one; give --start eigenbasis")
-        for name in ("steps", "threads", "top"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.top > min(self.shape):
             raise UsageError(f"--top {self.top} is more than the {min(self.shape)} columns of the smaller basis")
         if not self.offsets or min(self.offsets) < 1:
@@ -83,11 +83,6 @@ class EigenbasisConfig:
             )
         if not 0 < self.spike_scale < math.inf:
             raise UsageError(f"--spike-scale is {self.spike_scale:g}; it must be positive and finite")
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "EigenbasisConfig":
-        """The inverse of `dataclasses.asdict` followed by JSON."""
-        return cls(**_with_tuples(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +140,14 @@ class EigenbasisResult:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, with the agreement."""
-        return {**asdict(self), "agreement": [asdict(row) for row in self.agreement]}
+        return {**to_json(self), "agreement": to_json(self.agreement)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "EigenbasisResult":
         """The inverse of `to_json`."""
-        runs = tuple(EigenbasisRun(**_with_tuples(run)) for run in value["runs"])
-        return cls(config=EigenbasisConfig.from_json(value["config"]), runs=runs)
+        stored = from_json(value)
+        runs = tuple(EigenbasisRun(**run) for run in stored["runs"])
+        return cls(config=EigenbasisConfig(**stored["config"]), runs=runs)
 
 
 def run_eigenbasis(config: EigenbasisConfig) -> EigenbasisResult:
@@ -162,17 +158,17 @@ def run_eigenbasis(config: EigenbasisConfig) -> EigenbasisResult:
 
     Returns:
         The runs; the same configuration gives the same numbers on one machine.
-    """
-    import torch
 
+    Example:
+        >>> config = EigenbasisConfig(shape=(8, 6), steps=8, spike_at=4, offsets=(1,), top=2)
+        >>> result = run_eigenbasis(config)
+        >>> [(run.optimizer, run.precision) for run in result.runs]
+        [('soap_kl', 'high'), ('rekls', 'high'), ('soap_kl', 'highest'), ('rekls', 'highest')]
+    """
     precisions = (*config.precisions, *({"highest"} - set(config.precisions)))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        runs = [_run(config, name, precision) for precision in precisions for name in config.optimizers]
-    finally:
-        torch.set_num_threads(threads)
-    return EigenbasisResult(config=config, runs=tuple(runs))
+    with reproducible(config):
+        runs = tuple(_run(config, name, precision) for precision in precisions for name in config.optimizers)
+    return EigenbasisResult(config=config, runs=runs)
 
 
 def _run(config: EigenbasisConfig, optimizer: str, precision: str) -> EigenbasisRun:
@@ -184,13 +180,13 @@ def _run(config: EigenbasisConfig, optimizer: str, precision: str) -> Eigenbasis
 
     gradients = torch.Generator().manual_seed(config.seed)
     weight = torch.nn.Parameter(torch.zeros(config.shape))
-    soap = (PublishedSOAP if config.update == "published" else SOAP)(
+    soap = (PublishedSOAP if config.start == "published" else SOAP)(
         [weight],
         lr=1.0,
         weight_decay=0.0,
         use_kl_shampoo=True,
         use_eigh=OPTIMIZERS[optimizer],
-        first_step=config.start,
+        first_step="adam" if config.start == "adam" else "eigenbasis",
         fp32_matmul_prec=precision,  # type: ignore[arg-type]  # one of PRECISIONS
         qr_fp32_matmul_prec=config.qr_precision,
     )
@@ -210,12 +206,12 @@ def _run(config: EigenbasisConfig, optimizer: str, precision: str) -> Eigenbasis
     return EigenbasisRun(
         optimizer=optimizer,
         precision=precision,
-        update_rms=_rounded(rms),
+        update_rms=rounded(rms),
         top1_left=_angles(left, config.spike_at - 1, 1),
         topk_left=_angles(left, config.spike_at - 1, config.top),
         top1_right=_angles(right, config.spike_at - 1, 1),
         topk_right=_angles(right, config.spike_at - 1, config.top),
-        eigenvalues=tuple(_rounded(spectrum.tolist()) for spectrum in spectra),
+        eigenvalues=tuple(rounded(spectrum.tolist()) for spectrum in spectra),
     )
 
 
@@ -231,26 +227,11 @@ def _angles(bases: "Sequence[Tensor]", reference: int, k: int) -> tuple[float, .
     shared = old.mT @ new
     cosine = torch.linalg.svdvals(shared)[:, -1]
     sine = torch.linalg.svdvals(new - old @ shared)[:, 0]
-    return _rounded(torch.atan2(sine, cosine).rad2deg().tolist())
-
-
-def print_eigenbasis(result: EigenbasisResult, console: "Console") -> None:
-    """Shows the tables.
-
-    Args:
-        result: The runs.
-        console: Where to.
-    """
-    for run in result.runs:
-        console.print(_angle_table(result.config, run))
-    for run in result.runs:
-        console.print(_eigenvalue_table(result.config, run))
-    if result.agreement:
-        console.print(_agreement_table(result))
+    return rounded(torch.atan2(sine, cosine).rad2deg().tolist())
 
 
 def save_eigenbasis(result: EigenbasisResult, folder: Path, command: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Writes the result, the environment and the figure.
+    """Writes result, environment, tables and figure.
 
     Args:
         result: The runs.
@@ -261,85 +242,67 @@ def save_eigenbasis(result: EigenbasisResult, folder: Path, command: Sequence[st
         The files.
     """
     from emerging_optimizers.lab.plots import plot_eigenbasis
-    from emerging_optimizers.lab.record import environment, write_json
 
-    json, environment_path, figure = (folder / name for name in ("result.json", "environment.json", "eigenbasis.png"))
-    write_json(json, result.to_json())
-    write_json(environment_path, {**environment(result.config.threads), "command": list(command)})
-    plot_eigenbasis(result, figure)
-    return json, environment_path, figure
+    figures = {"eigenbasis": plot_eigenbasis}
+    return save(result, folder, tables=eigenbasis_tables(result), figures=figures, command=command)
 
 
-def run_command(
-    config: EigenbasisConfig, folder: Path, console: "Console | None" = None, command: Sequence[str] = ()
-) -> EigenbasisResult:
-    """What ``eopt eigenbasis`` does: runs, shows and saves.
-
-    Args:
-        config: The experiment.
-        folder: Where the files go.
-        console: Where to show the tables.
-        command: The command line, for the record.
-
-    Returns:
-        The runs.
-    """
-    if console is None:
-        from rich.console import Console
-
-        console = Console()
-    result = run_eigenbasis(config)
-    print_eigenbasis(result, console)
-    for path in save_eigenbasis(result, folder, command):
-        console.print(str(path), soft_wrap=True)
-    return result
-
-
-def _angle_table(config: EigenbasisConfig, run: EigenbasisRun) -> "Table":
-    table = _table(
-        f"{run.optimizer} at {run.precision!r}: degrees from the basis of step {config.spike_at}, top-1 / top-"
-        f"{config.top}",
-        ("N", "Q_L, N before", "Q_L, N after", "Q_R, N before", "Q_R, N after"),
+def eigenbasis_tables(result: EigenbasisResult) -> tuple[Table, ...]:
+    """For each run the angles, then for each run the eigenvalues, then the agreement with "highest"."""
+    return (
+        *(_angle_table(result.config, run) for run in result.runs),
+        *(_eigenvalue_table(result.config, run) for run in result.runs),
+        *((_agreement_table(result),) if result.agreement else ()),
     )
-    for n in config.offsets:
-        cells = [
-            f"{top1[config.spike_at - 1 + shift]:.2f} / {topk[config.spike_at - 1 + shift]:.2f}"
-            for top1, topk in ((run.top1_left, run.topk_left), (run.top1_right, run.topk_right))
-            for shift in (-n, n)
-        ]
-        table.add_row(str(n), *cells)
-    return table
 
 
-def _eigenvalue_table(config: EigenbasisConfig, run: EigenbasisRun) -> "Table":
+def _angle_table(config: EigenbasisConfig, run: EigenbasisRun) -> Table:
+    last = config.spike_at - 1
+    return Table(
+        title=f"{run.optimizer} at {run.precision!r}: degrees from the basis of step {config.spike_at}, "
+        f"top-1 / top-{config.top}",
+        head=("N", "Q_L, N before", "Q_L, N after", "Q_R, N before", "Q_R, N after"),
+        rows=[
+            (
+                str(n),
+                *(
+                    f"{top1[last + shift]:.2f} / {topk[last + shift]:.2f}"
+                    for top1, topk in ((run.top1_left, run.topk_left), (run.top1_right, run.topk_right))
+                    for shift in (-n, n)
+                ),
+            )
+            for n in config.offsets
+        ],
+        labels=0,
+    )
+
+
+def _eigenvalue_table(config: EigenbasisConfig, run: EigenbasisRun) -> Table:
     shown = [i for i in SHOWN if i < config.shape[0]]
-    headings = ("step", *(f"eig[{i}]" for i in shown), "top/2nd")
-    table = _table(f"{run.optimizer} at {run.precision!r}: largest eigenvalues of L", headings)
-    around = {config.spike_at + shift for shift in (-4, 0, 1, 2, 5, 10, 20)}
-    for step in sorted(step for step in around if 1 <= step <= config.steps):
+    around = (config.spike_at + shift for shift in (-4, 0, 1, 2, 5, 10, 20))
+    rows = []
+    for step in (step for step in around if 1 <= step <= config.steps):
         values = run.eigenvalues[step - 1]
         ratio = f"{values[0] / values[1]:.4f}" if len(values) > 1 and values[1] else "-"
         mark = " (spike)" if step == config.spike_at + 1 else ""
-        table.add_row(f"{step}{mark}", *(f"{values[i]:.4g}" for i in shown), ratio)
-    return table
+        rows.append((f"{step}{mark}", *(f"{values[i]:.4g}" for i in shown), ratio))
+    return Table(
+        title=f"{run.optimizer} at {run.precision!r}: largest eigenvalues of L",
+        head=("step", *(f"eig[{i}]" for i in shown), "top/2nd"),
+        rows=rows,
+    )
 
 
-def _agreement_table(result: EigenbasisResult) -> "Table":
-    headings = ("optimizer", "precision", "update RMS", "top eigenvalues of L")
-    table = _table('Largest relative difference from "highest", all steps', headings)
-    for row in result.agreement:
-        table.add_row(row.optimizer, row.precision, f"{row.update_rms:.3g}", f"{row.eigenvalues:.3g}")
-    return table
-
-
-def _table(title: str, headings: Sequence[str]) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("optimizer", "precision", "step") else "right")
-    return table
+def _agreement_table(result: EigenbasisResult) -> Table:
+    return Table(
+        title='Largest relative difference from "highest", all steps',
+        head=("optimizer", "precision", "update RMS", "top eigenvalues of L"),
+        rows=[
+            (row.optimizer, row.precision, f"{row.update_rms:.3g}", f"{row.eigenvalues:.3g}")
+            for row in result.agreement
+        ],
+        labels=2,
+    )
 
 
 def _difference(values: Sequence[float], exact: Sequence[float]) -> float:
@@ -348,15 +311,3 @@ def _difference(values: Sequence[float], exact: Sequence[float]) -> float:
         0.0 if a == b else abs(a - b) / abs(b) if b else math.inf for a, b in zip(values, exact, strict=True)
     )
     return max(x if math.isfinite(x) else math.inf for x in differences)
-
-
-def _rounded(values: Iterable[float]) -> tuple[float, ...]:
-    """Six digits: as many as float32 has, and files of half the size."""
-    return tuple(float(f"{value:.6g}") for value in values)
-
-
-def _with_tuples(value: Mapping[str, Any]) -> dict[str, Any]:
-    def convert(x: Any) -> Any:
-        return tuple(map(convert, x)) if isinstance(x, list) else x
-
-    return {key: convert(x) for key, x in value.items()}

@@ -5,9 +5,15 @@ environment.json    what it ran on
 <optimizer>/        metrics.jsonl (a line a step), checkpoint.pt, result.json once finished
 summary.json        the closing table
 loss.png            the curves
+
+and of a run with a gradient spike:
+
+<optimizer>-spike/, <optimizer>-spike-guard/    the same job with the spike, without and with the guard
+spike.json, spike.png                           how each of them recovers, against <optimizer>/
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -37,6 +43,8 @@ class StepRecord:
     wall_s: float = 0.0
     validation_loss: float | None = None
     """Held-out loss after the step, where it was measured."""
+    update_rms: float = math.nan
+    """RMS, over the whole model, of what the step took off the weights."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "StepRecord":
@@ -83,6 +91,18 @@ class RunResult:
         """The inverse of `dataclasses.asdict` followed by JSON."""
         steps = tuple(StepRecord.from_json(step) for step in value["steps"])
         return cls(**{**value, "arm": Arm(**value["arm"]), "steps": steps})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikedRun:
+    """A run with a gradient spike, and the run of the same job without spike and guard."""
+
+    run: RunResult
+    calm: RunResult
+    spike_at: int
+    """Steps before the spike."""
+    guard: float | None
+    """The guard's threshold."""
 
 
 class RunFolder:

@@ -2,71 +2,50 @@
 
 Every optimizer gets the same i.i.d. Gaussian gradients; a scenario multiplies one of them. The update is what a step
 takes off the parameter, its RMS and spectral norm are recorded in every step. All scenarios of an optimizer are rows
-of one stack. `run_spike` makes a `SpikeResult`; the table, the figures and the JSON are readers of it.
+of one stack. `run_spike` makes a `SpikeResult`; `lab/spike_tables.py` and the figures of `lab/plots.py` read it.
 
 Nothing here imports torch before an experiment runs, so that ``eopt --help`` answers at once.
 """
 
-import inspect
 import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from emerging_optimizers.lab.config import Names, UsageError
+from emerging_optimizers.lab.experiment import (
+    from_json,
+    reproducible,
+    require_distinct,
+    require_positive,
+    rounded,
+    save,
+    to_json,
+)
+from emerging_optimizers.lab.spike_arms import DEFAULT_ARMS, GUARD, SpikeArm, find_arm
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
     from torch import Tensor
 
 # How a recovery is measured: within 10 % of the mean update RMS of the last 30 steps.
 TOLERANCE = 0.10
 STEADY_WINDOW = 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpikeArm:
-    """How one optimizer enters the experiment, with a learning rate of 1 and no weight decay."""
-
-    optimizer: str
-    """A name from `eopt list`."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the class."""
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "SpikeArm":
-        """The inverse of `dataclasses.asdict` followed by JSON, which has turned tuples into lists."""
-        options = {key: tuple(x) if isinstance(x, list) else x for key, x in value["options"].items()}
-        return cls(optimizer=value["optimizer"], options=options)
-
-
-# The published experiment, and beside its two SOAP variants (KL factors, the published start) the same with the
-# library's own start. Any other name of the registry runs with its own defaults.
-ARMS: dict[str, SpikeArm] = {
-    "adamw": SpikeArm(optimizer="adamw", options={"betas": (0.9, 0.95)}),
-    "laprop": SpikeArm(optimizer="laprop", options={"betas": (0.9, 0.65)}),
-    "muon": SpikeArm(optimizer="muon", options={"momentum": 0.95}),
-    "soap": SpikeArm(optimizer="soap", options={"betas": (0.9, 0.95), "use_kl_shampoo": True}),
-    "soap-published": SpikeArm(
-        optimizer="soap", options={"betas": (0.9, 0.95), "use_kl_shampoo": True, "first_step": "eigenbasis"}
-    ),
-    "rekls": SpikeArm(optimizer="rekls", options={"betas": (0.9, 0.95)}),
-    "rekls-published": SpikeArm(optimizer="rekls", options={"betas": (0.9, 0.95), "first_step": "eigenbasis"}),
-}
+# The singular values "after" a spike are those of the update this many steps later.
+AFTER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeConfig:
     """The sweep: who runs, on which gradients, with which spikes. Everything that can change a number is here."""
 
-    optimizers: Names = tuple(ARMS)
-    """Who runs: soap-published and rekls-published are SOAP and REKLS with the published start; soap has KL factors;
-    every other name from `eopt list` runs with its own defaults."""
+    optimizers: Names = DEFAULT_ARMS
+    """Who runs: names from `eopt list`, with the published experiment's settings (SOAP: KL factors) or else their
+    own defaults. NAME-published has the published start (soap, rekls), NAME-guarded the spike guard."""
     shape: tuple[int, int] = (128, 64)
     """Rows and columns of the parameter, which starts at zero."""
     spike_at: tuple[int, ...] = (10, 50, 100)
@@ -78,24 +57,20 @@ class SpikeConfig:
     warmup_steps: int = 100
     """Steps of the trajectory without a spike that the first figure shows."""
     spectrum_at: tuple[int, ...] = ()
-    """Steps, counted from 1, whose updates' singular values are kept; by default the first, each spike's, the last."""
-    spike_guard: float | None = None
-    """The guard's threshold, for every optimizer; by default none."""
+    """Steps, counted from 1, whose updates' singular values are kept; by default the one before each spike, the
+    spike's, and the tenth after it."""
+    spike_guard: float = GUARD
+    """The guard's threshold in the guarded variants."""
     seed: int = 0
     """Seed of the gradients."""
     threads: int = 1
     """Threads of torch."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "warmup_steps", "threads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        require_positive(self, "steps", "warmup_steps", "threads")
+        require_distinct(self, "optimizers", "spike_at", "spike_scale")
         if min(self.shape) < 1:
             raise UsageError(f"--shape {self.shape[0]} {self.shape[1]} is no matrix; give two positive sizes")
-        for name in ("optimizers", "spike_at", "spike_scale"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise UsageError(f"--{name.replace('_', '-')} must name at least one value, and each of them once")
         for at in self.spike_at:
             if not 1 <= at < self.steps - 1:
                 raise UsageError(
@@ -107,12 +82,6 @@ class SpikeConfig:
         if not all(0 < scale < math.inf for scale in self.spike_scale):
             raise UsageError("--spike-scale must be positive and finite")
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "SpikeConfig":
-        """The inverse of `dataclasses.asdict` followed by JSON."""
-        fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in value.items()}
-        return cls(**fields)
-
     @property
     def scenarios(self) -> tuple[tuple[int, float] | None, ...]:
         """No spike, then each spike's step and size, by rising step: the rows of a stack."""
@@ -121,7 +90,11 @@ class SpikeConfig:
     @property
     def spectrum_steps(self) -> tuple[int, ...]:
         """The steps, counted from 1, whose singular values are kept."""
-        return tuple(sorted({*self.spectrum_at} or {1, *(at + 1 for at in self.spike_at), self.steps}))
+        return tuple(sorted({step for at in self.spike_at for step in self.spectrum_steps_around(at)}))
+
+    def spectrum_steps_around(self, at: int) -> tuple[int, ...]:
+        """Those of them that belong to the spike after `at` steps."""
+        return tuple(sorted({*self.spectrum_at} or {at, at + 1, min(at + 1 + AFTER, self.steps)}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,25 +107,6 @@ class Trajectory:
     spectral_norm: tuple[float, ...]
     singular_values: Mapping[int, tuple[float, ...]]
     """Of the update at some steps, counted from 1, largest first."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object; a number that is not finite becomes null."""
-        return {
-            "spike": None if self.spike is None else list(self.spike),
-            "rms": _finite(self.rms),
-            "spectral_norm": _finite(self.spectral_norm),
-            "singular_values": {str(step): _finite(values) for step, values in self.singular_values.items()},
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Trajectory":
-        """The inverse of `to_json`."""
-        return cls(
-            spike=None if value["spike"] is None else (value["spike"][0], value["spike"][1]),
-            rms=_numbers(value["rms"]),
-            spectral_norm=_numbers(value["spectral_norm"]),
-            singular_values={int(step): _numbers(values) for step, values in value["singular_values"].items()},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +138,11 @@ class SpikeArmResult:
     trajectories: tuple[Trajectory, ...]
 
     @property
+    def variant(self) -> str:
+        """What the name adds to that of the optimizer: "published", "guarded", "published-guarded" or nothing."""
+        return self.name.lower().partition("-")[2]
+
+    @property
     def no_spike(self) -> Trajectory:
         """The scenario without a spike."""
         return self.trajectories[0]
@@ -192,24 +151,19 @@ class SpikeArmResult:
     def rows(self) -> tuple[SpikeRow, ...]:
         """The measures of each spike."""
         steady = mean(self.no_spike.rms[-STEADY_WINDOW:])
-        rows = []
-        for trajectory in self.trajectories[1:]:
-            assert trajectory.spike is not None
-            at, scale = trajectory.spike
-            rms = trajectory.rms
-            rows.append(
-                SpikeRow(
-                    optimizer=self.name,
-                    spike_at=at,
-                    spike_scale=scale,
-                    recovery=recovery_steps(rms, at),
-                    settled=settled_steps(rms, at, steady),
-                    before=_largest(rms[max(0, at - STEADY_WINDOW) : at]),
-                    at_spike=rms[at],
-                    aftershock=_largest(rms[at + 1 :]),
-                )
+        return tuple(
+            SpikeRow(
+                optimizer=self.name,
+                spike_at=at,
+                spike_scale=scale,
+                recovery=recovery_steps(rms, at),
+                settled=settled_steps(rms, at, steady),
+                before=_largest(rms[max(0, at - STEADY_WINDOW) : at]),
+                at_spike=rms[at],
+                aftershock=_largest(rms[at + 1 :]),
             )
-        return tuple(rows)
+            for at, scale, rms in ((*t.spike, t.rms) for t in self.trajectories if t.spike is not None)
+        )
 
     def trajectory(self, spike: tuple[int, float]) -> Trajectory:
         """The scenario of one spike."""
@@ -229,37 +183,25 @@ class SpikeResult:
         return tuple(row for arm in self.arms for row in arm.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object: the request, the table, the trajectories."""
-        return {
-            "config": asdict(self.config),
-            "table": [
-                {key: _finite([x])[0] if isinstance(x, float) else x for key, x in asdict(row).items()}
-                for row in self.rows
-            ],
-            "arms": [
-                {
-                    "name": arm.name,
-                    "arm": asdict(arm.arm),
-                    "trajectories": [trajectory.to_json() for trajectory in arm.trajectories],
-                }
-                for arm in self.arms
-            ],
-        }
+        """A JSON object: the request, the trajectories, the measures."""
+        return {**to_json(self), "table": to_json(self.rows)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "SpikeResult":
-        """The inverse of `to_json`; the table is made again."""
-        return cls(
-            config=SpikeConfig.from_json(value["config"]),
-            arms=tuple(
-                SpikeArmResult(
-                    name=arm["name"],
-                    arm=SpikeArm.from_json(arm["arm"]),
-                    trajectories=tuple(Trajectory.from_json(trajectory) for trajectory in arm["trajectories"]),
-                )
-                for arm in value["arms"]
-            ),
+        """The inverse of `to_json`; the measures are made again."""
+        stored = from_json(value)
+        arms = (
+            SpikeArmResult(
+                name=arm["name"],
+                arm=SpikeArm(**arm["arm"]),
+                trajectories=tuple(
+                    Trajectory(**{**x, "singular_values": {int(step): y for step, y in x["singular_values"].items()}})
+                    for x in arm["trajectories"]
+                ),
+            )
+            for arm in stored["arms"]
         )
+        return cls(config=SpikeConfig(**stored["config"]), arms=tuple(arms))
 
 
 def recovery_steps(rms: Sequence[float], spike_at: int) -> int | None:
@@ -298,46 +240,36 @@ def settled_steps(rms: Sequence[float], spike_at: int, steady: float) -> int | N
     return settled if settled <= len(after) else None
 
 
-def run_spike(config: SpikeConfig) -> SpikeResult:
+def run_spike(config: SpikeConfig, processes: int = 1) -> SpikeResult:
     """Runs every optimizer through every scenario.
 
     Args:
         config: The sweep.
+        processes: Among how many processes the optimizers are shared out; it changes no number. A script that gives
+            more than one keeps its own work under ``if __name__ == "__main__":``, since they import it.
 
     Returns:
         The trajectories; the same configuration gives the same numbers on one machine.
 
     Raises:
         UsageError: An optimizer that does not exist, or one that cannot run with a learning rate of 1 from zero.
+
+    Example:
+        >>> config = SpikeConfig(optimizers=("muon-guarded",), steps=12, spike_at=(5,), spike_scale=(1e3,))
+        >>> [(row.recovery, row.settled) for row in run_spike(config).rows]
+        [(1, 1)]
     """
-    import torch
-
-    arms = {name: find_arm(name) for name in config.optimizers}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            results = tuple(run_arm(config, name, arm) for name, arm in arms.items())
-    finally:
-        torch.set_num_threads(threads)
-    return SpikeResult(config=config, arms=results)
-
-
-def find_arm(name: str) -> SpikeArm:
-    """The arm of a name: from `ARMS`, else the optimizer of that name with its own defaults.
-
-    Raises:
-        UsageError: There is none.
-    """
-    from emerging_optimizers.registry import OPTIMIZERS, entry
-
-    if name not in ARMS and name.lower() not in OPTIMIZERS:
-        variants = ", ".join(sorted(set(ARMS) - set(OPTIMIZERS)))
-        try:
-            entry(name)
-        except ValueError as error:
-            raise UsageError(f"{error}; --optimizers also takes {variants}") from None
-    return ARMS.get(name) or SpikeArm(optimizer=name.lower())
+    arms = {name: find_arm(name, config.spike_guard) for name in config.optimizers}
+    if processes == 1:
+        return SpikeResult(config=config, arms=tuple(run_arm(config, name, arm) for name, arm in arms.items()))
+    # Not "fork": a process that has used torch may hold locks. The fork server imports it once for all.
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    with ProcessPoolExecutor(processes, context) as pool:
+        # The costliest come last in the default; begun first, they leave no process idle at the end.
+        names = tuple(reversed(arms))
+        results = dict(zip(names, pool.map(partial(run_arm, config), names, map(arms.get, names)), strict=True))
+    return SpikeResult(config=config, arms=tuple(results[name] for name in arms))
 
 
 def run_arm(config: SpikeConfig, name: str, arm: SpikeArm) -> SpikeArmResult:
@@ -361,47 +293,42 @@ def run_arm(config: SpikeConfig, name: str, arm: SpikeArm) -> SpikeArmResult:
     from emerging_optimizers.registry import entry
 
     scenarios = config.scenarios
-    gradients = torch.Generator().manual_seed(config.seed)
-    torch.manual_seed(config.seed)  # for an optimizer that draws numbers
     weights = torch.zeros(len(scenarios), *config.shape)
     rows = [torch.nn.Parameter(weight) for weight in weights]
     base = rows[0]
-
-    cls = entry(arm.optimizer).load()
-    options = {"lr": 1.0, "weight_decay": 0.0, "spike_guard": config.spike_guard, **arm.options}
-    if "weight_decay" not in inspect.signature(cls).parameters:
-        del options["weight_decay"]
-    try:
-        optimizer = cls(rows, **options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{name} cannot run this experiment: {error}") from error
-
-    measures: list[tuple[list[float], list[float]]] = []
-    spectra: dict[int, list[list[float]]] = {}
-    for step in range(config.steps):
-        grad = torch.randn(config.shape, generator=gradients)
-        live = sum(spike is None or spike[0] <= step for spike in scenarios)  # the first rows, since they are sorted
-        for row, spike in zip(rows[:live], scenarios, strict=False):
-            row.grad = grad
-            if spike is not None and spike[0] == step:
-                row.grad = grad * spike[1]
-                row.data.copy_(base.data)
-                optimizer.state[row] = {
-                    key: x.clone() if torch.is_tensor(x) else x for key, x in optimizer.state[base].items()
-                }
-        before = weights[:live].clone()
-        optimizer.step()
-        updates = before - weights[:live]
-        measures.append((_all_rows(_rms(updates), scenarios), _all_rows(_spectral_norm(updates), scenarios)))
-        if step + 1 in config.spectrum_steps:
-            spectra[step + 1] = _all_rows(_singular_values(updates), scenarios)
-
+    gradients = torch.Generator().manual_seed(config.seed)
+    rms, norms, spectra = [], [], {}
+    with reproducible(config):
+        try:
+            optimizer = entry(arm.optimizer).load()(rows, lr=1.0, weight_decay=0.0, **arm.options)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{name} cannot run this experiment: {error}") from error
+        for step in range(config.steps):
+            grad = torch.randn(config.shape, generator=gradients)
+            begun = torch.tensor([spike is None or spike[0] <= step for spike in scenarios])
+            live = int(begun.sum())  # the first rows, since scenarios are sorted
+            for row, spike in zip(rows[:live], scenarios, strict=False):
+                row.grad = grad
+                if spike is not None and spike[0] == step:
+                    row.grad = grad * spike[1]
+                    row.data.copy_(base.data)
+                    optimizer.state[row] = {
+                        key: x.clone() if torch.is_tensor(x) else x for key, x in optimizer.state[base].items()
+                    }
+            before = weights[:live].clone()
+            optimizer.step()
+            updates = before - weights[:live]
+            measured = torch.arange(len(scenarios)).where(begun, 0)  # one that has not begun is the one without a spike
+            rms.append(updates.square().mean(dim=(-2, -1)).sqrt()[measured])
+            norms.append(_spectral_norms(updates)[measured])
+            if step + 1 in config.spectrum_steps:
+                spectra[step + 1] = _where_finite(updates, torch.linalg.svdvals)[measured]
     trajectories = tuple(
         Trajectory(
             spike=spike,
-            rms=_rounded(rms[i] for rms, _ in measures),
-            spectral_norm=_rounded(norms[i] for _, norms in measures),
-            singular_values={step: _rounded(values[i]) for step, values in spectra.items()},
+            rms=rounded(torch.stack(rms)[:, i].tolist()),
+            spectral_norm=rounded(torch.stack(norms)[:, i].tolist()),
+            singular_values={step: rounded(values[i].tolist()) for step, values in spectra.items()},
         )
         for i, spike in enumerate(scenarios)
     )
@@ -409,7 +336,7 @@ def run_arm(config: SpikeConfig, name: str, arm: SpikeArm) -> SpikeArmResult:
 
 
 def save_spike(result: SpikeResult, folder: Path, command: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Writes the result with the environment that it comes from, and the figures.
+    """Writes result, environment, tables and figures.
 
     Args:
         result: The sweep.
@@ -419,140 +346,35 @@ def save_spike(result: SpikeResult, folder: Path, command: Sequence[str] = ()) -
     Returns:
         The files.
     """
-    from emerging_optimizers.lab.plots import plot_spike_aftershock, plot_spike_sweep, plot_spike_warmup
-    from emerging_optimizers.lab.record import environment, write_json
+    from emerging_optimizers.lab import plots
+    from emerging_optimizers.lab.spike_tables import spike_tables
 
-    folder.mkdir(parents=True, exist_ok=True)
-    json = folder / "result.json"
-    write_json(json, {"command": list(command), "environment": environment(result.config.threads), **result.to_json()})
-    figures = {"warmup": plot_spike_warmup, "sweep": plot_spike_sweep, "aftershock": plot_spike_aftershock}
-    for name, plot in figures.items():
-        plot(result, folder / f"{name}.png")
-    return (json, *(folder / f"{name}.png" for name in figures))
-
-
-def print_spike(result: SpikeResult, console: "Console") -> None:
-    """Shows the tables of a sweep.
-
-    Args:
-        result: The sweep.
-        console: Where to.
-    """
-    console.print(_recovery_table(result), _aftershock_table(result))
+    figures = {
+        "warmup": plots.plot_spike_warmup,
+        "sweep": plots.plot_spike_sweep,
+        "aftershock": plots.plot_spike_aftershock,
+        "spectra": plots.plot_spike_spectra,
+    }
+    return save(result, folder, tables=spike_tables(result), figures=figures, command=command)
 
 
-def run_command(
-    config: SpikeConfig, folder: Path, *, command: Sequence[str] = (), console: "Console | None" = None
-) -> SpikeResult:
-    """What ``eopt spike`` does: runs, shows and saves.
-
-    Args:
-        config: The sweep.
-        folder: Where the files go.
-        command: The command line, kept with the result.
-        console: Where to show the tables.
-
-    Returns:
-        The sweep.
-    """
-    if console is None:
-        from rich.console import Console
-
-        console = Console()
-    import_module("torch._dynamo")  # the first step of any optimizer needs it; its import is no part of the sweep
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    result = run_spike(config)
-    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
-    print_spike(result, console)
-    scenarios = f"{len(config.optimizers)} optimizers, {len(config.scenarios)} scenarios of {config.steps} steps"
-    console.print(f"{scenarios}: {seconds:.1f} s, {cpu_seconds:.1f} CPU s", soft_wrap=True)
-    for path in save_spike(result, folder, command):
-        console.print(str(path), soft_wrap=True)
-    return result
-
-
-def _recovery_table(result: SpikeResult) -> "Table":
-    """Both measures of recovery, a pair of numbers a spike."""
-
-    def steps(count: int | None, at: int) -> str:
-        return f">{result.config.steps - at - 1}" if count is None else str(count)
-
-    return _grid(
-        result,
-        "Steps after the spike until the update RMS first / for good is within 10 % of its steady state",
-        lambda row: f"{steps(row.recovery, row.spike_at)} / {steps(row.settled, row.spike_at)}",
-    )
-
-
-def _aftershock_table(result: SpikeResult) -> "Table":
-    return _grid(
-        result,
-        "Aftershock: largest update RMS after the spike's step (before: in the 30 steps before it)",
-        lambda row: f"{row.aftershock:.2f}",
-        lambda row: f"{row.before:.2f}",
-    )
-
-
-def _grid(result: SpikeResult, title: str, cell: Any, before: Any = None) -> "Table":
-    """A row for each optimizer and spike time, a column for each spike size."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("optimizer")
-    scales = sorted(result.config.spike_scale)
-    for heading in ("spike at", *(("before",) if before else ()), *(f"x{scale:g}" for scale in scales)):
-        table.add_column(heading, justify="right")
-    for arm in result.arms:
-        for k, at in enumerate(sorted(result.config.spike_at)):
-            rows = [row for row in arm.rows if row.spike_at == at]
-            edge = (before(rows[0]),) if before else ()
-            table.add_row("" if k else arm.name, str(at), *edge, *map(cell, rows))
-    return table
-
-
-def _rms(updates: "Tensor") -> "Tensor":
-    return updates.square().mean(dim=(-2, -1)).sqrt()
-
-
-def _spectral_norm(updates: "Tensor") -> "Tensor":
-    """Largest singular value, from the Gram matrix of the shorter side, scaled so that no square overflows."""
+def _spectral_norms(updates: "Tensor") -> "Tensor":
+    """From the Gram matrices of the shorter side, scaled so that no square overflows: a third of the SVD's time."""
     import torch
 
     scale = updates.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(updates.dtype).tiny)
     x = updates / scale
     gram = x.mT @ x if x.size(-2) >= x.size(-1) else x @ x.mT
-    sound = gram.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    top = torch.linalg.eigvalsh(torch.where(sound, gram, 0.0))[..., -1].clamp_min(0).sqrt()
-    return torch.where(sound[..., 0, 0], top * scale[..., 0, 0], torch.nan)
+    return _where_finite(gram, torch.linalg.eigvalsh)[:, -1].clamp_min(0).sqrt() * scale[:, 0, 0]
 
 
-def _singular_values(updates: "Tensor") -> "Tensor":
-    """Singular values of each row, largest first; NaN where the row is not finite."""
+def _where_finite(matrices: "Tensor", measure: "Callable[[Tensor], Tensor]") -> "Tensor":
+    """A vector for each matrix, NaN for those that are not finite, of which LAPACK would make an error for all."""
     import torch
 
-    sound = updates.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    values = torch.linalg.svdvals(torch.where(sound, updates, 0.0))
-    return torch.where(sound[..., 0], values, torch.nan)
-
-
-def _all_rows(live: "Tensor", scenarios: Sequence[object]) -> list[Any]:
-    """A measure of every scenario: those that have not begun yet share the first one's."""
-    values = live.tolist()
-    return values + (len(scenarios) - len(values)) * values[:1]
-
-
-def _rounded(values: Iterable[float]) -> tuple[float, ...]:
-    """Six digits: about what float32 holds, and files of half the size."""
-    return tuple(float(f"{value:.6g}") for value in values)
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    return [x if math.isfinite(x) else None for x in values]
-
-
-def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(math.nan if x is None else x for x in values)
+    finite = matrices.isfinite().flatten(1).all(dim=1)
+    values = measure(torch.where(finite[:, None, None], matrices, 0.0))
+    return torch.where(finite[:, None], values, torch.nan)
 
 
 def _largest(values: Sequence[float]) -> float:

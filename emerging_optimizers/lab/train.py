@@ -14,12 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers import create_optimizer
 from emerging_optimizers.lab import report
-from emerging_optimizers.lab.config import Arm, TrainConfig, UsageError
+from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, UsageError
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.model import GPT
 from emerging_optimizers.lab.record import (
     RunFolder,
     RunResult,
+    SpikedRun,
     StepRecord,
     environment,
     read_json,
@@ -36,10 +37,16 @@ class TrainResult:
     folder: Path
     config: TrainConfig
     runs: tuple[RunResult, ...]
+    """Of each optimizer, without a spike."""
+    spiked: tuple[SpikedRun, ...] = ()
+    """Of each optimizer, without and with the guard, where the job has a spike."""
 
 
 def run_train(config: TrainConfig, out: Path | None = None, console: Console | None = None) -> TrainResult:
     """Trains the same model on the same data with each optimizer and compares them.
+
+    Where the job has a gradient spike, each optimizer runs three times: without the spike, with it, and with it behind
+    the spike guard. The first is what the recovery of the others is measured against.
 
     Args:
         config: The job.
@@ -59,7 +66,8 @@ def run_train(config: TrainConfig, out: Path | None = None, console: Console | N
     text = load_text(config.text, config.context)
     arms = {name: config.arm(name) for name in config.optimizers}
     for name, arm in arms.items():
-        make_optimizer(name, arm, make_model(config, text))
+        for _, variant in _variants(config, name, arm).values():
+            make_optimizer(name, variant, make_model(config, text))
     write_json(folder / "environment.json", environment(config.threads, text))
     write_json(
         folder / "config.json",
@@ -148,10 +156,15 @@ def train_one(
 
         past = steps[-1] if steps else StepRecord(step=0)
         for step in range(past.step + 1, config.steps + 1):
+            weights = [p.detach().clone() for p in model.parameters()]
             wall, cpu = time.perf_counter(), time.process_time()
             loss = model.loss(*text.batch(config.seed, step, config.batch, config.context))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            if config.spike is not None and step == config.spike[0] + 1:
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.grad.mul_(config.spike[1])
             before = time.process_time()
             optimizer.step()
             after = time.process_time()
@@ -165,6 +178,7 @@ def train_one(
                 cpu_s=past.cpu_s + time.process_time() - cpu,
                 wall_s=past.wall_s + time.perf_counter() - wall,
             )
+            past = replace(past, update_rms=_distance_rms(weights, list(model.parameters())))
             if step % config.eval_every == 0 or step == config.steps:
                 past = replace(past, validation_loss=_evaluate(model, *held_out))
             steps.append(past)
@@ -208,32 +222,60 @@ def make_optimizer(name: str, arm: Arm, model: GPT) -> torch.optim.Optimizer:
 
 def _compare(folder: Path, config: TrainConfig, arms: Mapping[str, Arm], text: Text, console: Console) -> TrainResult:
     """Runs what is not finished yet, then shows and saves the comparison."""
-    results = []
+    results, spiked = [], []
     for name, arm in arms.items():
-        run = RunFolder(folder / name)
-        if not run.result.exists():
-            with report.watching(console, name, config.steps, config.batch * config.context) as watch:
-                result = train_one(config, name, arm, text, folder=run, watch=watch)
-            write_json(run.result, asdict(result))
-        results.append(RunResult.from_json(read_json(run.result)))
+        runs = []
+        for title, (job, variant) in _variants(config, name, arm).items():
+            run = RunFolder(folder / title)
+            if not run.result.exists():
+                with report.watching(console, title, config.steps, config.batch * config.context) as watch:
+                    result = train_one(job, name, variant, text, folder=run, watch=watch)
+                write_json(run.result, asdict(result))
+            runs.append(RunResult.from_json(read_json(run.result)))
+        calm, *others = runs
+        results.append(calm)
+        for other, guard in zip(others, (None, SPIKE_GUARD), strict=False):
+            assert config.spike_at is not None
+            spiked.append(SpikedRun(run=other, calm=calm, spike_at=config.spike_at, guard=guard))
 
-    from emerging_optimizers.lab.plots import plot_losses
+    from emerging_optimizers.lab.plots import plot_losses, plot_training_spike
 
-    plot_losses(results, folder / "loss.png")
-    write_json(folder / "summary.json", report.summary(results))
+    files = {"figure": folder / "loss.png", "summary": folder / "summary.json", "run": folder}
+    plot_losses(results, files["figure"])
+    write_json(files["summary"], report.summary(results))
     console.print(report.comparison(results))
-    for what, path in (
-        ("figure", folder / "loss.png"),
-        ("summary", folder / "summary.json"),
-        ("run", folder),
-    ):
+    if spiked:
+        files = {"spike": folder / "spike.png", "recovery": folder / "spike.json", **files}
+        plot_training_spike(spiked, files["spike"])
+        write_json(files["recovery"], report.recovery(spiked))
+        console.print(report.recovery_table(spiked))
+    for what, path in files.items():
         console.print(f"{what:<8} {path}", soft_wrap=True)
-    return TrainResult(folder=folder, config=config, runs=tuple(results))
+    return TrainResult(folder=folder, config=config, runs=tuple(results), spiked=tuple(spiked))
+
+
+def _variants(config: TrainConfig, name: str, arm: Arm) -> dict[str, tuple[TrainConfig, Arm]]:
+    """The runs of an optimizer, by the name of their folder; the first is without a spike."""
+    if config.spike is None:
+        return {name: (config, arm)}
+    guarded = replace(arm, options={**arm.options, "spike_guard": SPIKE_GUARD})
+    return {
+        name: (replace(config, spike_at=None, spike_scale=None), arm),
+        f"{name}-spike": (config, arm),
+        f"{name}-spike-guard": (config, guarded),
+    }
 
 
 def _lr_factor(config: TrainConfig, done: int) -> float:
     """Linear warm-up, then a linear fall to zero, after a number of steps done."""
     return min((done + 1) / config.warmup, (config.steps - done) / (config.steps - config.warmup))
+
+
+@torch.no_grad()
+def _distance_rms(before: list[Tensor], after: list[Tensor]) -> float:
+    """RMS of a difference over the elements of all tensors."""
+    norms = torch._foreach_norm(torch._foreach_sub(before, after))
+    return float(torch.stack(norms).norm()) / sum(p.numel() for p in after) ** 0.5
 
 
 @torch.no_grad()

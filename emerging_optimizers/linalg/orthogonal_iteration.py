@@ -18,7 +18,7 @@ def orthogonal_iteration(k_BNN: Tensor, q_BNN: Tensor, steps: int = 1) -> Tensor
     """
     product = k_BNN @ q_BNN
     order = torch.sum(product * q_BNN, dim=-2).argsort(dim=-1, descending=True)
-    q_BNN = torch.linalg.qr(torch.take_along_dim(product, order.unsqueeze(-2), dim=-1)).Q
+    q_BNN = torch.linalg.qr(product.gather(-1, order.unsqueeze(-2).expand_as(product))).Q
     for _ in range(steps - 1):
         q_BNN = torch.linalg.qr(k_BNN @ q_BNN).Q
     return q_BNN

@@ -199,7 +199,7 @@ class SOAPRule(Rule):
 
     def _eigenvalues(self, factor: Tensor, basis: Tensor, grad: Tensor, t: Scalars) -> Tensor:
         """Of a factor, as its basis sees them, floored: (B, N)."""
-        with fp32_matmul_precision("highest"):  # a TF32 product is wrong by 1e-3 of the largest, in every one of them
+        with fp32_matmul_precision("highest"):  # TF32 is wrong by 1e-4 of the largest one, in all of them
             values = conjugate_diagonal(factor, basis)
         mean = values.mean(dim=-1, keepdim=True)
         if self.first_step == "adam":  # an empty factor stands for the identity at the gradient's own scale

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from emerging_optimizers.lab import report
 from emerging_optimizers.lab.__main__ import main
-from emerging_optimizers.lab.config import TrainConfig, UsageError
-from emerging_optimizers.lab.record import RunResult
-from emerging_optimizers.lab.train import read_run, resume_train, run_train
+from emerging_optimizers.lab.config import Arm, TrainConfig, UsageError
+from emerging_optimizers.lab.data import load_text
+from emerging_optimizers.lab.record import RunFolder, RunResult, SpikedRun, StepRecord
+from emerging_optimizers.lab.train import read_run, resume_train, run_train, train_one
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 EOPT = [sys.executable, "-m", "emerging_optimizers.lab"]
@@ -182,3 +185,114 @@ def test_help_does_not_wait_for_torch():
 def test_the_configuration_survives_json(tiny):
     config = replace(tiny, lr={"soap": 0.01}, companion_lr=0.004)
     assert TrainConfig.from_json(json.loads(json.dumps(asdict(config)))) == config
+
+
+# ---- with a gradient spike -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spiked(tiny, tmp_path):
+    """A run with a spike of 1000 after four steps."""
+    config = replace(tiny, steps=10, spike_at=4, optimizers=("adamw", "muon"))
+    return run_train(config, tmp_path / "spiked", Console(quiet=True))
+
+
+def test_a_spike_is_one_step_of_real_training(spiked, tiny, tmp_path):
+    names = [f"{name}{kind}" for name in ("adamw", "muon") for kind in ("", "-spike", "-spike-guard")]
+    files = {"config.json", "environment.json", "summary.json", "loss.png", "spike.json", "spike.png"}
+    assert {path.name for path in spiked.folder.iterdir()} == {*files, *names}
+    assert [(s.run.optimizer, s.guard) for s in spiked.spiked] == [
+        *(("adamw", None), ("adamw", 2.0), ("muon", None), ("muon", 2.0))
+    ]
+    calm = run_train(replace(tiny, steps=10, optimizers=("adamw",)), tmp_path / "calm", Console(quiet=True))
+    without_clock = [(step.loss, step.update_rms) for step in calm.runs[0].steps]
+    assert [(step.loss, step.update_rms) for step in spiked.runs[0].steps] == without_clock
+    for s in spiked.spiked[::2]:  # the spike's own step is the fifth, and its loss is of the weights before
+        same = [x.loss == y.loss for x, y in zip(s.run.steps, s.calm.steps, strict=True)]
+        assert same == 5 * [True] + 5 * [False]
+        rms = [x.update_rms == y.update_rms for x, y in zip(s.run.steps, s.calm.steps, strict=True)]
+        assert rms == 4 * [True] + 6 * [False]
+
+
+def test_the_guard_brings_training_back(spiked):
+    rows = json.loads((spiked.folder / "spike.json").read_text())
+    assert rows == report.recovery(spiked.spiked)
+    for bare, guarded in zip(rows[::2], rows[1::2], strict=True):
+        assert (bare["guard"], guarded["guard"]) == (None, 2.0)
+        assert guarded["worst_excess"] < bare["worst_excess"]
+        assert abs(guarded["final_loss"] - guarded["final_loss_without_spike"]) < abs(
+            bare["final_loss"] - bare["final_loss_without_spike"]
+        )
+
+
+def test_the_recovery_by_hand():
+    def run(losses, updates):
+        steps = tuple(
+            StepRecord(step=i, loss=loss, update_rms=rms, validation_loss=loss)
+            for i, (loss, rms) in enumerate(zip(losses, updates, strict=True), start=1)
+        )
+        return RunResult(optimizer="adamw", arm=Arm(), parameters=1, state_bytes=0, steps=steps)
+
+    calm = run([5.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0], 7 * [0.5])
+    hit = run([5.0, 4.0, 3.0, 2.9, 2.0, 2.4, 2.04], [0.5, 0.5, 0.6, 2.0, 0.5, 0.1, 0.5])
+    lost = run([5.0, 4.0, 3.0, float("nan"), 2.0, 2.0, 2.5], [0.5, 0.5, 0.6, float("nan"), 2.0, 2.0, 2.0])
+    rows = report.recovery([SpikedRun(run=r, calm=calm, spike_at=2, guard=None) for r in (hit, lost)])
+    assert rows[0] == {
+        "optimizer": "adamw",
+        "guard": None,
+        "loss_before": 4.5,
+        "worst_loss": 2.9,
+        "worst_excess": pytest.approx(0.9),
+        "loss_back": 4,
+        "update_at_spike": pytest.approx(1.2),
+        "largest_update": 4.0,
+        "update_first_back": 2,
+        "update_back": 4,
+        "final_loss": 2.04,
+        "final_loss_without_spike": 2.0,
+    }
+    assert [rows[1][key] for key in ("worst_loss", "loss_back", "largest_update", "update_first_back")] == 4 * [None]
+
+
+def test_a_killed_run_with_a_spike_continues_with_the_same_losses(spiked, tmp_path):
+    torn = tmp_path / "torn"
+    shutil.copytree(spiked.folder, torn)
+    config, arms = read_run(torn)
+    shutil.rmtree(torn / "muon-spike")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(record):
+        if record.step == 5:  # the spike's own; the last checkpoint is of step 4
+            raise Stopped
+
+    text, folder = load_text(config.text, config.context), RunFolder(torn / "muon-spike")
+    with pytest.raises(Stopped):
+        train_one(config, "muon", arms["muon"], text, folder=folder, watch=stop)
+    resume_train(torn, Console(quiet=True))
+    assert losses(torn, "muon-spike") == losses(spiked.folder, "muon-spike")
+    assert (torn / "spike.json").read_text() == (spiked.folder / "spike.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spike_scale": 10.0}, "--spike-scale 10 needs --spike-at"),
+        ({"spike_at": 5}, "--spike-at 5 .* one after it in --steps 6"),
+        ({"spike_at": 0}, "--spike-at 0 needs a step before the spike"),
+        ({"spike_at": 2, "spike_scale": -1.0}, "--spike-scale -1 must be positive and finite"),
+        ({"spike_at": 2, "spike_scale": float("inf")}, "--spike-scale inf must be positive and finite"),
+    ],
+)
+def test_a_spike_that_cannot_be_is_refused(changes, message, tiny):
+    with pytest.raises(UsageError, match=message):
+        replace(tiny, **changes)
+
+
+def test_the_spike_of_the_command_line_is_a_thousand_by_default(tiny_args, tmp_path):
+    out = tmp_path / "run"
+    main(["train", *tiny_args, "--optimizers", "adamw", "--spike-at", "3", "--out", str(out)])
+    assert read_run(out)[0].spike == (3, 1000.0)
+    with pytest.raises(SystemExit, match="--spike-at is 2, was 3"):
+        main(["train", *tiny_args, "--optimizers", "adamw", "--spike-at", "2", "--resume", str(out)])
