@@ -10,33 +10,89 @@ from emerging_optimizers._version import __version__
 from emerging_optimizers.registry import list_optimizers
 
 if TYPE_CHECKING:
-    from emerging_optimizers.orthogonalized_optimizers import Muon, OrthogonalizedOptimizer
+    from emerging_optimizers.engine import SpikeWatch
+    from emerging_optimizers.orthogonalized_optimizers import (
+        MOP,
+        AdaptiveMuon,
+        Muon,
+        MuonHyperball,
+        Muown,
+        OrthogonalizedOptimizer,
+        PolarGrad,
+        Scion,
+        Spectron,
+        Spel,
+    )
+    from emerging_optimizers.riemannian_optimizers import Iso, ObliqueAdam, ObliqueSGD
     from emerging_optimizers.routing import RoutePlan, create_optimizer, plan_parameters
-    from emerging_optimizers.scalar_optimizers import AdamW, LaProp, Lion
+    from emerging_optimizers.scalar_optimizers import (
+        AdamW,
+        AdEMAMix,
+        LaProp,
+        Lion,
+        MAdam,
+        RMSProp,
+        Signum,
+        SimplifiedAdEMAMix,
+    )
     from emerging_optimizers.soap import REKLS, SOAP
 
 _HOMES = {
+    "AdEMAMix": "scalar_optimizers",
     "AdamW": "scalar_optimizers",
+    "AdaptiveMuon": "orthogonalized_optimizers",
+    "Iso": "riemannian_optimizers",
     "LaProp": "scalar_optimizers",
     "Lion": "scalar_optimizers",
+    "MAdam": "scalar_optimizers",
+    "MOP": "orthogonalized_optimizers",
     "Muon": "orthogonalized_optimizers",
+    "MuonHyperball": "orthogonalized_optimizers",
+    "Muown": "orthogonalized_optimizers",
+    "ObliqueAdam": "riemannian_optimizers",
+    "ObliqueSGD": "riemannian_optimizers",
     "OrthogonalizedOptimizer": "orthogonalized_optimizers",
+    "PolarGrad": "orthogonalized_optimizers",
     "REKLS": "soap",
+    "RMSProp": "scalar_optimizers",
     "RoutePlan": "routing",
     "SOAP": "soap",
+    "Scion": "orthogonalized_optimizers",
+    "Signum": "scalar_optimizers",
+    "SimplifiedAdEMAMix": "scalar_optimizers",
+    "Spectron": "orthogonalized_optimizers",
+    "Spel": "orthogonalized_optimizers",
+    "SpikeWatch": "engine",
     "create_optimizer": "routing",
     "plan_parameters": "routing",
 }
 
 __all__ = [
+    "MOP",
     "REKLS",
     "SOAP",
+    "AdEMAMix",
     "AdamW",
+    "AdaptiveMuon",
+    "Iso",
     "LaProp",
     "Lion",
+    "MAdam",
     "Muon",
+    "MuonHyperball",
+    "Muown",
+    "ObliqueAdam",
+    "ObliqueSGD",
     "OrthogonalizedOptimizer",
+    "PolarGrad",
+    "RMSProp",
     "RoutePlan",
+    "Scion",
+    "Signum",
+    "SimplifiedAdEMAMix",
+    "Spectron",
+    "Spel",
+    "SpikeWatch",
     "__version__",
     "create_optimizer",
     "list_optimizers",

@@ -45,6 +45,22 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Loshchilov and Hutter 2019, arXiv 1711.05101",
         elementwise=True,
     ),
+    "adaptive_muon": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.adaptive_muon:AdaptiveMuon",
+        description="Muon with a second moment: AdaMuon, NorMuon or NAMO",
+        paper="Si et al. 2025, arXiv 2507.11005; Li et al. 2025, arXiv 2510.05491",
+    ),
+    "ademamix": Entry(
+        path="emerging_optimizers.scalar_optimizers.ademamix:AdEMAMix",
+        description="Adam with a second, much slower momentum",
+        paper="Pagliardini et al. 2024, arXiv 2409.03137",
+        elementwise=True,
+    ),
+    "iso": Entry(
+        path="emerging_optimizers.riemannian_optimizers.isospectral:Iso",
+        description="moves the singular vectors of a weight and keeps its singular values",
+        paper="ISO: An RLVR-Native Optimization Stack 2026, arXiv 2607.19331",
+    ),
     "laprop": Entry(
         path="emerging_optimizers.scalar_optimizers.laprop:LaProp",
         description="Adam that normalises the gradient before the momentum; forgets a spike in a few steps",
@@ -57,20 +73,89 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Chen et al. 2023, arXiv 2302.06675",
         elementwise=True,
     ),
+    "madam": Entry(
+        path="emerging_optimizers.scalar_optimizers.madam:MAdam",
+        description="Adam without epsilon, for gradients of any size",
+        paper="Kingma and Ba 2015, arXiv 1412.6980; NVIDIA 2026, Emerging-Optimizers",
+        elementwise=True,
+    ),
+    "mop": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.mop:MOP",
+        description="momentum orthogonalized exactly, scaled by its nuclear norm",
+        paper="Lau et al. 2025, arXiv 2505.21799",
+    ),
     "muon": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muon:Muon",
         description="momentum orthogonalized by Newton-Schulz; one state tensor",
         paper="Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982",
+    ),
+    "muon_hyperball": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.muon_hyperball:MuonHyperball",
+        description="Muon on a sphere: every matrix keeps its norm",
+        paper="Wen et al. 2025, Hyperball Optimization",
+    ),
+    "muown": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.muown:Muown",
+        description="Muon for the directions of rows, Adam for their norms",
+        paper="Lion et al. 2026, arXiv 2605.10797",
+    ),
+    "oblique_adam": Entry(
+        path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueAdam",
+        description="Adam along the spheres of columns or rows of unit norm",
+        paper="Boumal 2023; Karras et al. 2024, arXiv 2312.02696",
+    ),
+    "oblique_sgd": Entry(
+        path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueSGD",
+        description="heavy-ball SGD along the spheres of columns or rows of unit norm",
+        paper="Boumal 2023; Raman and Yang 2019, arXiv 1909.06463",
+    ),
+    "polargrad": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.polargrad:PolarGrad",
+        description="orthogonalized momentum scaled by its nuclear norm, so that updates shrink with gradients",
+        paper="Lau et al. 2025, arXiv 2505.21799",
     ),
     "rekls": Entry(
         path="emerging_optimizers.soap.rekls:REKLS",
         description="SOAP with KL factors and a fresh eigendecomposition at every refresh",
         paper="Lin et al. 2025, arXiv 2509.03378",
     ),
+    "rmsprop": Entry(
+        path="emerging_optimizers.scalar_optimizers.rmsprop:RMSProp",
+        description="gradient over its running root mean square, equal to torch.optim.RMSprop",
+        paper="Tieleman and Hinton 2012, lecture 6.5",
+        elementwise=True,
+    ),
+    "scion": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.scion:Scion",
+        description="steepest descent in a norm chosen by layer; trains a whole model without Adam",
+        paper="Pethick et al. 2025, arXiv 2502.07529",
+    ),
+    "signum": Entry(
+        path="emerging_optimizers.scalar_optimizers.signum:Signum",
+        description="sign of the momentum; one state tensor",
+        paper="Bernstein et al. 2018, arXiv 1802.04434",
+        elementwise=True,
+    ),
+    "sim_ademamix": Entry(
+        path="emerging_optimizers.scalar_optimizers.sim_ademamix:SimplifiedAdEMAMix",
+        description="AdEMAMix with Adam's memory: one slow momentum and the gradient itself",
+        paper="Morwani et al. 2025, arXiv 2502.02431",
+        elementwise=True,
+    ),
     "soap": Entry(
         path="emerging_optimizers.soap.soap:SOAP",
         description="Adam in the eigenbasis of Shampoo's factors, plain or KL",
         paper="Vyas et al. 2024, arXiv 2409.11321",
+    ),
+    "spectron": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.spectron:Spectron",
+        description="weights of low rank, W = A B^T, with a bounded spectral norm of the update",
+        paper="Janson et al. 2026, arXiv 2602.12429",
+    ),
+    "spel": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.spel:Spel",
+        description="Muon on orthogonal matrices: the weight is orthogonalized after every step",
+        paper="Manifold Constrained Steepest Descent 2026, arXiv 2601.21487",
     ),
 }
 

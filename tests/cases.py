@@ -31,6 +31,8 @@ class OptimizerCase:
         batched: relative tolerance between stacked and per_matrix in float32; 0: bitwise.
         state: keys of a parameter's state.
         warns: what the constructor's warning says.
+        scale_free: the update does not depend on the scale of the gradients.
+        rests: a step with lr = 0 leaves the weight as it is, bit for bit.
         shapes: of the parameters that the suites use; empty: matrices, and for an element-wise rule vectors too.
     """
 
@@ -43,6 +45,8 @@ class OptimizerCase:
     state: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
     warns: str = ""
+    scale_free: bool = True
+    rests: bool = True
 
     def __post_init__(self) -> None:
         if not self.shapes:
@@ -83,8 +87,22 @@ _DECAY = {
     for method in ("independent", "l2", "palm", "decoupled")
 }
 
+_NUCLEAR: dict[str, Any] = {"state": ("momentum_buffer",), "batched": 1e-5, "scale_free": False}
+_BRAKE: dict[str, Any] = {"weight_update_hook": ("radial_brake", 0.5, 0.8), "rests": False}
+
 CASES: list[OptimizerCase] = [
-    *_rows("adamw", {"lr": 0.05}, {"": {}, "uncorrected": {"correct_bias": False}, **_DECAY}, state=_ADAM),
+    *_rows(
+        "adamw",
+        {"lr": 0.05},
+        {
+            "": {},
+            "uncorrected": {"correct_bias": False},
+            "nesterov": {"nesterov": True},
+            "brake": {**_BRAKE, "reference": False, "shapes": ((8, 6), (5,))},
+            **_DECAY,
+        },
+        state=_ADAM,
+    ),
     *_rows(
         "laprop",
         {"lr": 0.1},
@@ -92,12 +110,45 @@ CASES: list[OptimizerCase] = [
             "": {},
             "short": {"betas": (0.9, 0.65)},
             "uncorrected": {"correct_bias": False},
-            "frob": {"frob_normalize": True, "descends": 0.95, "shapes": ((8, 6), (5,))},
+            "frob": {"frob_normalize": True, "rests": False, "shapes": ((8, 6), (5,))},
             "l2": _DECAY["l2"],
         },
         state=_ADAM,
     ),
     *_rows("lion", {"lr": 0.06}, {"": {}, "palm": _DECAY["palm"]}, state=("exp_avg",)),
+    *_rows(
+        "signum",
+        {"lr": 0.06},
+        {
+            "": {},
+            "nesterov": {"nesterov": True},
+            "shape_scaling": {"lr": 0.4, "use_shape_scaling": True, "shapes": MATRICES},
+        },
+        state=("step", "exp_avg"),
+    ),
+    *_rows(
+        "ademamix",
+        {"lr": 0.03, "betas": (0.9, 0.999, 0.99)},
+        {
+            "": {},
+            "warmed": {"num_beta_slow_warmup_steps": 5, "num_alpha_warmup_steps": 6, "alpha": 5.0},
+            "uncorrected": {"correct_bias": False},
+        },
+        state=("step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+    ),
+    *_rows(
+        "sim_ademamix",
+        {"lr": 0.03, "betas": (0.99, 0.999)},
+        {"": {}, "warmed": {"num_beta_fast_warmup_steps": 5, "min_beta_fast": 0.5}},
+        state=_ADAM,
+    ),
+    *_rows(
+        "madam",
+        {"lr": 0.05},
+        {"": {}, "uncorrected": {"correct_bias": False, "scale_log2": 0}},
+        state=("step", "exp_avg", "exp_avg_sq_scaled"),
+    ),
+    *_rows("rmsprop", {"lr": 0.03}, {"": {}, "l2": _DECAY["l2"]}, state=("exp_avg_sq",)),
     *_rows(
         "muon",
         {"lr": 0.05, "fp32_matmul_prec": "highest"},
@@ -119,9 +170,67 @@ CASES: list[OptimizerCase] = [
             "shape_scaling": {"lr": 0.2, "scale_mode": "shape_scaling"},
             "unit_rms_norm": {"lr": 0.4, "scale_mode": "unit_rms_norm", "extra_scale_factor": 0.5},
             "l2": _DECAY["l2"],
+            "gram": {"orthogonalizer": "gram_newton_schulz"},
+            "qdwh": {"orthogonalizer": "qdwh"},
+            "svd": {"orthogonalizer": "svd"},
+            "relative": {"weight_update_hook": "relative_update"},
+            "spectral_decay": {
+                "weight_update_hook": ("spectral_weight_decay", 4.0, 0.5),
+                "reference": False,
+                "rests": False,
+            },
         },
         state=("momentum_buffer",),
         batched=1e-5,
+    ),
+    *_rows(
+        "adaptive_muon",
+        {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.01, "fp32_matmul_prec": "highest"},
+        {
+            "": {},
+            "published": {"lr": 0.02, "adamuon_scale": "published"},
+            "normuon": {"moment2_method": "normuon"},
+            "namo": {"lr": 0.2, "moment2_method": "namo"},
+        },
+        state=("momentum_buffer", "moment2_buffer"),
+        batched=1e-5,
+    ),
+    *_rows("mop", {"lr": 0.3}, {"": {}, "spectral": {"lr": 0.05, "scale_mode": "spectral"}}, **_NUCLEAR),
+    *_rows("polargrad", {"lr": 0.3}, {"": {}, "svd": {"orthogonalizer": "svd", "nesterov": True}}, **_NUCLEAR),
+    *_rows(
+        "scion",
+        {"lr": 0.2, "fp32_matmul_prec": "highest"},
+        {
+            "": {},
+            "sign": {"norm": "sign", "spectral_radius": 2.0, "shapes": ((8, 6), (5,), ())},
+            "row": {"norm": "row", "weight_decay": 0.5, "spectral_radius": 0.5},
+        },
+        state=("momentum_buffer",),
+        batched=1e-5,
+    ),
+    *_rows(
+        "spel",
+        {"lr": 0.1, "fp32_matmul_prec": "highest"},
+        {"": {}, "qdwh": {"orthogonalizer": "qdwh"}},
+        state=("momentum_buffer",),
+        batched=1e-5,
+        rests=False,
+    ),
+    *_rows(
+        "muon_hyperball",
+        {"lr": 0.05, "fp32_matmul_prec": "highest"},
+        {"": {"hyperball_radius": 5.0}, "own_norm": {}},
+        state=("momentum_buffer",),
+        batched=1e-5,
+        rests=False,
+    ),
+    *_rows(
+        "muown",
+        {"lr": 0.05, "adam_eps": 1e-30, "fp32_matmul_prec": "highest"},
+        {"": {}, "nesterov_palm": {"nesterov": True, **_DECAY["palm"]}},
+        state=("step", "g", "v_norm", "momentum_buffer", "m_g", "v_g"),
+        batched=1e-4,
+        rests=False,
     ),
     *_rows(
         "soap",
@@ -157,6 +266,45 @@ CASES: list[OptimizerCase] = [
         shapes=((7, 7), (6, 6)),
     ),
     *_rows("rekls", {"lr": 0.1}, {"": {}, "every_third": {"precondition_frequency": 3}}, state=_SOAP, batched=1e-3),
+    *_rows(
+        "oblique_sgd",
+        {"lr": 1.0},
+        {"": {}, "rows": {"dim": 1, "momentum": 0.0, "weight_decay": 0.1}},
+        state=("momentum_buffer",),
+        rests=False,
+        scale_free=False,
+    ),
+    *_rows(
+        "oblique_adam",
+        {"lr": 0.05},
+        {"": {}, "published": {"correct_bias": "published"}, "rows": {"dim": 1, "correct_bias": False}},
+        state=_ADAM,
+        rests=False,
+    ),
+    # Which targets have the same singular values is up to chance. With weight decay every part of the state moves.
+    *_rows(
+        "iso",
+        {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01},
+        {"": {}, "polar": {"retraction": "polar"}, "cayley": {"retraction": "cayley"}},
+        state=("step", "u", "sigma", "v", "momentum_u", "momentum_v"),
+        batched=1e-4,
+        rests=False,
+        scale_free=False,
+        descends=0.3,
+    ),
+    # Rank 8 holds every matrix of the table whole; the truncated row keeps half of the singular values.
+    *_rows(
+        "spectron",
+        {"lr": 0.3, "rank": 8, "fp32_matmul_prec": "highest"},
+        {
+            "": {},
+            "truncated": {"rank_ratio": 0.5, "truncation_tolerance": 1.0, "descends": 0.9},
+            "l2": _DECAY["l2"],
+        },
+        state=("step", "factor_A", "factor_B", "momentum_A", "momentum_B", "u_A", "u_B"),
+        batched=1e-4,
+        rests=False,
+    ),
 ]
 SEEDS = [case for case in CASES if case.name in registry.OPTIMIZERS]
 

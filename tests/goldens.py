@@ -75,6 +75,12 @@ def initial_weight(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.cos(0.7 * i + 1.3 * j).float().to(dtype)
 
 
+def golden_start(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that a golden case starts from; on the oblique manifold its columns have norm 1."""
+    W = initial_weight()
+    return (torch.nn.functional.normalize(W, dim=0) if name.startswith("oblique") else W).to(dtype)
+
+
 def gradient(t: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """G_t[i, j] = sin(0.9 i t + 1.7 j + 0.3 t^2 + 0.11 i j) at step t = 1 .. 5, rounded to float32 first."""
     i, j = _indices()
@@ -103,6 +109,10 @@ def _case(optimizer: str, tolerance: float, null_angle: float | None = None, **k
 
 def _muon(tolerance: float = 2e-5, **kwargs: Any) -> GoldenCase:
     return _case("muon", tolerance, **{"fp32_matmul_prec": "highest", **kwargs})
+
+
+def _adaptive(**kwargs: Any) -> GoldenCase:
+    return _case("adaptive_muon", 2e-5, momentum=0.95, weight_decay=0.1, fp32_matmul_prec="highest", **kwargs)
 
 
 def _soap(null_angle: float | None = None, optimizer: str = "soap", **kwargs: Any) -> GoldenCase:
@@ -134,6 +144,18 @@ CASES: dict[str, GoldenCase] = {
     "muon_aol": _muon(coefficient_type="aol", num_ns_steps=4),
     "muon_deepseekv4": _muon(coefficient_type="deepseekv4", num_ns_steps=10),
     "muon_cubic5": _muon(coefficient_type="cubic5"),
+    "muon_radial_brake": _muon(weight_update_hook="radial_brake"),
+    "muon_relative": _muon(weight_update_hook="relative_update"),
+    "muon_hyperball_hook_r5": _muon(weight_update_hook=("hyperball", 5.0)),
+    "adaptive_adamuon": _adaptive(adamuon_scale="published"),
+    "adaptive_normuon": _adaptive(moment2_method="normuon"),
+    "adaptive_namo": _adaptive(moment2_method="namo"),
+    "mop": _case("mop", 2e-5),
+    "mop_spectral": _case("mop", 2e-5, scale_mode="spectral"),
+    "polargrad": _case("polargrad", 2e-5),
+    "scion": _case("scion", 2e-5, fp32_matmul_prec="highest"),
+    "spel": _case("spel", 2e-5, fp32_matmul_prec="highest"),
+    "muown": _case("muown", 2e-5, fp32_matmul_prec="highest"),
     "soap_eps1e-2": _soap(null_angle=35.764),
     "soap_eigh_eps1e-2": _soap(use_eigh=True),
     "soap_kl_eps1e-2": _soap(null_angle=89.124, use_kl_shampoo=True),
@@ -143,29 +165,13 @@ CASES: dict[str, GoldenCase] = {
     "laprop": _case("laprop", 2e-5, betas=(0.9, 0.65)),
     "laprop_frob": _case("laprop", 2e-5, frob_normalize=True),
     "lion": _case("lion", 2e-5),
+    "signum": _case("signum", 2e-5, weight_decay=0.1),
+    "signum_nesterov_shape": _case("signum", 2e-5, nesterov=True, use_shape_scaling=True),
+    "sim_ademamix": _case("sim_ademamix", 2e-5),
+    "oblique_sgd": _case("oblique_sgd", 2e-5),
+    "oblique_adam": _case("oblique_adam", 2e-5, correct_bias="published"),
+    "iso_qr": _case("iso", 2e-5),
 }
-
-# In the file, for optimizers that are still to come.
-LATER = (
-    "adaptive_adamuon",
-    "adaptive_normuon",
-    "adaptive_namo",
-    "mop",
-    "mop_spectral",
-    "polargrad",
-    "scion",
-    "spel",
-    "oblique_sgd",
-    "oblique_adam",
-    "signum",
-    "signum_nesterov_shape",
-    "sim_ademamix",
-    "muown",
-    "iso_qr",
-    "muon_radial_brake",
-    "muon_relative",
-    "muon_hyperball_hook_r5",
-)
 
 
 def _indices() -> tuple[Tensor, Tensor]:

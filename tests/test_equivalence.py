@@ -8,7 +8,7 @@ import torch
 from emerging_optimizers import registry
 from tests.cases import CASES, SEEDS, OptimizerCase, distance, parameters, run, set_gradients
 from tests.goldens import CASES as GOLDENS
-from tests.goldens import GoldenCase, golden, golden_reference, gradient, initial_weight
+from tests.goldens import GoldenCase, golden, golden_reference, golden_start, gradient
 from tests.reference import make_reference
 
 
@@ -52,11 +52,11 @@ def test_it_equals_the_reference(case: OptimizerCase, device: torch.device) -> N
 
 @pytest.mark.parametrize(("name", "case"), GOLDENS.items(), ids=list(GOLDENS))
 def test_it_agrees_with_the_golden_values(name: str, case: GoldenCase) -> None:
-    p = torch.nn.Parameter(initial_weight())
+    p = torch.nn.Parameter(golden_start(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the coefficient set; test_conformance expects it
         optimizer = registry.entry(case.optimizer).load()([p], **case.kwargs)
-    reference, weight = golden_reference(name), initial_weight()
+    reference, weight = golden_reference(name), golden_start(name)
     moved = []
     for t in range(1, 6):
         before = p.detach().clone()

@@ -57,7 +57,6 @@ def test_every_exported_name_resolves_and_stands_in_order():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_registered_optimizer_loads_and_is_exported(name):
     cls = OPTIMIZERS[name].load()
-    assert cls.__name__.lower() == name
     assert getattr(emerging_optimizers, cls.__name__) is cls
 
 
@@ -90,9 +89,7 @@ def test_a_registry_entry_says_in_one_line_what_it_is_and_where_it_is_from(name)
     assert re.search(r"\w+ .*20\d\d", entry.paper)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "names"), [("*", sorted(OPTIMIZERS)), ("L*", ["laprop", "lion"]), ("*muon*", ["muon"]), ("none", [])]
-)
+@pytest.mark.parametrize(("pattern", "names"), [("L*", ["laprop", "lion"]), ("soap", ["soap"]), ("none", [])])
 def test_list_optimizers_matches_shell_patterns_in_order(pattern, names):
     assert emerging_optimizers.list_optimizers(pattern) == names
     described = emerging_optimizers.list_optimizers(pattern, with_description=True)

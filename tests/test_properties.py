@@ -49,7 +49,7 @@ def test_a_bad_row_stays_in_its_row(case: OptimizerCase, bad: float) -> None:
     torch.testing.assert_close(steps(case, broken)[others], steps(case, grads)[others], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", SEEDS, ids=str)
+@pytest.mark.parametrize("case", [case for case in SEEDS if case.scale_free], ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_the_update_does_not_see_the_scale_of_the_gradients(case: OptimizerCase, scale: float) -> None:
     """Up to eps, which is an absolute number; KL factors take the scale of the gradient's RMS."""

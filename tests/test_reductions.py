@@ -5,7 +5,20 @@ from typing import Any
 import pytest
 import torch
 
-from emerging_optimizers import REKLS, SOAP, AdamW, LaProp, Lion, Muon, OrthogonalizedOptimizer
+from emerging_optimizers import (
+    REKLS,
+    SOAP,
+    AdamW,
+    AdEMAMix,
+    LaProp,
+    Lion,
+    MAdam,
+    Muon,
+    OrthogonalizedOptimizer,
+    RMSProp,
+    Signum,
+    SimplifiedAdEMAMix,
+)
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import get_muon_scale_factor, newton_schulz
 
 Make = Any
@@ -47,6 +60,42 @@ PAIRS: dict[str, tuple[Make, Make, int]] = {
     "Lion without memory is the sign of the gradient": (
         lambda p: Lion(p, lr=0.01, betas=(0.0, 0.0), weight_decay=0.0),
         lambda p: AdamW(p, lr=0.01, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0),
+        6,
+    ),
+    "Signum is Lion with one beta": (
+        lambda p: Signum(p, lr=0.01, momentum=0.8),
+        lambda p: Lion(p, lr=0.01, betas=(0.8, 0.8), weight_decay=0.0),
+        6,
+    ),
+    "AdEMAMix without its slow moment is AdamW": (
+        lambda p: AdEMAMix(p, lr=0.01, alpha=0.0),
+        lambda p: AdamW(p, lr=0.01, weight_decay=0.0),
+        6,
+    ),
+    "AdEMAMix whose two moments are one is AdamW without bias correction, taken 1 + alpha times": (
+        lambda p: AdEMAMix(p, lr=0.01, betas=(0.9, 0.999, 0.9), alpha=2.0, correct_bias=False),
+        lambda p: AdamW(p, lr=0.03, weight_decay=0.0, correct_bias=False),
+        6,
+    ),
+    "Simplified AdEMAMix without the gradient's own part is AdamW": (
+        lambda p: SimplifiedAdEMAMix(p, lr=0.01, betas=(0.9, 0.999), alpha=0.0),
+        lambda p: AdamW(p, lr=0.01, weight_decay=0.0),
+        6,
+    ),
+    "MAdam is AdamW without epsilon": (
+        lambda p: MAdam(p, lr=0.01),
+        lambda p: AdamW(p, lr=0.01, eps=0.0, weight_decay=0.0),
+        6,
+    ),
+    "RMSProp is torch's": (
+        lambda p: RMSProp(p, lr=0.01, weight_decay=0.1, weight_decay_method="l2"),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, weight_decay=0.1),
+        6,
+    ),
+    "AdamW with nesterov is torch's NAdam with a constant momentum": (
+        lambda p: AdamW(p, lr=0.01, nesterov=True, weight_decay=0.0),
+        # Its momentum is beta1 (1 - 0.96^(t momentum_decay) / 2): this decay makes that 0.9.
+        lambda p: torch.optim.NAdam(p, lr=0.01, betas=(0.9, 0.999), momentum_decay=1e9),
         6,
     ),
     "SOAP without a side is AdamW": (

@@ -59,6 +59,7 @@ class Bucket:
         self.units = self.offsets[-1] if item else len(parameters)
         self.step = torch.zeros(self.units if rule.counts_steps else 0, dtype=torch.float32, device=self.device)
         self.guard: dict[str, Tensor] = {}
+        self._mail: tuple[Tensor, Any] | None = None
         self.scaled, self.skipped = torch.zeros(2, self.units, dtype=torch.int64, device=self.device)
         # Which stacks are shaped like the gradient, for any gradient: a square matrix's factors are so by accident.
         shape = (1, 2, 3)[: 1 + len(item)]
@@ -219,6 +220,12 @@ class Bucket:
         ranges = [range(self.offsets[i], self.offsets[i + 1]) if self.item else range(i, i + 1) for i in members]
         return torch.tensor([unit for indices in ranges for unit in indices], device=self.device)
 
+    def by_unit(self, chunk: Chunk, stack: Tensor) -> list[Tensor]:
+        """A stack over a chunk as stacks whose first axis runs over units; no segment may cut a parameter."""
+        if self.item:
+            return [stack]
+        return [piece[None] for piece in torch.split(stack, [stop - start for _, start, stop in chunk])]
+
     def spread(self, chunk: Chunk, stack: Tensor) -> Tensor:
         """A stack over units as it broadcasts against a chunk: (B, 1, 1), or (K,), or 0-D for one vector."""
         if self.item:
@@ -248,6 +255,25 @@ class Bucket:
                     self.unit_view(i, self.step).add_(1)
         for i in members:
             self.counts[i] += 1
+
+    def post(self, flags: Tensor) -> None:
+        """Send (units,) flags to the host without waiting for the device."""
+        if self.on_host:
+            self._mail = (flags, None)
+            return
+        copy = torch.empty(self.units, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
+        arrived = torch.Event(self.device)
+        arrived.record()
+        self._mail = (copy, arrived)
+
+    def collect(self) -> list[int]:
+        """The parameters with a flag in what was posted last, in an earlier step; each is told once."""
+        if self._mail is None:
+            return []
+        (flags, arrived), self._mail = self._mail, None
+        if arrived is not None:
+            arrived.synchronize()
+        return [i for i in range(len(self.parameters)) if self.unit_view(i, flags).any()] if flags.any() else []
 
     def adopt(self, i: int, saved: Mapping[str, Any], name: str) -> None:
         """Copy a parameter's state from elsewhere into the stacks, in the stacks' dtype.

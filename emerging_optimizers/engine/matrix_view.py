@@ -11,13 +11,14 @@ def item_shape(p: Tensor, elementwise: bool, view: Any = "auto") -> tuple[int, .
     """The shape of one item: () for an element-wise rule, (M, N) for a matrix rule.
 
     A 2-D parameter is one matrix. A 3-D parameter is a batch of matrices along its first axis (experts), unless
-    `view="flatten"`. Anything else, and a convolution's weight in particular, is flattened to (out, rest).
+    `view="flatten"`. Anything else is flattened to (out, rest): a convolution's weight, and a vector to one column.
     """
     if elementwise:
         return ()
     if p.ndim == 3 and view == "auto":
         return tuple(p.shape[1:])
-    return (p.shape[0], p.numel() // p.shape[0])
+    rows = p.shape[0] if p.ndim else 1
+    return (rows, p.numel() // rows)
 
 
 def as_items(x: Tensor, item: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
 """The only `step()` of the library.
 
 Life of a step: hyper-parameters and gradients are checked; then, bucket by bucket: rows that have gradients ->
-stack in float32 -> l2 decay -> rule -> state written back into its stacks -> decay and update written to the
-parameters -> hooks. Whatever can raise does so before the first weight or state has changed.
+stack in float32 -> l2 decay -> rule -> state written back into its stacks -> decay and update, or what a hook makes of
+them, written to the parameters. Whatever can raise does so before the first weight or state has changed.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import checkpoint
-from emerging_optimizers.engine.buckets import Bucket, Chunk, fill_buckets
+from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment, fill_buckets
 from emerging_optimizers.engine.executors import Execution, call
 from emerging_optimizers.engine.guard import NonfiniteT, decide
+from emerging_optimizers.engine.hooks import WeightUpdateHook, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import MATRIX_VIEWS
 from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import (
     FLAG,
+    HOOK,
     LEARNING_RATE,
     NON_NEGATIVE,
     POSITIVE,
@@ -59,6 +61,9 @@ class EngineOptions(TypedDict, total=False):
             device) or "propagate". Per group. Default "skip".
         matrix_view: "auto" (a 3-D parameter is a batch of matrices) or "flatten" ((out, rest)); per group, for
             matrix optimizers. Default "auto".
+        weight_update_hook: the law by which the weight moves: a name of `engine/hooks.py` ("hyperball", "radial_brake",
+            "relative_update", "spectral_clip", "spectral_weight_decay"), (name, its arguments), or a
+            `WeightUpdateHook`. Per group. Default None: W <- keep W - lr U.
         execution: "stacked" (default: matrices of one shape in one call), "per_matrix" (one matrix a call, the
             definition of correct) or "compiled" (the rule through torch.compile).
     """
@@ -67,6 +72,7 @@ class EngineOptions(TypedDict, total=False):
     spike_guard: float | None
     nonfinite: NonfiniteT
     matrix_view: str
+    weight_update_hook: WeightUpdateHookT
     execution: Execution
 
 
@@ -94,6 +100,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         "spike_guard": optional(Check(lambda v: POSITIVE.holds(v) and v > 1, "a finite number > 1")),
         "nonfinite": one_of(*get_args(NonfiniteT)),
         "matrix_view": one_of(*MATRIX_VIEWS),
+        "weight_update_hook": HOOK,
     }
     # Attributes beside torch's that a pickle or a copy keeps.
     _kept: ClassVar[tuple[str, ...]] = ("execution",)
@@ -112,6 +119,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             "spike_guard": engine.pop("spike_guard", None),
             "nonfinite": engine.pop("nonfinite", "skip"),
             "matrix_view": engine.pop("matrix_view", "auto"),
+            "weight_update_hook": engine.pop("weight_update_hook", None),
         }
         if engine:
             name = next(iter(engine))
@@ -176,6 +184,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         check_group(algorithm.__name__, f"param_groups[{index}]", group, ranges)
         algorithm._check_choice(group)
         rule = self._make_rule(group)
+        self._check_hook(rule, group, algorithm.__name__)
         if self.execution == "compiled" and rule.reads_parameters:
             raise ValueError(
                 f"{self._name}: execution='compiled' cannot run a rule that is given by a Python function of one "
@@ -185,6 +194,17 @@ class RuleOptimizer(torch.optim.Optimizer):
         return rule
 
     @staticmethod
+    def _check_hook(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
+        hook = make_hook(group["weight_update_hook"])
+        if hook is None:
+            return
+        given = f"{owner}: weight_update_hook={group['weight_update_hook']!r} is not possible"
+        if rule.hook is not None or rule.rewrites_weight:
+            raise ValueError(f"{given}: the optimizer has a law of its own for the weight; leave it None")
+        if hook.matrices_only and rule.elementwise:
+            raise ValueError(f"{given}: it is about singular values, and this optimizer is element-wise; leave it None")
+
+    @staticmethod
     def _check_parameter(p: Tensor, rule: Rule, label: str, owner: str) -> None:
         if p.dtype not in DTYPES:
             raise ValueError(f"{owner}: {label} has dtype {p.dtype}; allowed are {', '.join(map(str, DTYPES))}")
@@ -192,7 +212,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{owner}: {label} has layout {p.layout}; only dense tensors can be updated")
         if hasattr(p, "placements"):
             raise ValueError(f"{owner}: {label} is a DTensor; sharded parameters are not supported yet")
-        if p.ndim < 2 and not rule.elementwise:
+        if p.ndim < 2 and not rule.elementwise and not rule.takes_vectors:
             raise ValueError(
                 f"{owner} updates matrices, and {label} is not one. Give vectors and scalars to an "
                 f"element-wise optimizer such as AdamW, or call create_optimizer({owner.lower()!r}, model), which "
@@ -321,6 +341,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         for index, rule in enumerate(rules):
             self._bind(index, rule)
         for index, bucket in self._buckets:
+            if rules[index].starts_from_weight:
+                self._start(bucket, rules[index], self.param_groups[index])
+        for index, bucket in self._buckets:
             self._step_bucket(bucket, rules[index], self.param_groups[index])
         return loss
 
@@ -357,6 +380,18 @@ class RuleOptimizer(torch.optim.Optimizer):
                     events[names[i] if names else f"param_groups[{index}]['params'][{i}]"] = (scaled, skipped)
         return events
 
+    @staticmethod
+    def _start(bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
+        """Make the state of matrices before their first step, and of those that have lost it."""
+        for i in bucket.collect():
+            bucket.counts[i] = 0
+        new = {i: p for i, p in enumerate(bucket.parameters) if p.grad is not None and not bucket.counts[i]}
+        if new:
+            chunk = [Segment(i, 0, bucket.items(i)) for i in new]
+            order = {p: i for i, p in enumerate(group["params"])}
+            labels = [label(group, order[p], p) for i, p in new.items() for _ in range(bucket.items(i))]
+            bucket.write(chunk, rule.start(bucket.stack(chunk, new), labels))
+
     def _step_bucket(self, bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
         active = [i for i, p in enumerate(bucket.parameters) if p.grad is not None]
         if not active:
@@ -367,9 +402,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             count = bucket.counts[i] + 1
             shared = count if rule.counts_steps and rule.elementwise else 0
             by_phase.setdefault((rule.phase(count), shared), []).append(i)
-        execution: Execution = "per_matrix" if rule.reads_parameters else self.execution
-        moving = [bucket.parameters[i] for i in active]
-        context = rule.hook.before(moving) if rule.hook else None
+        hook = rule.hook or make_hook(group["weight_update_hook"])
+        execution = self.execution
+        # A hook needs the norm of a whole parameter, which chunks of an element-wise rule cut.
+        if rule.reads_parameters or (hook and rule.elementwise and execution == "stacked"):
+            execution = "per_matrix"
         if group["spike_guard"] is not None and not bucket.guard:
             bucket.start_guard()
             self._publish(bucket)
@@ -377,10 +414,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         for (phase, count), members in by_phase.items():
             gradients = {i: bucket.parameters[i].grad for i in members}
             for chunk in bucket.chunks(members, execution):
-                self._run(bucket, chunk, gradients, factor, rule, phase, count, group, execution)
-        if rule.hook:
-            rule.hook.after(moving, context)
+                self._run(bucket, chunk, gradients, factor, rule, hook, phase, count, group, execution)
         bucket.count(active, factor)
+        if (lost := rule.lost(bucket.state)) is not None:
+            bucket.post(lost)
 
     def _run(
         self,
@@ -389,6 +426,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         gradients: Mapping[int, Tensor | None],
         factor: Tensor | None,
         rule: Rule,
+        hook: WeightUpdateHook | None,
         phase: Phase,
         count: int,
         group: Mapping[str, Any],
@@ -415,7 +453,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if adds_l2 or rule.reads_weight:
             weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
             if rule.reads_weight:
-                extra["weight"] = weight
+                extra |= {"weight": weight, "weight_dtype": bucket.param_dtype}
             if adds_l2:
                 grad = grad + group["weight_decay"] * weight
         if rule.reads_parameters:
@@ -430,7 +468,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if live is not None:
             new_state = type(state)(*(_where(live, new, old) for old, new in zip(state, out.state, strict=True)))
         bucket.write(chunk, new_state)
-        self._move(bucket, chunk, gradients, live, out, group)
+        self._move(bucket, chunk, gradients, live, out, hook, group)
 
     @staticmethod
     def _move(
@@ -439,12 +477,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         members: Container[int],
         live: Tensor | None,
         out: Step,
+        hook: WeightUpdateHook | None,
         group: Mapping[str, Any],
     ) -> None:
-        """W <- keep W - lr direction, rounded once to the parameter's dtype."""
+        """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype."""
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
-        if live is None and out.direction is not None and not isinstance(lr, Tensor):
+        if hook is None and live is None and out.direction is not None and not isinstance(lr, Tensor):
             parts, directions = bucket.targets(chunk, out.direction, members)
             wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
             if keep != 1:
@@ -454,8 +493,15 @@ class RuleOptimizer(torch.optim.Optimizer):
                 torch._foreach_copy_(parts, wide)
             return
         old = bucket.stack(chunk, {row: bucket.parameters[row] for row, _, _ in chunk})
-        new = out.parameter if out.direction is None else old * keep - out.direction * lr
-        assert new is not None
+        if out.direction is None:
+            assert out.parameter is not None
+            new = out.parameter
+        elif hook is None:
+            new = old * keep - out.direction * lr
+        else:
+            pairs = zip(bucket.by_unit(chunk, old), bucket.by_unit(chunk, out.direction), strict=True)
+            moved = [hook.move(w, u, keep, lr).reshape(-1, *bucket.item) for w, u in pairs]
+            new = moved[0] if len(moved) == 1 else torch.cat(moved)
         new = new if live is None else torch.where(live, new, old)
         torch._foreach_copy_(*bucket.targets(chunk, new, members))
 

@@ -7,7 +7,7 @@ Names of tensors end in their shape: B matrices of a stack, M rows, N columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine.hooks import WeightHook
+from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
 
@@ -33,11 +33,13 @@ class Scalars(Protocol):
     Attributes:
         step: how many times each matrix has been updated, this time included. It broadcasts against the gradient.
         weight: the parameters as a stack like the gradient, for a rule that `reads_weight`.
+        weight_dtype: the parameters' own dtype, for the same rules.
         parameters: the torch parameters behind the stack, for a rule that `reads_parameters`.
     """
 
     step: Any
     weight: Tensor
+    weight_dtype: torch.dtype
     parameters: list[Tensor]
 
     def __getattr__(self, name: str) -> Any:
@@ -72,6 +74,8 @@ class Rule(ABC):
         elementwise: the rule acts on each element by itself; its state has the gradient's shape.
         counts_steps: `update` reads `t.step`; the count is saved as `step`.
         handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
+        rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
+        starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
     """
 
     scalars: ClassVar[tuple[str, ...]] = ()
@@ -79,6 +83,8 @@ class Rule(ABC):
     counts_steps: ClassVar[bool] = False
     handles_l2: ClassVar[bool] = False
     reads_parameters: ClassVar[bool] = False
+    rewrites_weight: ClassVar[bool] = False
+    starts_from_weight: ClassVar[bool] = False
 
     @property
     def matmul_precision(self) -> FP32MatmulPrecT:
@@ -86,9 +92,14 @@ class Rule(ABC):
         return "highest"
 
     @property
-    def hook(self) -> WeightHook | None:
-        """What is done to the weights around the update."""
+    def hook(self) -> WeightUpdateHook | None:
+        """The law by which the weight moves, where that is part of the rule."""
         return None
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether a matrix rule also updates vectors and scalars, as matrices of one column."""
+        return False
 
     @property
     def reads_weight(self) -> bool:
@@ -110,6 +121,17 @@ class Rule(ABC):
 
         A field's name is its key in checkpoints; its first axis is the first axis of `shape`.
         """
+
+    def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
+        """The state before the first step where it follows from the weight, for a rule that `starts_from_weight`.
+
+        Runs before anything moves and may read the device, warn and raise; `labels` name the parameter of each matrix.
+        """
+        raise NotImplementedError
+
+    def lost(self, state: Any) -> Tensor | None:
+        """Which matrices need `start` again, as (B,) on the device; the host acts on it in the next step."""
+        return None
 
     @abstractmethod
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:

@@ -31,7 +31,9 @@ def _record(names: tuple[str, ...]) -> Any:
 
 def make_scalars(names: tuple[str, ...], group: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
     """A named tuple of the group's values and `extra`; a pytree, so that a compiled rule takes it as input."""
-    return _record((*names, *extra))(*(group[name] for name in names), *extra.values())
+    # A learning rate of shape (1,) would give its dtype to the stack; a 0-D one does not take part in promotion.
+    values = (value.reshape(()) if isinstance(value := group[name], Tensor) else value for name in names)
+    return _record((*names, *extra))(*values, *extra.values())
 
 
 def as_tensors(scalars: Any, device: torch.device) -> Any:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from emerging_optimizers.engine.hooks import HOOKS, WeightUpdateHook, make_hook, plain_hook
+
 
 class Check(NamedTuple):
     """A range: a predicate and the words for what it allows."""
@@ -40,6 +42,17 @@ LEARNING_RATE = Check(
     ),
     "a finite number >= 0, or a tensor with one such element",
 )
+
+
+def _makes_hook(value: Any) -> bool:
+    try:
+        make_hook(value)
+    except ValueError:
+        return False
+    return True
+
+
+HOOK = Check(_makes_hook, f"None, a hook, its name ({', '.join(HOOKS)}) or (name, its arguments)")
 
 
 def one_of(*values: Any) -> Check:
@@ -79,6 +92,8 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, (Tensor, str)):
         return value
+    if isinstance(value, WeightUpdateHook):
+        return plain_hook(value)
     if hasattr(value, "item"):
         return value.item()
     return tuple(map(_plain, value)) if isinstance(value, Sequence) else value

@@ -30,11 +30,27 @@ class Arm:
 # Learning rates of the default job; `eopt grid` searches around them and says where a better one lies.
 TUNED: dict[str, Arm] = {
     "adamw": Arm(lr=2e-3),
+    "ademamix": Arm(lr=2e-3),
     "laprop": Arm(lr=2e-3),
     "lion": Arm(lr=3e-4),
+    "madam": Arm(lr=2e-3),
+    "rmsprop": Arm(lr=1e-3),
+    "signum": Arm(lr=3e-4),
+    "sim_ademamix": Arm(lr=1e-3),
+    "adaptive_muon": Arm(lr=4e-3, companion_lr=4e-3, options={"nesterov": True}),
+    "mop": Arm(lr=0.1, companion_lr=4e-3),
     "muon": Arm(lr=4e-3, companion_lr=4e-3, options={"nesterov": True}),
+    "muon_hyperball": Arm(lr=5e-2, companion_lr=4e-3),
+    "muown": Arm(lr=4e-3, companion_lr=4e-3),
+    "polargrad": Arm(lr=0.1, companion_lr=4e-3),
+    "scion": Arm(lr=4e-3, companion_lr=4e-3, options={"spectral_radius": 10.0}),
+    "spel": Arm(lr=3e-2, companion_lr=4e-3),
+    "spectron": Arm(lr=0.1, companion_lr=4e-3, options={"truncation_tolerance": 1.0}),
     "soap": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
     "rekls": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
+    "oblique_sgd": Arm(lr=1.0, companion_lr=4e-3),
+    "oblique_adam": Arm(lr=1e-2, companion_lr=4e-3),
+    "iso": Arm(lr=1e-1, companion_lr=4e-3),
 }
 
 # What `eopt grid` tries; an optimizer without a row tries GRID_FACTORS times its learning rate.

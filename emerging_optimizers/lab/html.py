@@ -336,7 +336,8 @@ def _eigenbasis(path: Path) -> Section:
         question="What does a gradient spike do to SOAP’s eigenbases, and what has the precision of float32 products "
         "to do with it?",
         facts=f"A {config.shape[0]} × {config.shape[1]} matrix with i.i.d. Gaussian gradients, {config.steps} steps, a "
-        f"spike of ×{config.spike_scale:,g} after {config.spike_at}; start “{config.start}”, refresh of the bases at “{config.qr_precision}”, seed {config.seed}.",
+        f"spike of ×{config.spike_scale:,g} after {config.spike_at}; start “{config.start}”, refresh "
+        f"of the bases at “{config.qr_precision}”, seed {config.seed}.",
         keys=keys,
         parts=[
             Figure(

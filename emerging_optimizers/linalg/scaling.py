@@ -1,7 +1,10 @@
-"""Scale factors of an orthogonalized update, from the shape of its matrix."""
+"""Scale factors of an orthogonalized update, from the shape of its matrix; and matrices normalized by norms alone."""
 
 import math
 from typing import Literal, get_args
+
+from torch import Tensor
+from torch.linalg import vector_norm
 
 MuonScaleT = Literal["shape_scaling", "spectral", "unit_rms_norm"]
 
@@ -27,3 +30,16 @@ def muon_scale_factor(size_out: int, size_in: int, mode: MuonScaleT = "spectral"
     if mode == "unit_rms_norm":
         return math.sqrt(size_out / size_in)
     raise ValueError(f"scale_mode={mode!r} is not one of {', '.join(get_args(MuonScaleT))}")
+
+
+def unit_norm(x: Tensor, dim: int | tuple[int, ...], eps: float = 0.0) -> Tensor:
+    """x / max(||x||, eps) over `dim`; a zero vector stays zero.
+
+    Example:
+        >>> import torch
+        >>> unit_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), dim=-1)
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    norm = vector_norm(x, dim=dim, keepdim=True).clamp_min(eps)
+    return x / norm.masked_fill(norm == 0, 1)

@@ -17,58 +17,40 @@ References:
     Liu et al. 2025, Muon is Scalable for LLM Training, arXiv 2502.16982.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack, get_args
+from typing import ClassVar, Unpack, get_args
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Scalars
-from emerging_optimizers.engine.validate import COUNT, POSITIVE, Check, one_of
+from emerging_optimizers.engine import Scalars
+from emerging_optimizers.engine.validate import POSITIVE, Check, one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.coefficients import (
-    SCHEDULES,
-    Coefficients,
-    NSCoeffT,
-    announce_coefficients,
-    check_coefficients,
-    coefficients,
-)
-from emerging_optimizers.linalg.newton_schulz import newton_schulz
+from emerging_optimizers.linalg.coefficients import NSCoeffT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.linalg.scaling import MuonScaleT
 from emerging_optimizers.linalg.scaling import muon_scale_factor as get_muon_scale_factor
-from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
-    OrthogonalizedOptimizer,
-    OrthogonalizedRule,
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    OrthogonalizerOptions,
+    PolarOptimizer,
+    PolarRule,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonRule(OrthogonalizedRule):
-    """Newton-Schulz of the momentum, scaled by the matrix's shape."""
+class MuonRule(PolarRule):
+    """The polar factor of the momentum, scaled by the matrix's shape."""
 
-    scalars = ("momentum", "extra_scale_factor")
-    coefficient_type: NSCoeffT = "quintic"
-    num_ns_steps: int = 5
-    custom_coefficient_sets: Coefficients | None = None
+    scalars: ClassVar[tuple[str, ...]] = ("momentum", "extra_scale_factor")
     scale_mode: MuonScaleT = "spectral"
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
-        """s NS(X); in bfloat16 at "medium", unless the parameters are float64."""
-        low = self.fp32_matmul_prec == "medium" and x_BMN.dtype == torch.float32
-        polar_BMN = newton_schulz(
-            x_BMN,
-            coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficient_sets),
-            compute_dtype=torch.bfloat16 if low else None,
-        )
+        """s NS(X)."""
         scale = get_muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode)
-        return polar_BMN * (scale * t.extra_scale_factor)
+        return self.polar(x_BMN) * (scale * t.extra_scale_factor)
 
 
-class Muon(OrthogonalizedOptimizer):
+class Muon(PolarOptimizer):
     """Muon; the equations are in this module's docstring.
 
     Args:
@@ -89,13 +71,13 @@ class Muon(OrthogonalizedOptimizer):
         scale_mode: "spectral" sqrt(max(M, N)); "shape_scaling" sqrt(max(1, M / N)); "unit_rms_norm" sqrt(M / N).
         extra_scale_factor: multiplies the update, > 0. 0.2 matches the update RMS of AdamW.
         use_syrk: kernels for symmetric products. There are none in this version: True is refused.
-        custom_coefficient_sets: the (a, b, c) of each step for "custom", cycled.
-        **engine: see `EngineOptions`.
+        **options: see `OrthogonalizerOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.zeros(4, 2))
         >>> optimizer = Muon([w], lr=0.1, fp32_matmul_prec="highest")
         >>> w.grad = torch.randn(4, 2)
@@ -106,16 +88,10 @@ class Muon(OrthogonalizedOptimizer):
 
     rule = MuonRule
     ranges = {
-        **OrthogonalizedOptimizer.ranges,
-        "coefficient_type": one_of(*SCHEDULES, "custom"),
-        "num_ns_steps": COUNT,
+        **PolarOptimizer.ranges,
         "scale_mode": one_of(*get_args(MuonScaleT)),
         "extra_scale_factor": POSITIVE,
         "use_syrk": Check(lambda v: v is False, "False: this version has no kernel for symmetric products"),
-        "custom_coefficient_sets": Check(
-            lambda v: v is None or (len(v) > 0 and all(len(abc) == 3 for abc in v)),
-            "None, or a list of (a, b, c)",
-        ),
     }
 
     def __init__(
@@ -133,8 +109,7 @@ class Muon(OrthogonalizedOptimizer):
         scale_mode: MuonScaleT = "spectral",
         extra_scale_factor: float = 1.0,
         use_syrk: bool = False,
-        custom_coefficient_sets: Sequence[tuple[float, float, float]] | None = None,
-        **engine: Unpack[EngineOptions],
+        **options: Unpack[OrthogonalizerOptions],
     ) -> None:
         super().__init__(
             params,
@@ -149,19 +124,5 @@ class Muon(OrthogonalizedOptimizer):
             scale_mode=scale_mode,
             extra_scale_factor=extra_scale_factor,
             use_syrk=use_syrk,
-            custom_coefficient_sets=custom_coefficient_sets,
-            **engine,
+            **options,
         )
-
-    @classmethod
-    def _check_choice(cls, group: Mapping[str, Any]) -> None:
-        if group["coefficient_type"] == "custom" and group["custom_coefficient_sets"] is None:
-            raise ValueError(
-                "Muon: coefficient_type='custom' needs custom_coefficient_sets, a list of (a, b, c); or choose one of "
-                + ", ".join(SCHEDULES)
-            )
-        check_coefficients(group["coefficient_type"], group["num_ns_steps"])
-
-    @classmethod
-    def _announce(cls, group: Mapping[str, Any]) -> None:
-        announce_coefficients(group["coefficient_type"], group["num_ns_steps"])

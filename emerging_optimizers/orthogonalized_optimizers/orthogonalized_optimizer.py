@@ -16,6 +16,7 @@ References:
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
@@ -54,9 +55,13 @@ class OrthogonalizedRule(Rule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        momentum_BMN = lerp(state.momentum_buffer, grad, 1 - t.momentum)
-        ahead_BMN = lerp(grad, momentum_BMN, t.momentum) if self.nesterov else momentum_BMN
+        momentum_BMN, ahead_BMN = self.average(grad, state.momentum_buffer, t)
         return Step(self.orthogonalize(ahead_BMN, t), MomentumState(momentum_BMN))
+
+    def average(self, grad_BMN: Tensor, momentum_BMN: Tensor, t: Scalars) -> tuple[Tensor, Tensor]:
+        """The new momentum M, and what the map is applied to, N."""
+        momentum_BMN = lerp(momentum_BMN, grad_BMN, 1 - t.momentum)
+        return momentum_BMN, lerp(grad_BMN, momentum_BMN, t.momentum) if self.nesterov else momentum_BMN
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
         """The map O of a stack of matrices, scale included."""
@@ -65,7 +70,7 @@ class OrthogonalizedRule(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionRule(OrthogonalizedRule):
-    """The map O is a Python function of one parameter and one matrix."""
+    """The map O is a Python function of one parameter and one matrix; the rest is the other base's rule."""
 
     reads_parameters = True
     function: Callable[[Tensor, Tensor], Tensor]
@@ -73,6 +78,11 @@ class FunctionRule(OrthogonalizedRule):
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
         """The function, matrix by matrix."""
         return torch.stack([self.function(p, x_MN) for p, x_MN in zip(t.parameters, x_BMN, strict=True)])
+
+
+@cache
+def _with_function(rule: type[OrthogonalizedRule]) -> Any:
+    return dataclass(frozen=True, kw_only=True)(type(f"Function{rule.__name__}", (FunctionRule, rule), {}))
 
 
 class OrthogonalizedOptimizer(RuleOptimizer):
@@ -113,7 +123,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
                 [-1., -1.]], requires_grad=True)
     """
 
-    rule = OrthogonalizedRule
+    rule: ClassVar[type[OrthogonalizedRule]] = OrthogonalizedRule
     ranges = {"momentum": FRACTION, "nesterov": FLAG, "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT))}
     _kept = ("execution", "scaled_orthogonalize_fn")
 
@@ -167,7 +177,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
             options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
             return self.orthogonalize(p, x_MN, **options)
 
-        return FunctionRule(nesterov=group["nesterov"], fp32_matmul_prec=group["fp32_matmul_prec"], function=function)
+        return _with_function(type(self).rule).from_group({**group, "function": function})
 
     def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
         """The map O of one matrix; override it to change it. Overridden, it is called matrix by matrix.
@@ -185,5 +195,4 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         if self.scaled_orthogonalize_fn is not None:
             return self.scaled_orthogonalize_fn(grad)
         rule = type(self).rule.from_group(kwargs)
-        assert isinstance(rule, OrthogonalizedRule)
         return rule.orthogonalize(grad[None], make_scalars(rule.scalars, kwargs, {}))[0]

@@ -43,7 +43,8 @@ def create_optimizer(
         strict: raise if a matrix falls back to the companion, by its shape or by a guess.
         plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `overrides` and
             `strict` have been said there and are refused here.
-        **kwargs: arguments of the optimizer `name`, and `EngineOptions`.
+        **kwargs: arguments of the optimizer `name`, and `EngineOptions`; all but `weight_update_hook` hold for the
+            companion too.
 
     Raises:
         ValueError: an unknown name, a value out of its range, a plan that does not fit the model.
@@ -90,7 +91,9 @@ def create_optimizer(
                 f"the plan gives {route.name} to {route.optimizer!r}; this call is for {name!r} with companion="
                 f"{companion!r}: name the plan's optimizers, or plan again"
             )
-    engine = {key: kwargs.pop(key) for key in EngineOptions.__annotations__ if key in kwargs}
+    # A law for the weights of matrices would be wrong for gains and biases.
+    shared = EngineOptions.__annotations__.keys() - {"weight_update_hook"}
+    engine = {key: kwargs.pop(key) for key in shared if key in kwargs}
     execution = {key: engine.pop(key) for key in ("execution",) if key in engine}
     options = {companion.lower(): {**(companion_options or {}), **engine}, name.lower(): {**kwargs, **engine}}
     parameters = dict(model_or_params.named_parameters())

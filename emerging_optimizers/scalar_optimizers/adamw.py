@@ -6,11 +6,13 @@ r"""AdamW: Adam with decoupled weight decay.
     W_t &= (1 - \eta\lambda) W_{t-1}
         - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
+With nesterov the numerator is :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) G_t / (1 - \beta_1^t)`.
+
 The default for vectors, embeddings and heads, and the baseline of every comparison.
 
 References:
     Kingma and Ba 2015, Adam, arXiv 1412.6980. Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization,
-    arXiv 1711.05101. Dozat 2016, Nadam (the nesterov form, used by SOAP).
+    arXiv 1711.05101. Dozat 2016, Incorporating Nesterov Momentum into Adam.
 """
 
 from dataclasses import dataclass
@@ -63,6 +65,7 @@ class AdamWRule(Rule):
     elementwise = True
     counts_steps = True
     correct_bias: bool = True
+    nesterov: bool = False
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
         """Zero moments."""
@@ -70,7 +73,7 @@ class AdamWRule(Rule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        return Step(*adam_direction(grad, state, t, correct_bias=self.correct_bias))
+        return Step(*adam_direction(grad, state, t, correct_bias=self.correct_bias, nesterov=self.nesterov))
 
 
 class AdamW(RuleOptimizer):
@@ -84,6 +87,7 @@ class AdamW(RuleOptimizer):
         weight_decay: >= 0.
         weight_decay_method: "decoupled", "independent", "l2" or "palm".
         correct_bias: divide the moments by 1 - beta^t.
+        nesterov: look one step ahead (NAdamW).
         **engine: see `EngineOptions`.
 
     Raises:
@@ -100,7 +104,7 @@ class AdamW(RuleOptimizer):
     """
 
     rule = AdamWRule
-    ranges = {"betas": BETAS, "eps": NON_NEGATIVE, "correct_bias": FLAG}
+    ranges = {"betas": BETAS, "eps": NON_NEGATIVE, "correct_bias": FLAG, "nesterov": FLAG}
 
     def __init__(
         self,
@@ -112,6 +116,7 @@ class AdamW(RuleOptimizer):
         *,
         weight_decay_method: WeightDecayT = "decoupled",
         correct_bias: bool = True,
+        nesterov: bool = False,
         **engine: Unpack[EngineOptions],
     ) -> None:
         defaults = {
@@ -121,5 +126,6 @@ class AdamW(RuleOptimizer):
             "weight_decay": weight_decay,
             "weight_decay_method": weight_decay_method,
             "correct_bias": correct_bias,
+            "nesterov": nesterov,
         }
         super().__init__(params, defaults, **engine)

@@ -34,6 +34,84 @@ SIGNATURES = {
             "use_syrk": False,
         },
     ),
+    # momentum and weight_decay have no defaults there
+    "orthogonalized_optimizers.adaptive_muon:AdaptiveMuon": (
+        {"params": REQUIRED, "lr": REQUIRED, "momentum": 0.95, "weight_decay": 0.01},
+        {
+            "nesterov": False,
+            "weight_decay_method": "decoupled",
+            "fp32_matmul_prec": "medium",
+            "coefficient_type": "quintic",
+            "num_ns_steps": 5,
+            "scale_mode": "spectral",
+            "extra_scale_factor": 1.0,
+            "moment2_method": "adamuon",
+            "beta2": 0.95,
+            "eps": 1e-8,
+        },
+    ),
+    "orthogonalized_optimizers.mop:MOP": (
+        {"params": REQUIRED, "lr": 3e-4, "momentum": 0.95, "weight_decay": 0.01},
+        {
+            "nesterov": False,
+            "weight_decay_method": "decoupled",
+            "fp32_matmul_prec": "highest",
+            "scale_mode": "nuclear_norm",
+            "extra_scale_factor": 1.0,
+        },
+    ),
+    "orthogonalized_optimizers.polargrad:PolarGrad": (
+        {"params": REQUIRED, "lr": 3e-4, "momentum": 0.95, "weight_decay": 0.01},
+        {
+            "nesterov": False,
+            "weight_decay_method": "decoupled",
+            "fp32_matmul_prec": "highest",
+            "coefficient_type": "quintic",
+            "num_ns_steps": 5,
+            "extra_scale_factor": 1.0,
+        },
+    ),
+    "orthogonalized_optimizers.scion:Scion": (
+        {"params": REQUIRED, "lr": 3e-4, "momentum": 0.95},
+        {"fp32_matmul_prec": "medium", "coefficient_type": "quintic", "num_ns_steps": 5, "spectral_radius": 1.0},
+    ),
+    "orthogonalized_optimizers.spel:Spel": (
+        {"params": REQUIRED, "lr": 3e-4, "momentum": 0.95, "weight_decay": 0.1},
+        {
+            "nesterov": False,
+            "weight_decay_method": "decoupled",
+            "fp32_matmul_prec": "medium",
+            "coefficient_type": "quintic",
+            "num_ns_steps": 5,
+        },
+    ),
+    "orthogonalized_optimizers.muon_hyperball:MuonHyperball": (
+        {"params": REQUIRED, "lr": 3e-4, "momentum": 0.95, "weight_decay": 0.01},
+        {"hyperball_eps": 1e-8, "hyperball_radius": None},
+    ),
+    "contrib.muown:Muown": (
+        {"params": REQUIRED, "lr": 3e-4, "momentum": 0.95, "weight_decay": 0.0},
+        {
+            "betas": (0.9, 0.95),
+            "adam_eps": 1e-8,
+            "fp32_matmul_prec": "medium",
+            "coefficient_type": "quintic",
+            "num_ns_steps": 5,
+            "scale_mode": "spectral",
+            "extra_scale_factor": 1.0,
+            "use_syrk": False,
+        },
+    ),
+    "orthogonalized_optimizers.spectron:Spectron": (
+        {"params": REQUIRED, "lr": 3e-4, "rank": 64, "momentum_beta": 0.9, "weight_decay": 0.01},
+        {
+            "weight_decay_method": "decoupled",
+            "fp32_matmul_prec": "medium",
+            "num_ns_steps": 5,
+            "num_power_iter": 1,
+            "coefficient_type": "quintic",
+        },
+    ),
     "soap.soap:SOAP": (
         {"params": REQUIRED, "lr": REQUIRED, "betas": BETAS, "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01},
         {
@@ -58,6 +136,37 @@ SIGNATURES = {
         {"params": REQUIRED, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
         {"correct_bias": True, "frob_normalize": False, "weight_decay_method": "decoupled"},
     ),
+    "scalar_optimizers:Signum": (
+        {"params": REQUIRED, "lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0},
+        {
+            "correct_bias": True,
+            "nesterov": False,
+            "use_shape_scaling": False,
+            "weight_decay_method": "decoupled",
+        },
+    ),
+    "scalar_optimizers:SimplifiedAdEMAMix": (
+        {"params": REQUIRED, "lr": 1e-3, "betas": (0.9999, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+        {
+            "correct_bias": True,
+            "num_beta_fast_warmup_steps": None,
+            "min_beta_fast": 0.9,
+            "alpha": 2.0,
+            "weight_decay_method": "decoupled",
+        },
+    ),
+    "riemannian_optimizers.normalized_optimizer:ObliqueSGD": (
+        {"params": REQUIRED, "lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0},
+        {"weight_decay_method": "decoupled", "dim": 0, "eps": 1e-8},
+    ),
+    "riemannian_optimizers.normalized_optimizer:ObliqueAdam": (
+        {"params": REQUIRED, "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0},
+        {"weight_decay_method": "decoupled", "dim": 0, "eps": 1e-8, "correct_bias": True},
+    ),
+    "riemannian_optimizers.isospectral:Iso": (
+        {"params": REQUIRED, "lr": 1e-3, "momentum": 0.9, "retraction": "qr"},
+        {"fp32_matmul_prec": "highest"},
+    ),
     "scalar_optimizers.lion:Lion": (
         {"params": REQUIRED, "lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.01},
         {"weight_decay_method": "decoupled"},
@@ -76,6 +185,30 @@ def load(path: str):
         *SIGNATURES,
         "orthogonalized_optimizers:Muon",
         "orthogonalized_optimizers:OrthogonalizedOptimizer",
+        *(
+            f"orthogonalized_optimizers:{name}"
+            for name in (
+                "AdaptiveMuon",
+                "MOP",
+                "MuonHyperball",
+                "PolarGrad",
+                "Scion",
+                "Spectron",
+                "Spel",
+                "left_polargrad_orth_fn",
+                "one_sided_polargrad_orth_fn",
+                "right_polargrad_orth_fn",
+                "spectral_clip",
+                "spectral_hardcap",
+            )
+        ),
+        "orthogonalized_optimizers.mop:polar_via_svd",
+        "orthogonalized_optimizers.spectral_clipping_utils:spectral_clipped_weight_decay",
+        "contrib.row_norm:row_norm_fn",
+        "weight_update_hooks:HyperballHook",
+        "weight_update_hooks:RadialBrakeHook",
+        "weight_update_hooks:RelativeUpdateHook",
+        "weight_update_hooks:WeightUpdateHook",
         "orthogonalized_optimizers:get_muon_scale_factor",
         "orthogonalized_optimizers.muon:get_muon_scale_factor",
         "orthogonalized_optimizers.muon_utils:NSCoeffT",
@@ -83,11 +216,19 @@ def load(path: str):
         "orthogonalized_optimizers.muon_utils:newton_schulz",
         "soap:REKLS",
         "soap:SOAP",
+        "riemannian_optimizers:ObliqueAdam",
+        "riemannian_optimizers:ObliqueSGD",
         "scalar_optimizers:LaProp",
         "scalar_optimizers:Lion",
         "mixin:WeightDecayT",
+        "utils.modules:Conv1dFlatWeights",
         "utils:FP32MatmulPrecT",
+        "utils:SinkhornMapper",
         "utils:fp32_matmul_precision",
+        "utils.eig:conjugate",
+        "utils.eig:eigh_with_fallback",
+        "utils.eig:orthogonal_iteration",
+        "utils.eig:power_iteration",
     ],
 )
 def test_a_published_import_path_resolves(path):
@@ -107,6 +248,7 @@ def test_published_arguments_have_their_names_order_kinds_and_defaults(path):
     assert REQUIRED not in [d for n, d in keyword_only.items() if n not in published_keyword_only]
 
 
+SPECTRON_STATE = {"step", "factor_A", "factor_B", "momentum_A", "momentum_B", "u_A", "u_B"}
 SOAP_STATE = {"step", "exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"}
 
 
@@ -114,10 +256,15 @@ SOAP_STATE = {"step", "exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"}
     ("path", "keys"),
     [
         ("orthogonalized_optimizers.muon:Muon", {"momentum_buffer"}),
+        ("orthogonalized_optimizers:Spectron", SPECTRON_STATE),
         ("soap.soap:SOAP", SOAP_STATE),
         ("soap.rekls:REKLS", SOAP_STATE),
         ("scalar_optimizers.laprop:LaProp", {"step", "exp_avg", "exp_avg_sq"}),
         ("scalar_optimizers.lion:Lion", {"exp_avg"}),
+        ("scalar_optimizers:Signum", {"step", "exp_avg"}),
+        ("scalar_optimizers:SimplifiedAdEMAMix", {"step", "exp_avg", "exp_avg_sq"}),
+        ("riemannian_optimizers:ObliqueSGD", {"momentum_buffer"}),
+        ("riemannian_optimizers:ObliqueAdam", {"step", "exp_avg", "exp_avg_sq"}),
     ],
 )
 def test_state_has_the_published_keys_after_one_step(path, keys):
@@ -128,6 +275,7 @@ def test_state_has_the_published_keys_after_one_step(path, keys):
     state = optimizer.state[p]
     assert state.keys() == keys
     shapes = {"step": (), "L": (4, 4), "Q_L": (4, 4), "R": (3, 3), "Q_R": (3, 3)}
+    shapes |= {"factor_B": (3, 3), "momentum_B": (3, 3), "u_A": (4,), "u_B": (3,)}
     assert {key: tuple(torch.as_tensor(value).shape) for key, value in state.items()} == {
         key: shapes.get(key, (4, 3)) for key in keys
     }
@@ -192,6 +340,42 @@ def test_the_eigenbasis_notebook_runs_and_reads_a_basis_and_a_factor(use_eigh, p
     torch.testing.assert_close(Q_L_traj.mT @ Q_L_traj, torch.eye(16).expand(6, 16, 16), rtol=0, atol=1e-4)
     assert not torch.equal(Q_L_traj[-1], Q_L_traj[-2])  # copies of each step, not six views of the last
     assert (torch.linalg.eigvalsh(opt.state[param]["L"]) > -1).all()
+
+
+# function: (tensors, keyword-only arguments without a default, those with one)
+FUNCTIONS = {
+    "adam": (["grad", "exp_avg", "exp_avg_sq"], ["betas", "eps", "correct_bias", "nesterov", "step"], {}),
+    "laprop": (["grad", "exp_avg", "exp_avg_sq"], ["betas", "eps", "correct_bias", "step"], {}),
+    "lion": (["grad", "exp_avg"], ["betas"], {"step": None}),
+    "signum": (
+        ["grad", "exp_avg"],
+        ["momentum", "correct_bias", "nesterov", "step"],
+        {"use_shape_scaling": False},
+    ),
+    "ademamix": (
+        ["grad", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"],
+        ["betas", "eps", "correct_bias", "step", "num_beta_slow_warmup_steps", "num_alpha_warmup_steps"],
+        {"alpha": 2},
+    ),
+    "sim_ademamix": (
+        ["grad", "exp_avg", "exp_avg_sq"],
+        ["betas", "eps", "correct_bias", "step", "num_beta_fast_warmup_steps", "min_beta_fast"],
+        {"alpha": 2},
+    ),
+    "madam": (["grad", "exp_avg", "exp_avg_sq_scaled"], ["betas", "correct_bias", "step", "scale_log2"], {}),
+    "rmsprop": (["grad", "exp_avg_sq"], ["alpha", "eps"], {"step": None}),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("module", ["scalar_optimizers", "scalar_optimizers.update_functions"])
+def test_published_update_functions_have_their_arguments(name, module):
+    parameters = inspect.signature(load(f"{module}:calculate_{name}_update")).parameters.values()
+    named = [p for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    tensors, required, optional = FUNCTIONS[name]
+    assert [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD] == tensors
+    assert [p.name for p in named if p.default is REQUIRED] == required
+    assert {p.name: p.default for p in named if p.default is not REQUIRED} == optional
 
 
 # ---- the published functions ----------------------------------------------------------------------------------------

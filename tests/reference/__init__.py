@@ -11,11 +11,26 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .adamw import ReferenceAdamW
+from .ademamix import ReferenceAdEMAMix, ReferenceSimplifiedAdEMAMix
+from .iso import ReferenceIso
 from .laprop import ReferenceLaProp
 from .lion import ReferenceLion
+from .madam import ReferenceMAdam, ReferenceRMSProp
 from .muon import ReferenceMuon
+from .oblique import ReferenceObliqueAdam, ReferenceObliqueSGD
+from .orthogonalized import (
+    ReferenceAdaptiveMuon,
+    ReferenceMOP,
+    ReferenceMuonHyperball,
+    ReferenceMuown,
+    ReferencePolarGrad,
+    ReferenceScion,
+    ReferenceSpel,
+)
 from .rekls import ReferenceREKLS
+from .signum import ReferenceSignum
 from .soap import ReferenceSOAP
+from .spectron import ReferenceSpectron
 
 
 class Reference(Protocol):
@@ -30,11 +45,27 @@ class Reference(Protocol):
 
 REFERENCES: dict[str, Callable[..., Reference]] = {
     "adamw": ReferenceAdamW,
+    "ademamix": ReferenceAdEMAMix,
+    "iso": ReferenceIso,
     "laprop": ReferenceLaProp,
     "lion": ReferenceLion,
+    "madam": ReferenceMAdam,
     "muon": ReferenceMuon,
+    "adaptive_muon": ReferenceAdaptiveMuon,
+    "mop": ReferenceMOP,
+    "muon_hyperball": ReferenceMuonHyperball,
+    "muown": ReferenceMuown,
+    "polargrad": ReferencePolarGrad,
+    "scion": ReferenceScion,
+    "spel": ReferenceSpel,
+    "oblique_adam": ReferenceObliqueAdam,
+    "oblique_sgd": ReferenceObliqueSGD,
     "rekls": ReferenceREKLS,
+    "rmsprop": ReferenceRMSProp,
+    "signum": ReferenceSignum,
+    "sim_ademamix": ReferenceSimplifiedAdEMAMix,
     "soap": ReferenceSOAP,
+    "spectron": ReferenceSpectron,
 }
 
 
@@ -46,11 +77,27 @@ def make_reference(name: str, **hyperparameters: Any) -> Reference:
 __all__ = [
     "REFERENCES",
     "Reference",
+    "ReferenceAdEMAMix",
     "ReferenceAdamW",
+    "ReferenceAdaptiveMuon",
+    "ReferenceIso",
     "ReferenceLaProp",
     "ReferenceLion",
+    "ReferenceMAdam",
+    "ReferenceMOP",
     "ReferenceMuon",
+    "ReferenceMuonHyperball",
+    "ReferenceMuown",
+    "ReferenceObliqueAdam",
+    "ReferenceObliqueSGD",
+    "ReferencePolarGrad",
     "ReferenceREKLS",
+    "ReferenceRMSProp",
     "ReferenceSOAP",
+    "ReferenceScion",
+    "ReferenceSignum",
+    "ReferenceSimplifiedAdEMAMix",
+    "ReferenceSpectron",
+    "ReferenceSpel",
     "make_reference",
 ]

@@ -52,10 +52,11 @@ class ReferenceAdamW:
         *,
         weight_decay_method: str = "decoupled",
         correct_bias: bool = True,
+        nesterov: bool = False,
     ) -> None:
         self.lr, self.betas, self.eps = lr, betas, eps
         self.weight_decay, self.weight_decay_method = weight_decay, weight_decay_method
-        self.correct_bias = correct_bias
+        self.correct_bias, self.nesterov = correct_bias, nesterov
         self.t = 0
         self.exp_avg = torch.zeros(0)
         self.exp_avg_sq = torch.zeros(0)
@@ -70,6 +71,13 @@ class ReferenceAdamW:
         G = decay_gradient(G, W, self.weight_decay, self.weight_decay_method)
         W = decay_weight(W, self.lr, self.weight_decay, self.weight_decay_method)
         U, self.exp_avg, self.exp_avg_sq = adam_direction(
-            G, self.exp_avg, self.exp_avg_sq, self.t, betas=self.betas, eps=self.eps, correct_bias=self.correct_bias
+            G,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.t,
+            betas=self.betas,
+            eps=self.eps,
+            correct_bias=self.correct_bias,
+            nesterov=self.nesterov,
         )
         return W - self.lr * U

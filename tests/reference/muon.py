@@ -11,10 +11,12 @@ X X^T X ... of Newton-Schulz never occur, so this is a second route to the same 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .hooks import move
 from .weight_decay import decay_gradient, decay_weight
 
 Coefficients = tuple[float, float, float]
@@ -113,6 +115,16 @@ def orthogonalize(matrix: Tensor, coefficients: Sequence[Coefficients], eps: flo
     return result
 
 
+def polar(matrix: Tensor) -> Tensor:
+    """U V^T of U S V^T, over the singular values that are not rounding noise."""
+    U, sigma, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    result = torch.zeros_like(matrix, dtype=torch.float64)
+    for k, s in enumerate(sigma.tolist()):
+        if s > 1e-13 * float(sigma[0]):
+            result += torch.outer(U[:, k], Vh[k])
+    return result
+
+
 def scale_factor(rows: int, columns: int, scale_mode: str) -> float:
     """How long the orthogonal factor is made, from the shape (out, in) of the weight."""
     if scale_mode == "spectral":
@@ -141,12 +153,16 @@ class ReferenceMuon:
         scale_mode: str = "spectral",
         extra_scale_factor: float = 1.0,
         custom_coefficient_sets: Sequence[Coefficients] | None = None,
+        orthogonalizer: str = "newton_schulz",
+        weight_update_hook: Any = None,
     ) -> None:
         del fp32_matmul_prec
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
         self.weight_decay, self.weight_decay_method = weight_decay, weight_decay_method
         self.coefficients = schedule(coefficient_type, num_ns_steps, custom_coefficient_sets)
         self.scale_mode, self.extra_scale_factor = scale_mode, extra_scale_factor
+        self.exact = orthogonalizer in ("qdwh", "svd")
+        self.weight_update_hook = weight_update_hook
         self.t = 0
         self.momentum_buffer = torch.zeros(0)
 
@@ -158,11 +174,12 @@ class ReferenceMuon:
         self.t += 1
 
         G = decay_gradient(G, W, self.weight_decay, self.weight_decay_method)
-        W = decay_weight(W, self.lr, self.weight_decay, self.weight_decay_method)
+        decayed = decay_weight(W, self.lr, self.weight_decay, self.weight_decay_method)
 
         mu = self.momentum
         self.momentum_buffer = mu * self.momentum_buffer + (1 - mu) * G
         N = (1 - mu) * G + mu * self.momentum_buffer if self.nesterov else self.momentum_buffer
 
         scale = scale_factor(W.shape[0], W.shape[1], self.scale_mode) * self.extra_scale_factor
-        return W - self.lr * scale * orthogonalize(N, self.coefficients)
+        U = scale * (polar(N) if self.exact else orthogonalize(N, self.coefficients))
+        return move(W, decayed, U, self.lr, self.weight_update_hook)

@@ -103,7 +103,7 @@ def test_an_argument_that_nobody_takes_is_refused_by_name(options, error, messag
         create_optimizer("muon", GPTLike(), **options)
 
 
-@pytest.mark.parametrize(("name", "suggestion"), [("Mun", "muon"), ("adamv", "adamw"), ("sopa", "soap")])
+@pytest.mark.parametrize(("name", "suggestion"), [("Mun", "muon"), ("adamww", "adamw"), ("sopa", "soap")])
 def test_an_unknown_optimizer_is_an_error_with_a_suggestion(name, suggestion):
     with pytest.raises(ValueError, match=f"no optimizer '{name}'; did you mean '{suggestion}'"):
         create_optimizer(name, GPTLike())

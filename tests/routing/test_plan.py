@@ -167,7 +167,7 @@ def test_the_first_override_that_matches_decides():
         ({"overrides": {"e.weight": "lion"}}, "'lion' is neither 'muon' nor 'adamw'"),
         ({"overrides": {"e.*": M}}, r"'e.bias' of shape \(32,\) is not a matrix"),
         ({"companion": "soap"}, "companion='soap' updates matrices only; choose an element-wise one: adamw"),
-        ({"companion": "adamv"}, "did you mean 'adamw'"),
+        ({"companion": "adamww"}, "did you mean 'adamw'"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_an_error_that_says_why(options, message):

@@ -1,0 +1,1 @@
+"""Published paths only; the optimizers live with their families."""

@@ -1,0 +1,207 @@
+r"""AdaptiveMuon: Muon with a second moment (AdaMuon, NorMuon, NAMO).
+
+With N and O of Muon (the momentum, perhaps one step ahead, and its polar factor) and s Muon's scale,
+
+.. math::
+    W_t = (1 - \eta\lambda) W_{t-1} - \eta \, s \, U_t
+
+where :math:`V_t = \beta_2 V_{t-1} + (1 - \beta_2) X_t` averages X without bias correction, and
+
+.. math::
+    \text{adamuon:} && X &= O^2, & U &= \hat O \, \|O\|_F / \|\hat O\|_F, \quad \hat O = O / (\sqrt V + \epsilon) \\
+    \text{normuon:} && X &= \mathrm{mean}_d(O^2), & U &= \hat O \, \|O\|_F / \|\hat O\|_F, \quad
+        \hat O = O / \sqrt{\max(V, \epsilon)} \\
+    \text{namo:} && X &= \|G\|_F^2, & U &= O \, \|N\|_F / (\sqrt V + \epsilon)
+
+Squares and quotients are element by element; normuon averages over the columns of a tall or square matrix, over the
+rows of a wide one. adamuon and normuon keep the norm of O, so with `scale_mode="spectral"` the update's RMS is 1 as
+Muon's; namo's shrinks where gradients disagree.
+
+Where the rows of a layer see gradients of very different sizes (normuon), or as Muon with an automatic learning rate
+(namo). State: 8 bytes a parameter (adamuon), 4 and a vector (normuon), 4 and a number (namo).
+
+References:
+    Si et al. 2025, AdaMuon: Adaptive Muon Optimizer, arXiv 2507.11005.
+    Li et al. 2025, NorMuon: Making Muon more efficient and scalable, arXiv 2510.05491.
+    NAMO 2026, arXiv 2602.17080.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Unpack, get_args
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import Phase, Scalars, Step, lerp
+from emerging_optimizers.engine.validate import FRACTION, NON_NEGATIVE, one_of
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.coefficients import NSCoeffT
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
+from emerging_optimizers.orthogonalized_optimizers.muon import Muon
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    OrthogonalizerOptions,
+    PolarOptimizer,
+    PolarRule,
+)
+
+Moment2MethodT = Literal["adamuon", "normuon", "namo"]
+AdaMuonScaleT = Literal["muon", "published"]
+
+
+class AdaptiveMuonState(NamedTuple):
+    """Momentum (B, M, N); second moment (B, M, N), or (B, M, 1) or (B, 1, N) for normuon, or (B, 1) for namo."""
+
+    momentum_buffer: Tensor
+    moment2_buffer: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveMuonRule(PolarRule):
+    """The polar factor of the momentum, divided by a second moment."""
+
+    scalars = ("momentum", "extra_scale_factor", "beta2", "eps")
+    scale_mode: MuonScaleT = "spectral"
+    moment2_method: Moment2MethodT = "adamuon"
+    adamuon_scale: AdaMuonScaleT = "muon"
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        """Zero moments."""
+        second = [shape[0], 1] if self.moment2_method == "namo" else list(shape)
+        if self.moment2_method == "normuon":
+            second[_averaged(shape)] = 1
+        return AdaptiveMuonState(*(torch.zeros(size, dtype=dtype, device=device) for size in (shape, second)))
+
+    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
+        """O, without scale."""
+        return self.polar(x_BMN)
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        momentum, ahead = self.average(grad, state.momentum_buffer, t)
+        O = self.orthogonalize(ahead, t)
+
+        if self.moment2_method == "namo":
+            V = lerp(state.moment2_buffer, _norm(grad).square().view(-1, 1), 1 - t.beta2)
+            U = O * (_norm(ahead) / (V.unsqueeze(-1).sqrt() + t.eps))
+        elif self.moment2_method == "normuon":
+            V = lerp(state.moment2_buffer, O.square().mean(_averaged(O.shape), keepdim=True), 1 - t.beta2)
+            U = _with_norm_of(O, O * torch.clamp_min(V, t.eps).rsqrt())
+        else:
+            V = lerp(state.moment2_buffer, O.square(), 1 - t.beta2)
+            U = O / (V.sqrt() + t.eps)
+            U = _with_norm_of(O, U) if self.adamuon_scale == "muon" else U
+
+        scale = muon_scale_factor(O.size(-2), O.size(-1), self.scale_mode)
+        return Step(U * (scale * t.extra_scale_factor), AdaptiveMuonState(momentum, V))
+
+
+class AdaptiveMuon(PolarOptimizer):
+    """AdaptiveMuon; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0.
+        momentum: mu, in [0, 1).
+        weight_decay: >= 0.
+        nesterov: look one step ahead.
+        weight_decay_method: "decoupled", "independent", "l2" (not with "namo") or "palm".
+        fp32_matmul_prec: as in `Muon`.
+        coefficient_type: as in `Muon`.
+        num_ns_steps: Newton-Schulz steps, >= 1.
+        scale_mode: as in `Muon`.
+        extra_scale_factor: multiplies the update, > 0.
+        moment2_method: "adamuon" (element-wise), "normuon" (by row or column) or "namo" (one number).
+        beta2: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment (normuon: its lower bound), >= 0.
+        adamuon_scale: "muon" gives adamuon's quotient the norm of O; "published" leaves it at an RMS of 1 before
+            Muon's scale is applied, so that with the default scale the update is sqrt(max(M, N)) times larger.
+        **options: see `OrthogonalizerOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(4, 2))
+        >>> optimizer = AdaptiveMuon([w], lr=0.1, moment2_method="normuon")
+        >>> w.grad = torch.randn(4, 2)
+        >>> optimizer.step()
+        >>> round(w.square().mean().sqrt().item(), 1)
+        0.1
+    """
+
+    rule = AdaptiveMuonRule
+    ranges = {
+        **PolarOptimizer.ranges,
+        **{name: Muon.ranges[name] for name in ("scale_mode", "extra_scale_factor")},
+        "moment2_method": one_of(*get_args(Moment2MethodT)),
+        "beta2": FRACTION,
+        "eps": NON_NEGATIVE,
+        "adamuon_scale": one_of(*get_args(AdaMuonScaleT)),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        *,
+        nesterov: bool = False,
+        weight_decay_method: WeightDecayT = "decoupled",
+        fp32_matmul_prec: FP32MatmulPrecT = "medium",
+        coefficient_type: NSCoeffT = "quintic",
+        num_ns_steps: int = 5,
+        scale_mode: MuonScaleT = "spectral",
+        extra_scale_factor: float = 1.0,
+        moment2_method: Moment2MethodT = "adamuon",
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        adamuon_scale: AdaMuonScaleT = "muon",
+        **options: Unpack[OrthogonalizerOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            nesterov=nesterov,
+            weight_decay_method=weight_decay_method,
+            fp32_matmul_prec=fp32_matmul_prec,
+            coefficient_type=coefficient_type,
+            num_ns_steps=num_ns_steps,
+            scale_mode=scale_mode,
+            extra_scale_factor=extra_scale_factor,
+            moment2_method=moment2_method,
+            beta2=beta2,
+            eps=eps,
+            adamuon_scale=adamuon_scale,
+            **options,
+        )
+
+    @classmethod
+    def _check_choice(cls, group: Mapping[str, Any]) -> None:
+        super()._check_choice(group)
+        if group["moment2_method"] == "namo" and group["weight_decay_method"] == "l2":
+            raise ValueError(
+                "AdaptiveMuon: moment2_method='namo' measures the gradient, which weight_decay_method='l2' would "
+                "change; use 'decoupled'"
+            )
+
+
+def _averaged(shape: tuple[int, ...]) -> int:
+    """The axis that normuon averages over: the shorter one."""
+    return -1 if shape[-2] >= shape[-1] else -2
+
+
+def _norm(x_BMN: Tensor) -> Tensor:
+    return vector_norm(x_BMN, dim=(-2, -1), keepdim=True)
+
+
+def _with_norm_of(model: Tensor, x: Tensor) -> Tensor:
+    norm = _norm(x)
+    return x * (_norm(model) / norm.masked_fill(norm == 0, 1))

@@ -1,0 +1,138 @@
+r"""MOP: Momentum Orthogonalized by Polar decomposition.
+
+.. math::
+    M_t &= \mu M_{t-1} + (1 - \mu) G_t \\
+    W_t &= (1 - \eta\lambda) W_{t-1} - \eta \, s \, U V^\top
+        \quad\text{for}\quad N_t = U \Sigma V^\top
+
+:math:`N_t` is the momentum or, with nesterov, :math:`(1 - \mu) G_t + \mu M_t`. The polar factor is exact, from a
+singular value decomposition; s is the nuclear norm :math:`\operatorname{tr} \Sigma`, with which the update is steepest
+descent in the spectral norm and shrinks with the gradient, or one of Muon's scales.
+
+To know what exact orthogonalization would change; it is slow on an accelerator. State: one tensor, 4 bytes a parameter.
+
+References:
+    Lau et al. 2025, PolarGrad, arXiv 2505.21799 (the nuclear norm as scale).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Unpack, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Scalars
+from emerging_optimizers.engine.validate import POSITIVE, one_of
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.polar import polar_svd
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
+from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
+    OrthogonalizedOptimizer,
+    OrthogonalizedRule,
+)
+
+MopScaleT = MuonScaleT | Literal["nuclear_norm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MOPRule(OrthogonalizedRule):
+    """The exact polar factor of the momentum, scaled."""
+
+    scalars = ("momentum", "extra_scale_factor")
+    scale_mode: MopScaleT = "nuclear_norm"
+
+    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
+        """s U V'."""
+        polar_BMN = polar_svd(x_BMN)
+        if self.scale_mode == "nuclear_norm":
+            return polar_BMN * (nuclear_norm(polar_BMN, x_BMN) * t.extra_scale_factor)
+        return polar_BMN * (muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode) * t.extra_scale_factor)
+
+
+class MOP(OrthogonalizedOptimizer):
+    """MOP; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0.
+        momentum: mu, in [0, 1).
+        weight_decay: >= 0.
+        nesterov: look one step ahead.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        fp32_matmul_prec: of the last product, U V'.
+        scale_mode: "nuclear_norm", or as in `Muon`.
+        extra_scale_factor: multiplies the update, > 0.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = MOP([w], lr=0.1, momentum=0.0)
+        >>> w.grad = torch.diag(torch.tensor([3.0, -1.0]))
+        >>> optimizer.step()
+        >>> w.detach().diagonal()
+        tensor([-0.4000,  0.4000])
+    """
+
+    rule = MOPRule
+    ranges = {
+        **OrthogonalizedOptimizer.ranges,
+        "scale_mode": one_of("nuclear_norm", *get_args(MuonScaleT)),
+        "extra_scale_factor": POSITIVE,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-4,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        *,
+        nesterov: bool = False,
+        weight_decay_method: WeightDecayT = "decoupled",
+        fp32_matmul_prec: FP32MatmulPrecT = "highest",
+        scale_mode: MopScaleT = "nuclear_norm",
+        extra_scale_factor: float = 1.0,
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            nesterov=nesterov,
+            weight_decay_method=weight_decay_method,
+            fp32_matmul_prec=fp32_matmul_prec,
+            scale_mode=scale_mode,
+            extra_scale_factor=extra_scale_factor,
+            **engine,
+        )
+
+
+def nuclear_norm(polar_BMN: Tensor, x_BMN: Tensor) -> Tensor:
+    """<O, X>, the sum of the singular values of X where O is its polar factor; (B, 1, 1)."""
+    return torch.sum(polar_BMN * x_BMN, dim=(-2, -1), keepdim=True)
+
+
+def polar_via_svd(A: Tensor, return_p: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The polar decomposition A = U P of a matrix or a stack.
+
+    Args:
+        A: (..., M, N).
+        return_p: form P as well.
+
+    Returns:
+        U (..., M, N); P (..., N, N), symmetric positive semi-definite, or None; and the singular values.
+
+    Example:
+        >>> U, P, S = polar_via_svd(torch.diag(torch.tensor([2.0, -3.0])), return_p=True)
+        >>> torch.allclose(U @ P, torch.diag(torch.tensor([2.0, -3.0]))), S
+        (True, tensor([3., 2.]))
+    """
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U @ Vh, (Vh.mH * S.unsqueeze(-2)) @ Vh if return_p else None, S

@@ -1,0 +1,177 @@
+r"""Muown: Muon with the norm of every row under control.
+
+A weight is written as :math:`W = g \odot V / \|V\|_{row}`, a magnitude g for each of its M rows and a direction, and
+both are trained, with the gradients that this form has:
+
+.. math::
+    u &= W_{t-1} / g_{t-1}, \qquad \nabla_g = \mathrm{rowsum}(G \odot u), \qquad
+        \nabla_V = \frac{g_{t-1}}{\|V_{t-1}\|_{row}} (G - u \, \nabla_g) \\
+    M_t &= \mu M_{t-1} + (1 - \mu) \nabla_V, \qquad V_t = u \, \|V_{t-1}\|_{row} - \eta \, s \, \mathrm{NS}(N_t) \\
+    g_t &= (1 - \eta\lambda) \left( g_{t-1} - \eta \, \mathrm{Adam}(\nabla_g) \right) \\
+    W_t &= g_t \, V_t / \|V_t\|_{row}
+
+:math:`N_t` is the momentum or, with nesterov, :math:`(1 - \mu) \nabla_V + \mu M_t`; s is Muon's scale. g and
+:math:`\|V\|_{row}` start as the norms of the weight's rows. Weight decay acts on the magnitudes, after their update.
+
+In place of Muon where the norms of rows drift apart or grow. State: one tensor and four columns, 4 + 16 / N bytes a
+parameter.
+
+References:
+    Lion et al. 2026, Muown: Row-Norm Control for Muon Optimization, arXiv 2605.10797.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import Phase, Scalars, Step
+from emerging_optimizers.engine.validate import BETAS, NON_NEGATIVE
+from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
+from emerging_optimizers.linalg.coefficients import NSCoeffT
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.linalg.scaling import MuonScaleT
+from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import OrthogonalizerOptions
+from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
+
+# Rows shorter than this count as this long: a row of zeros has no direction yet, and nothing may divide by its norm.
+SMALLEST_ROW = 1e-12
+
+
+class MuownState(NamedTuple):
+    """Magnitudes and norms of the directions (B, M, 1), the momentum (B, M, N), Adam's moments of g (B, M, 1)."""
+
+    g: Tensor
+    v_norm: Tensor
+    momentum_buffer: Tensor
+    m_g: Tensor
+    v_g: Tensor
+
+
+class _Adam(NamedTuple):
+    betas: Any
+    eps: Any
+    step: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuownRule(MuonRule):
+    """Muon for the directions of the rows, Adam for their magnitudes."""
+
+    scalars = ("lr", "momentum", "extra_scale_factor", "betas", "adam_eps", "weight_decay")
+    counts_steps = True
+    rewrites_weight = True
+    weight_decay_method: WeightDecayT = "decoupled"
+
+    @property
+    def reads_weight(self) -> bool:
+        """The direction is read off the weight."""
+        return True
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        """Zeros; the first step fills the norms in."""
+        column = (*shape[:-1], 1)
+        return MuownState(
+            *(torch.zeros(size, dtype=dtype, device=device) for size in (column, column, shape, column, column))
+        )
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        # No step has been taken where v_norm is zero; the host may not know, as an accelerator skips bad gradients.
+        start, rows = state.v_norm == 0, _row_norms(t.weight)
+        g, v_norm = torch.where(start, rows, state.g), torch.where(start, rows, state.v_norm)
+        u_BMN = t.weight / torch.where(g.abs() < SMALLEST_ROW, SMALLEST_ROW, g)
+        grad_g = torch.sum(grad * u_BMN, dim=-1, keepdim=True)
+        grad_v = (g / v_norm) * (grad - u_BMN * grad_g)
+
+        momentum, ahead = self.average(grad_v, state.momentum_buffer, t)
+        V_BMN = u_BMN * v_norm - t.lr * self.orthogonalize(ahead, t)
+
+        adam: Any = _Adam(t.betas, t.adam_eps, t.step)
+        direction, (m_g, v_g) = adam_direction(grad_g, AdamState(state.m_g, state.v_g), adam)
+        g = keep_factor(self.weight_decay_method, t.lr, t.weight_decay) * (g - t.lr * direction)
+
+        v_norm = _row_norms(V_BMN)
+        return Step(None, MuownState(g, v_norm, momentum, m_g, v_g), parameter=g * (V_BMN / v_norm))
+
+
+class Muown(Muon):
+    """Muown; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate of directions and magnitudes, >= 0.
+        momentum: mu, in [0, 1).
+        weight_decay: of the magnitudes, >= 0.
+        betas: decay of Adam's first and second moment of the magnitudes, each in [0, 1).
+        adam_eps: added to the root of that second moment, >= 0.
+        fp32_matmul_prec: as in `Muon`.
+        coefficient_type: as in `Muon`.
+        num_ns_steps: Newton-Schulz steps, >= 1.
+        scale_mode: as in `Muon`.
+        extra_scale_factor: multiplies the update of the directions, > 0.
+        use_syrk: as in `Muon`.
+        nesterov: look one step ahead.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **options: see `OrthogonalizerOptions`; `weight_update_hook` has to be None.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2, 2))
+        >>> optimizer = Muown([w], lr=0.1)
+        >>> w.grad = torch.tensor([[1.0, -1.0], [0.0, 0.0]])  # along the first row's sphere
+        >>> optimizer.step()
+        >>> torch.allclose(w.norm(dim=1), torch.full((2,), 2.0).sqrt())
+        True
+    """
+
+    rule = MuownRule
+    ranges = {**Muon.ranges, "betas": BETAS, "adam_eps": NON_NEGATIVE}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-4,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+        fp32_matmul_prec: FP32MatmulPrecT = "medium",
+        coefficient_type: NSCoeffT = "quintic",
+        num_ns_steps: int = 5,
+        scale_mode: MuonScaleT = "spectral",
+        extra_scale_factor: float = 1.0,
+        use_syrk: bool = False,
+        nesterov: bool = False,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **options: Unpack[OrthogonalizerOptions],
+    ) -> None:
+        own: Any = {"betas": betas, "adam_eps": adam_eps}
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            nesterov=nesterov,
+            weight_decay_method=weight_decay_method,
+            fp32_matmul_prec=fp32_matmul_prec,
+            coefficient_type=coefficient_type,
+            num_ns_steps=num_ns_steps,
+            scale_mode=scale_mode,
+            extra_scale_factor=extra_scale_factor,
+            use_syrk=use_syrk,
+            **options,
+            **own,
+        )
+
+
+def _row_norms(x_BMN: Tensor) -> Tensor:
+    return vector_norm(x_BMN, dim=-1, keepdim=True).clamp_min(SMALLEST_ROW)

@@ -1,0 +1,117 @@
+r"""What Muon and its relatives share: the choice of an orthogonalizer.
+
+====================  =============================================  ==================================================
+orthogonalizer        method                                         settings
+====================  =============================================  ==================================================
+newton_schulz         odd polynomials of X by matrix products        `coefficient_type`, `num_ns_steps`,
+                                                                     `custom_coefficient_sets`, `fp32_matmul_prec`
+gram_newton_schulz    the same polynomials, on the small Gram side   the same
+qdwh                  weighted Halley iteration, QR and Cholesky     none: exact to rounding, at the dtype of the state
+svd                   singular value decomposition                   none: exact to rounding, at the dtype of the state
+====================  =============================================  ==================================================
+
+Each maps the singular values of a matrix to 1 or near it, and keeps its singular vectors; `docs/orthogonalizers.md` has
+error bounds and costs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions
+from emerging_optimizers.engine.validate import COUNT, Check, one_of
+from emerging_optimizers.linalg.coefficients import (
+    SCHEDULES,
+    Coefficients,
+    NSCoeffT,
+    announce_coefficients,
+    check_coefficients,
+    coefficients,
+)
+from emerging_optimizers.linalg.newton_schulz import gram_newton_schulz, newton_schulz
+from emerging_optimizers.linalg.polar import polar_qdwh, polar_svd
+from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
+    OrthogonalizedOptimizer,
+    OrthogonalizedRule,
+)
+
+OrthogonalizerT = Literal["newton_schulz", "gram_newton_schulz", "qdwh", "svd"]
+
+
+class OrthogonalizerOptions(EngineOptions, total=False):
+    """Keyword arguments of every optimizer that orthogonalizes by choice, beyond `EngineOptions`.
+
+    Attributes:
+        orthogonalizer: "newton_schulz" (default), "gram_newton_schulz" (the same map, cheaper where one side is much
+            the longer), "qdwh" or "svd" (exact). Per group.
+        custom_coefficient_sets: the (a, b, c) of each step for coefficient_type="custom", cycled. Per group.
+    """
+
+    orthogonalizer: OrthogonalizerT
+    custom_coefficient_sets: Sequence[tuple[float, float, float]] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarRule(OrthogonalizedRule):
+    """Momentum, then its polar factor."""
+
+    orthogonalizer: OrthogonalizerT = "newton_schulz"
+    coefficient_type: NSCoeffT = "quintic"
+    num_ns_steps: int = 5
+    custom_coefficient_sets: Coefficients | None = None
+
+    def polar(self, x_BMN: Tensor) -> Tensor:
+        """The polar factor of each matrix; Newton-Schulz in bfloat16 at "medium", unless the parameters are float64."""
+        if self.orthogonalizer == "qdwh":
+            return polar_qdwh(x_BMN)
+        if self.orthogonalizer == "svd":
+            return polar_svd(x_BMN)
+        iterate = newton_schulz if self.orthogonalizer == "newton_schulz" else gram_newton_schulz
+        low = self.fp32_matmul_prec == "medium" and x_BMN.dtype == torch.float32
+        sets = coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficient_sets)
+        return iterate(x_BMN, sets, compute_dtype=torch.bfloat16 if low else None)
+
+
+class PolarOptimizer(OrthogonalizedOptimizer):
+    """The base of optimizers with a `PolarRule`: ranges, defaults and warnings of the orthogonalizer's settings."""
+
+    rule = PolarRule
+    ranges = {
+        **OrthogonalizedOptimizer.ranges,
+        "orthogonalizer": one_of(*get_args(OrthogonalizerT)),
+        "coefficient_type": one_of(*SCHEDULES, "custom"),
+        "num_ns_steps": COUNT,
+        "custom_coefficient_sets": Check(
+            lambda v: v is None or (len(v) > 0 and all(len(abc) == 3 for abc in v)),
+            "None, or a list of (a, b, c)",
+        ),
+    }
+
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor, momentum: float, weight_decay: float, **options: Any
+    ) -> None:
+        defaults = {
+            "nesterov": False,
+            "weight_decay_method": "decoupled",
+            "orthogonalizer": "newton_schulz",
+            "custom_coefficient_sets": None,
+        }
+        super().__init__(params, lr, momentum, weight_decay, **{**defaults, **options})
+
+    @classmethod
+    def _check_choice(cls, group: Mapping[str, Any]) -> None:
+        if group["coefficient_type"] == "custom" and group["custom_coefficient_sets"] is None:
+            raise ValueError(
+                f"{cls.__name__}: coefficient_type='custom' needs custom_coefficient_sets, a list of (a, b, c); or "
+                f"choose one of {', '.join(SCHEDULES)}"
+            )
+        check_coefficients(group["coefficient_type"], group["num_ns_steps"])
+
+    @classmethod
+    def _announce(cls, group: Mapping[str, Any]) -> None:
+        if "newton_schulz" in group["orthogonalizer"]:
+            announce_coefficients(group["coefficient_type"], group["num_ns_steps"])

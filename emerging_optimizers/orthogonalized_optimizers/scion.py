@@ -1,0 +1,148 @@
+r"""Scion: stochastic conditional gradients with operator norms.
+
+.. math::
+    M_t &= \mu M_{t-1} + (1 - \mu) G_t \\
+    W_t &= (1 - \eta\lambda) W_{t-1} - \eta \, \rho \, \mathrm{lmo}(M_t)
+
+With :math:`\lambda = 1` (the default) this is a Frank-Wolfe step: every weight stays in the ball of radius
+:math:`\rho` of its norm once it is there. With :math:`\lambda = 0` it is the paper's unconstrained variant. The
+norm, and with it :math:`-\mathrm{lmo}`, the point of the unit ball with the steepest descent, is chosen by parameter
+group:
+
+==========  =====================================================  ====================================================
+norm        lmo of an M x N matrix X                               for
+==========  =====================================================  ====================================================
+spectral    :math:`\sqrt{M/N} \, U V^\top`                         hidden matrices
+sign        :math:`\operatorname{sign}(X) / N`                     output heads; vectors (N = 1)
+row         :math:`\sqrt N \, X_{i:} / \|X_{i:}\|` for each row    embeddings, stored as (vocabulary, width)
+column      :math:`\sqrt M \, X_{:j} / \|X_{:j}\|` for each        first layers on one-hot input, stored as
+            column                                                 (width, vocabulary)
+rms         :math:`\sqrt{M N} \, X / \|X\|_F`                      vectors: biases, gains of norms
+==========  =====================================================  ====================================================
+
+So a whole model trains with Scion alone, one group a kind, and learning rates carry over from one width to another.
+State: one tensor, 4 bytes a parameter.
+
+References:
+    Pethick et al. 2025, Training Deep Learning Models with Norm-Constrained LMOs, arXiv 2502.07529.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal, Unpack, get_args
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import Scalars
+from emerging_optimizers.engine.validate import POSITIVE, one_of
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.coefficients import NSCoeffT
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.linalg.scaling import unit_norm
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    OrthogonalizerOptions,
+    PolarOptimizer,
+    PolarRule,
+)
+
+ScionNormT = Literal["spectral", "sign", "row", "column", "rms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScionRule(PolarRule):
+    """The steepest point of a norm's ball."""
+
+    scalars = ("momentum", "spectral_radius")
+    norm: ScionNormT = "spectral"
+
+    @property
+    def takes_vectors(self) -> bool:
+        """A vector of n is an (n, 1) matrix; the norms without a second axis make sense for it."""
+        return self.norm in ("sign", "rms")
+
+    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
+        """rho lmo(X)."""
+        rows, columns = x_BMN.shape[-2:]
+        if self.norm == "spectral":
+            direction = self.polar(x_BMN) * sqrt(rows / columns)
+        elif self.norm == "sign":
+            direction = x_BMN.sign() / columns
+        elif self.norm == "row":
+            direction = unit_norm(x_BMN, dim=-1) * sqrt(columns)
+        elif self.norm == "column":
+            direction = unit_norm(x_BMN, dim=-2) * sqrt(rows)
+        else:
+            direction = unit_norm(x_BMN, dim=(-2, -1)) * sqrt(rows * columns)
+        return direction * t.spectral_radius
+
+
+class Scion(PolarOptimizer):
+    """Scion; the equations and the norms are in this module's docstring.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups; vectors only with norm "sign" or "rms". 3-D: a batch of
+            matrices; convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0; with weight_decay=1 at most 1.
+        momentum: mu, in [0, 1).
+        fp32_matmul_prec: as in `Muon`.
+        coefficient_type: as in `Muon`.
+        num_ns_steps: Newton-Schulz steps, >= 1.
+        spectral_radius: rho, the radius of the ball of whichever norm, > 0. The paper's language models use 50 for
+            hidden matrices and 3000 for the embedding and the head.
+        norm: "spectral", "sign", "row", "column" or "rms".
+        weight_decay: 1: constrained to the ball; 0: unconstrained.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **options: see `OrthogonalizerOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a vector where the norm is about matrices.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9))
+        >>> embedding, hidden, bias, head, head_bias = model.parameters()
+        >>> optimizer = Scion(
+        ...     [
+        ...         {"params": [embedding], "norm": "row"},
+        ...         {"params": [hidden]},
+        ...         {"params": [head], "norm": "sign"},
+        ...         {"params": [bias, head_bias], "norm": "rms"},
+        ...     ],
+        ...     lr=0.1,
+        ... )
+        >>> model(torch.arange(9)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    rule = ScionRule
+    ranges = {**PolarOptimizer.ranges, "spectral_radius": POSITIVE, "norm": one_of(*get_args(ScionNormT))}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-4,
+        momentum: float = 0.95,
+        *,
+        fp32_matmul_prec: FP32MatmulPrecT = "medium",
+        coefficient_type: NSCoeffT = "quintic",
+        num_ns_steps: int = 5,
+        spectral_radius: float = 1.0,
+        norm: ScionNormT = "spectral",
+        weight_decay: float = 1.0,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **options: Unpack[OrthogonalizerOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            weight_decay_method=weight_decay_method,
+            fp32_matmul_prec=fp32_matmul_prec,
+            coefficient_type=coefficient_type,
+            num_ns_steps=num_ns_steps,
+            spectral_radius=spectral_radius,
+            norm=norm,
+            **options,
+        )

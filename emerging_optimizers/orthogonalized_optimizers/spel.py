@@ -1,0 +1,118 @@
+r"""SPEL: SPectral steepest descent on the stiefEL manifold.
+
+.. math::
+    M_t &= \mu M_{t-1} + (1 - \mu) G_t \\
+    W_t &= \mathrm{NS}\left( (1 - \eta\lambda) W_{t-1} - \eta \, \mathrm{NS}(N_t) \right)
+
+:math:`N_t` is the momentum or, with nesterov, :math:`(1 - \mu) G_t + \mu M_t`. The outer Newton-Schulz keeps the
+weight's singular values at 1, or in the band of its coefficients; the first step takes a weight there, whatever it was.
+Weight decay does not shrink the weight: it raises the share of the update in what is orthogonalized.
+
+For matrices that are meant to be orthogonal. State: one tensor, 4 bytes a parameter.
+
+References:
+    Manifold Constrained Steepest Descent 2026, arXiv 2601.21487.
+    Bernstein and Newhouse 2024, Modular Duality in Deep Learning, arXiv 2410.21265.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import Scalars
+from emerging_optimizers.engine.hooks import WeightUpdateHook
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.coefficients import NSCoeffT
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    OrthogonalizerOptions,
+    PolarOptimizer,
+    PolarRule,
+)
+
+
+@dataclass(frozen=True)
+class Retraction(WeightUpdateHook):
+    """The polar factor of where the ordinary update would go."""
+
+    matrices_only = True
+    rule: PolarRule
+
+    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
+        with fp32_matmul_precision(self.rule.matmul_precision):
+            return self.rule.polar(weight * keep - lr * update)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpelRule(PolarRule):
+    """Muon without scale, and a retraction."""
+
+    @property
+    def hook(self) -> Retraction:
+        """The outer Newton-Schulz."""
+        return Retraction(self)
+
+    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
+        """NS(X)."""
+        return self.polar(x_BMN)
+
+
+class Spel(PolarOptimizer):
+    """SPEL; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0; the spectral norm of a step before the retraction.
+        momentum: mu, in [0, 1).
+        weight_decay: >= 0.
+        nesterov: look one step ahead.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        fp32_matmul_prec: as in `Muon`; of both Newton-Schulz iterations.
+        coefficient_type: as in `Muon`.
+        num_ns_steps: Newton-Schulz steps, >= 1.
+        **options: see `OrthogonalizerOptions`; `weight_update_hook` has to be None.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.randn(6, 3))
+        >>> optimizer = Spel([w], lr=0.1, orthogonalizer="qdwh")
+        >>> w.grad = torch.randn(6, 3)
+        >>> optimizer.step()
+        >>> torch.allclose(w.T @ w, torch.eye(3), atol=1e-5)
+        True
+    """
+
+    rule = SpelRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-4,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        *,
+        nesterov: bool = False,
+        weight_decay_method: WeightDecayT = "decoupled",
+        fp32_matmul_prec: FP32MatmulPrecT = "medium",
+        coefficient_type: NSCoeffT = "quintic",
+        num_ns_steps: int = 5,
+        **options: Unpack[OrthogonalizerOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            nesterov=nesterov,
+            weight_decay_method=weight_decay_method,
+            fp32_matmul_prec=fp32_matmul_prec,
+            coefficient_type=coefficient_type,
+            num_ns_steps=num_ns_steps,
+            **options,
+        )

@@ -1,0 +1,199 @@
+r"""Iso: the singular vectors of a weight move, its singular values stay.
+
+.. math::
+    W_0 &= U \operatorname{diag}(\sigma) V^\top \\
+    M^U_t &= \mu M^U_{t-1} + G_t V \operatorname{diag}(\sigma), \qquad
+        M^V_t = \mu M^V_{t-1} + G_t^\top U \operatorname{diag}(\sigma) \\
+    U &\leftarrow \mathcal R(U, -\eta M^U_t), \qquad V \leftarrow \mathcal R(V, -\eta M^V_t) \\
+    W_t &= U \operatorname{diag}(\sigma) V^\top
+
+For an (M, N) weight with K = min(M, N): U is (M, K), V (N, K). The retraction :math:`\mathcal R(X, D)` leads back to
+orthonormal columns:
+
+========  ============================================================================================
+qr        Q of the QR decomposition of X + D, where R has a positive diagonal
+polar     the polar factor of X + D, the nearest matrix with orthonormal columns
+cayley    :math:`(I - \tfrac12 A)^{-1} (I + \tfrac12 A) X` with :math:`A = D X^\top - X D^\top`, (M, M)
+========  ============================================================================================
+
+Made for reinforcement learning after pretraining, where the spectrum is what should survive. Weight decay shrinks all
+singular values by one factor; its l2 form leaves them alone. State: U, V and a momentum for each, 8 K (M + N) bytes: 16
+bytes a parameter where M = N.
+
+The factors in the state, not the weight, are what the next step starts from. Who edits the weight (loads a model, swaps
+in an average) has to drop the factors, `optimizer.state.pop(p)`, or the edit is gone after the next step.
+
+References:
+    ISO: An RLVR-Native Optimization Stack 2026, arXiv 2607.19331.
+    Absil, Mahony and Sepulchre 2008, Optimization Algorithms on Matrix Manifolds, section 4.1 (qr and polar).
+    Wen and Yin 2013, A Feasible Method for Optimization with Orthogonality Constraints (cayley).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Unpack, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine.validate import FRACTION, one_of
+from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+
+RetractionT = Literal["qr", "polar", "cayley"]
+
+
+def _qr(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
+    y_BMK = x_BMK + d_BMK
+    Q = torch.linalg.qr(y_BMK).Q
+    # The signs are a convention of the kernel; with a positive diagonal of R = Q^T Y, Q is continuous in D.
+    diagonal_B1K = torch.sum(Q * y_BMK, dim=-2, keepdim=True)
+    return torch.where(diagonal_B1K < 0, -Q, Q)
+
+
+def _polar(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(x_BMK + d_BMK, full_matrices=False)
+    return U @ Vh
+
+
+def _cayley(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
+    half_BMM = 0.5 * (d_BMK @ x_BMK.mT - x_BMK @ d_BMK.mT)
+    eye_MM = torch.eye(x_BMK.size(-2), dtype=x_BMK.dtype, device=x_BMK.device)
+    return torch.linalg.solve(eye_MM - half_BMM, x_BMK + half_BMM @ x_BMK)
+
+
+RETRACTIONS: Mapping[RetractionT, Callable[[Tensor, Tensor], Tensor]] = {"qr": _qr, "polar": _polar, "cayley": _cayley}
+
+
+class IsoState(NamedTuple):
+    """Singular vectors and values, and the momentum of the vectors; zero before the first step."""
+
+    u: Tensor  # B M K
+    sigma: Tensor  # B K
+    v: Tensor  # B N K
+    momentum_u: Tensor  # B M K
+    momentum_v: Tensor  # B N K
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsoRule(Rule):
+    """Iso on a stack."""
+
+    scalars = ("lr", "momentum", "weight_decay")
+    counts_steps = True
+    rewrites_weight = True
+    retraction: RetractionT = "qr"
+    fp32_matmul_prec: FP32MatmulPrecT = "highest"
+    weight_decay_method: WeightDecayT = "decoupled"
+
+    @property
+    def matmul_precision(self) -> FP32MatmulPrecT:
+        """Of all products."""
+        return self.fp32_matmul_prec
+
+    @property
+    def reads_weight(self) -> bool:
+        """The first step factorises it."""
+        return True
+
+    def phase(self, step: int) -> Phase:
+        """FIRST at 1, 3, 9, 27, ...: an accelerator may have skipped a first gradient without the host knowing."""
+        while step % 3 == 0:
+            step //= 3
+        return Phase.FIRST if step == 1 else Phase.REUSE
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> IsoState:
+        """Zeros: the weight has not been seen."""
+        B, M, N = shape
+        K = min(M, N)
+        sizes = ((B, M, K), (B, K), (B, N, K), (B, M, K), (B, N, K))
+        return IsoState(*(torch.zeros(size, dtype=dtype, device=device) for size in sizes))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        s = self._start(state, t.weight) if phase is Phase.FIRST else state
+        started_B11 = _started(s)
+        scale_B1K = s.sigma.unsqueeze(-2)
+        momentum_u = s.momentum_u * t.momentum + (grad @ s.v) * scale_B1K
+        momentum_v = s.momentum_v * t.momentum + (grad.mT @ s.u) * scale_B1K
+
+        retract = RETRACTIONS[self.retraction]
+        u = retract(s.u, -t.lr * momentum_u) * started_B11
+        v = retract(s.v, -t.lr * momentum_v) * started_B11
+        sigma = s.sigma * keep_factor(self.weight_decay_method, t.lr, t.weight_decay)
+        weight = torch.where(started_B11, (u * sigma.unsqueeze(-2)) @ v.mT, t.weight)
+        return Step(None, IsoState(u, sigma, v, momentum_u, momentum_v), parameter=weight)
+
+    @staticmethod
+    def _start(state: IsoState, weight: Tensor) -> IsoState:
+        """The factors of the weights that have none yet."""
+        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+        started_B11 = _started(state)
+        return state._replace(
+            u=torch.where(started_B11, state.u, u),
+            sigma=torch.where(started_B11.squeeze(-1), state.sigma, sigma),
+            v=torch.where(started_B11, state.v, vh.mT),
+        )
+
+
+def _started(state: IsoState) -> Tensor:
+    """Whether a matrix has its factors; only U of none is zero."""
+    return state.u.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+
+
+class Iso(RuleOptimizer):
+    """Iso; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0.
+        momentum: mu, in [0, 1).
+        retraction: "qr", "polar" or "cayley".
+        fp32_matmul_prec: float32 matmul precision: "highest", "high" or "medium".
+        weight_decay: >= 0; shrinks all singular values alike.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        >>> optimizer = Iso([w], lr=0.1)
+        >>> w.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+        >>> optimizer.step()
+        >>> torch.linalg.svdvals(w)
+        tensor([3.0000, 1.0000], grad_fn=<LinalgSvdBackward0>)
+    """
+
+    rule = IsoRule
+    ranges = {
+        "momentum": FRACTION,
+        "retraction": one_of(*get_args(RetractionT)),
+        "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        retraction: RetractionT = "qr",
+        *,
+        fp32_matmul_prec: FP32MatmulPrecT = "highest",
+        weight_decay: float = 0.0,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "retraction": retraction,
+            "fp32_matmul_prec": fp32_matmul_prec,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)

@@ -1,0 +1,224 @@
+r"""ObliqueSGD and ObliqueAdam: columns (or rows) of unit norm, moved along their spheres.
+
+.. math::
+    B_t &= \mu B_{t-1} + G_t \quad\text{(SGD)} \qquad\text{or}\qquad
+        B_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon} \quad\text{(Adam)} \\
+    U_t &= B_t - \hat W \operatorname{diag}(\hat W^\top B_t), \qquad \hat W = W_{t-1} / \|W_{t-1}\| \\
+    W_t &= \frac{k \hat W - \eta\, U_t}{\|k \hat W - \eta\, U_t\|}
+
+Norms and inner products are those of columns, or of rows with `dim=1`: U is the part of B that is tangent to the
+spheres (the Riemannian gradient), and the division goes back to them (the retraction). k is the weight decay's factor;
+where the norm is fixed it only lengthens the step. For embeddings, heads and normalised layers, where the length of a
+weight means nothing. Weights that do not start on the manifold are normalised by the first step. State: SGD 4, Adam 8
+bytes a parameter.
+
+References:
+    Boumal 2023, An Introduction to Optimization on Smooth Manifolds, sections 3.6 and 7.2.
+    Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv 2312.02696.
+    Raman and Yang 2019, Optimization on the Surface of the (Hyper)-Sphere, arXiv 1909.06463.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.hooks import WeightUpdateHook
+from emerging_optimizers.engine.validate import BETAS, FRACTION, POSITIVE, one_of
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
+
+CorrectBiasT = bool | Literal["published"]
+_RANGES = {"dim": one_of(0, 1, -2, -1), "eps": POSITIVE}
+
+
+@dataclass(frozen=True)
+class ObliqueHook(WeightUpdateHook):
+    """A step along the spheres of the columns (`dim` 0) or rows (1), and back onto them."""
+
+    matrices_only = True
+    dim: int
+    eps: float
+
+    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
+        point = self._normalize(weight)
+        tangent = update - point * (point * update).sum(self._axis, keepdim=True)
+        return self._normalize(point * keep - lr * tangent)
+
+    def _normalize(self, x_BMN: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(x_BMN, dim=self._axis, eps=self.eps)
+
+    @property
+    def _axis(self) -> int:
+        return self.dim % 2 - 2  # of a matrix in a stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObliqueRule(Rule):
+    """What both rules share: how the weight moves."""
+
+    dim: int = 0
+    eps: float = 1e-8
+
+    @property
+    def hook(self) -> ObliqueHook:
+        """Projection and retraction."""
+        return ObliqueHook(self.dim, self.eps)
+
+
+class MomentumState(NamedTuple):
+    """The momentum, (B, M, N)."""
+
+    momentum_buffer: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObliqueSGDRule(ObliqueRule):
+    """Heavy ball."""
+
+    scalars = ("momentum",)
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MomentumState:
+        """Zero momentum."""
+        return MomentumState(torch.zeros(shape, dtype=dtype, device=device))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        momentum_BMN = state.momentum_buffer * t.momentum + grad
+        return Step(momentum_BMN, MomentumState(momentum_BMN))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObliqueAdamRule(ObliqueRule):
+    """Adam."""
+
+    scalars = ("betas", "eps")
+    counts_steps = True
+    correct_bias: CorrectBiasT = True
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
+        """Zero moments."""
+        return AdamState.zeros(shape, dtype, device)
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        direction, new = adam_direction(grad, state, t, correct_bias=bool(self.correct_bias))
+        if self.correct_bias == "published":
+            # sqrt(v) / (1 - b2^t) in place of sqrt(v / (1 - b2^t)); the difference in eps is far below rounding.
+            direction = direction * debias(t.betas[1], t.step, grad) ** 0.5
+        return Step(direction, new)
+
+
+class ObliqueSGD(RuleOptimizer):
+    """Heavy-ball SGD on columns or rows of unit norm; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0.
+        momentum: mu, in [0, 1).
+        weight_decay: >= 0; see above.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        dim: the dimension over which norms are taken: 0 for unit columns, 1 for unit rows.
+        eps: smaller norms count as this, > 0.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.eye(2))
+        >>> optimizer = ObliqueSGD([w], lr=0.75)
+        >>> w.grad = torch.tensor([[5.0, 0.0], [-1.0, 0.0]])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([[0.8000, 0.0000],
+                [0.6000, 1.0000]], requires_grad=True)
+    """
+
+    rule = ObliqueSGDRule
+    ranges = {**_RANGES, "momentum": FRACTION}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        weight_decay_method: WeightDecayT = "decoupled",
+        dim: int = 0,
+        eps: float = 1e-8,
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "dim": dim,
+            "eps": eps,
+        }
+        super().__init__(params, defaults, **engine)
+
+
+class ObliqueAdam(RuleOptimizer):
+    """Adam on columns or rows of unit norm; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0.
+        betas: decay of the first and second moment, each in [0, 1).
+        weight_decay: >= 0; see above.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        dim: the dimension over which norms are taken: 0 for unit columns, 1 for unit rows.
+        eps: added to the root of the second moment; smaller norms count as this; > 0.
+        correct_bias: divide the moments by 1 - beta^t; "published": divide the root of the second moment by it instead,
+            which makes the first update sqrt(1 - beta2) times its right size.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.eye(2))
+        >>> optimizer = ObliqueAdam([w], lr=0.75)
+        >>> w.grad = torch.tensor([[5.0, 0.0], [-1.0, 0.0]])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([[0.8000, 0.0000],
+                [0.6000, 1.0000]], requires_grad=True)
+    """
+
+    rule = ObliqueAdamRule
+    ranges = {**_RANGES, "betas": BETAS, "correct_bias": one_of(True, False, "published")}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        weight_decay_method: WeightDecayT = "decoupled",
+        dim: int = 0,
+        eps: float = 1e-8,
+        correct_bias: CorrectBiasT = True,
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "dim": dim,
+            "eps": eps,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, defaults, **engine)

@@ -1,0 +1,166 @@
+r"""AdEMAMix: Adam with a second, much slower momentum.
+
+.. math::
+    m^f_t &= \beta_f m^f_{t-1} + (1 - \beta_f) G_t \\
+    m^s_t &= \beta_s(t)\, m^s_{t-1} + (1 - \beta_s(t))\, G_t \\
+    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) G_t^2 \\
+    W_t &= (1 - \eta\lambda) W_{t-1}
+        - \eta \frac{m^f_t / (1 - \beta_f^t) + \alpha(t)\, m^s_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+The slow average (half-life of 7,000 steps at the default) still listens to gradients that Adam has long forgotten. It
+is not bias-corrected, so that it grows into the update. Over the first T steps :math:`\alpha(t) = \alpha\, t / T`, and
+the half-life of :math:`\beta_s(t)` grows linearly from that of :math:`\beta_f` (`half_life_warmup`). For runs of many
+thousand steps; T is usually all of them. State: three tensors, 12 bytes a parameter.
+
+References:
+    Pagliardini, Ablin and Grangier 2024, The AdEMAMix Optimizer: Better, Faster, Older, arXiv 2409.03137.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, NON_NEGATIVE, Check, optional
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+
+THREE_BETAS = Check(
+    lambda v: isinstance(v, tuple) and len(v) == 3 and all(map(FRACTION.holds, v)), "three numbers in [0, 1)"
+)
+
+
+def warmup(step: Any, num_steps: int | None) -> Any:
+    """min(1, step / num_steps); 1 without a warm-up. Numbers or tensors."""
+    if num_steps is None:
+        return 1.0
+    share = step / num_steps
+    return share.clamp(max=1.0) if isinstance(share, Tensor) else min(1.0, share)
+
+
+def half_life_warmup(step: Any, beta_start: Any, beta_end: Any, num_steps: int | None) -> Any:
+    r"""A decay whose half-life :math:`\ln \tfrac12 / \ln \beta` grows linearly over `num_steps` steps.
+
+    Example:
+        >>> [round(half_life_warmup(step, 0.5, 0.5**0.25, 2), 4) for step in (0, 1, 2, 9)]  # half-lives 1, 2.5, 4, 4
+        [0.5, 0.7579, 0.8409, 0.8409]
+    """
+    if num_steps is None:
+        return beta_end
+    done = warmup(step, num_steps)
+    exponent = 1 / ((1 - done) / _log(beta_start) + done / _log(beta_end))
+    return exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
+
+
+def _log(beta: Any) -> Any:
+    # A decay of zero has a half-life of zero; so, nearly, has this one.
+    return beta.clamp_min(1e-8).log() if isinstance(beta, Tensor) else math.log(max(beta, 1e-8))
+
+
+class AdEMAMixState(NamedTuple):
+    """Fast and slow first moment and second moment, each shaped like the gradient."""
+
+    exp_avg_fast: Tensor
+    exp_avg_slow: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdEMAMixRule(Rule):
+    """AdEMAMix, element by element."""
+
+    scalars = ("betas", "eps", "alpha")
+    elementwise = True
+    counts_steps = True
+    correct_bias: bool = True
+    num_beta_slow_warmup_steps: int | None = None
+    num_alpha_warmup_steps: int | None = None
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdEMAMixState:
+        """Zero moments."""
+        return AdEMAMixState(*(torch.zeros(shape, dtype=dtype, device=device) for _ in AdEMAMixState._fields))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        beta_fast, beta2, beta_slow = t.betas
+        beta_slow = half_life_warmup(t.step, beta_fast, beta_slow, self.num_beta_slow_warmup_steps)
+        alpha = t.alpha * warmup(t.step, self.num_alpha_warmup_steps)
+        fast = lerp(state.exp_avg_fast, grad, 1 - beta_fast)
+        slow = lerp(state.exp_avg_slow, grad, 1 - beta_slow)
+        v = lerp(state.exp_avg_sq, grad.square(), 1 - beta2)
+
+        bias_fast = debias(beta_fast, t.step, grad) if self.correct_bias else 1.0
+        bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
+        numerator = (fast / bias_fast).add_(slow * alpha)
+        return Step(numerator / (v / bias2).sqrt_().add_(t.eps), AdEMAMixState(fast, slow, v))
+
+
+class AdEMAMix(RuleOptimizer):
+    """AdEMAMix; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        lr: learning rate, >= 0.
+        betas: decay of the fast first moment, of the second moment, and of the slow first moment; each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: >= 0.
+        alpha: weight of the slow moment, >= 0; 4 to 10 for long runs. 0: Adam.
+        correct_bias: divide the fast and the second moment by 1 - beta^t.
+        num_beta_slow_warmup_steps: steps over which the slow moment slows down, >= 1; None: slow from the start.
+        num_alpha_warmup_steps: steps over which alpha grows from 0, >= 1; None: alpha from the start.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = AdEMAMix([w], lr=0.1, num_alpha_warmup_steps=100, num_beta_slow_warmup_steps=100)
+        >>> w.grad = torch.tensor([1.0, -2.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([0.9000, 1.1000], requires_grad=True)
+    """
+
+    rule = AdEMAMixRule
+    ranges = {
+        "betas": THREE_BETAS,
+        "eps": NON_NEGATIVE,
+        "alpha": NON_NEGATIVE,
+        "correct_bias": FLAG,
+        "num_beta_slow_warmup_steps": optional(COUNT),
+        "num_alpha_warmup_steps": optional(COUNT),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        alpha: float = 2.0,
+        correct_bias: bool = True,
+        num_beta_slow_warmup_steps: int | None = None,
+        num_alpha_warmup_steps: int | None = None,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "alpha": alpha,
+            "correct_bias": correct_bias,
+            "num_beta_slow_warmup_steps": num_beta_slow_warmup_steps,
+            "num_alpha_warmup_steps": num_alpha_warmup_steps,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)

@@ -1,0 +1,119 @@
+r"""MAdam, magnitude-aware Adam: Adam without epsilon, for gradients of any size.
+
+.. math::
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) G_t \\
+    v'_t &= \beta_2 v'_{t-1} + (1 - \beta_2) (2^{k/2} G_t)^2 \\
+    W_t &= (1 - \eta\lambda) W_{t-1}
+        - \eta \, 2^{k/2} \frac{m_t / (1 - \beta_1^t)}{\sqrt{v'_t / (1 - \beta_2^t)}}
+
+Adam's :math:`\epsilon` shortens the update of every element whose gradient is not far above it. Here nothing is added
+to the denominator. So that squares of small gradients do not vanish in float32, the second moment is kept multiplied by
+:math:`2^k`; k is even, so that the factor costs no rounding. Where the second moment is zero, because the gradient has
+always been, the update is zero. In place of AdamW where gradients are very small: deep layers, tiny losses, large
+batches. State: two tensors, 8 bytes a parameter.
+
+References:
+    Kingma and Ba 2015, Adam, arXiv 1412.6980.
+    NVIDIA 2026, Emerging-Optimizers (the scaled second moment).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.validate import BETAS, FLAG, Check
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+
+EVEN = Check(lambda v: isinstance(v, int) and v % 2 == 0, "an even integer")
+
+
+class MAdamState(NamedTuple):
+    """First moment, and second moment times 2^k, each shaped like the gradient."""
+
+    exp_avg: Tensor
+    exp_avg_sq_scaled: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAdamRule(Rule):
+    """MAdam, element by element."""
+
+    scalars = ("betas",)
+    elementwise = True
+    counts_steps = True
+    correct_bias: bool = True
+    scale_log2: int = 16
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MAdamState:
+        """Zero moments."""
+        return MAdamState(*(torch.zeros(shape, dtype=dtype, device=device) for _ in MAdamState._fields))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        beta1, beta2 = t.betas
+        bias1 = debias(beta1, t.step, grad) if self.correct_bias else 1.0
+        bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
+        scale = 2.0 ** (self.scale_log2 // 2)
+        m = lerp(state.exp_avg, grad, 1 - beta1)
+        v = lerp(state.exp_avg_sq_scaled, (grad * scale).square(), 1 - beta2)
+        # The quotient before the scale: m scale can overflow where the quotient does not.
+        direction = m / bias1 / (v / bias2).sqrt_() * scale
+        return Step(torch.where(v == 0, 0, direction), MAdamState(m, v))
+
+
+class MAdam(RuleOptimizer):
+    """MAdam; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        lr: learning rate, >= 0.
+        betas: decay of the first and second moment, each in [0, 1).
+        weight_decay: >= 0.
+        scale_log2: k, an even integer: the second moment is kept times 2^k. In float32 squares of gradients above
+            1e-22 / 2^(k/2) do not vanish, and those below 1e19 / 2^(k/2) do not overflow. A checkpoint has to be
+            continued with the same k.
+        correct_bias: divide the moments by 1 - beta^t.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = MAdam([w], lr=0.1)
+        >>> w.grad = torch.tensor([1e-20, -2.0, 0.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([0.9000, 1.1000, 1.0000], requires_grad=True)
+    """
+
+    rule = MAdamRule
+    ranges = {"betas": BETAS, "scale_log2": EVEN, "correct_bias": FLAG}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        *,
+        scale_log2: int = 16,
+        correct_bias: bool = True,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "scale_log2": scale_log2,
+            "correct_bias": correct_bias,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)

@@ -1,0 +1,95 @@
+r"""RMSProp: the gradient divided by a running root mean square of itself.
+
+.. math::
+    v_t &= \alpha v_{t-1} + (1 - \alpha) G_t^2 \\
+    W_t &= (1 - \eta\lambda) W_{t-1} - \eta \, G_t / (\sqrt{v_t} + \epsilon)
+
+v is not bias-corrected, so the first update is :math:`1 / \sqrt{1 - \alpha}` times the learning rate: 10 times at the
+default. `LaProp` with betas (0, alpha) is the corrected form. State: one tensor, 4 bytes a parameter.
+
+References:
+    Tieleman and Hinton 2012, Lecture 6.5: RMSProp, Coursera, Neural Networks for Machine Learning.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine.validate import FRACTION, NON_NEGATIVE
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+
+
+class RMSPropState(NamedTuple):
+    """The second moment, shaped like the gradient."""
+
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSPropRule(Rule):
+    """RMSProp, element by element."""
+
+    scalars = ("alpha", "eps")
+    elementwise = True
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> RMSPropState:
+        """Zero."""
+        return RMSPropState(torch.zeros(shape, dtype=dtype, device=device))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        v = lerp(state.exp_avg_sq, grad.square(), 1 - t.alpha)
+        return Step(grad / v.sqrt().add_(t.eps), RMSPropState(v))
+
+
+class RMSProp(RuleOptimizer):
+    """RMSProp, equal to `torch.optim.RMSprop` without momentum; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        lr: learning rate, >= 0.
+        alpha: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: >= 0.
+        weight_decay_method: "decoupled", "independent", "l2" (torch's) or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = RMSProp([w], lr=0.01)
+        >>> w.grad = torch.tensor([1.0, -2.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([0.9000, 1.1000], requires_grad=True)
+    """
+
+    rule = RMSPropRule
+    ranges = {"alpha": FRACTION, "eps": NON_NEGATIVE}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)

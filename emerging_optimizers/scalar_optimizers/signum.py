@@ -1,0 +1,119 @@
+r"""Signum: the sign of the momentum.
+
+.. math::
+    m_t &= \beta m_{t-1} + (1 - \beta) G_t \\
+    U_t &= \operatorname{sign}(m_t) \quad\text{or, with nesterov,}\quad
+        \operatorname{sign}\!\left(\frac{\beta\, m_t}{1 - \beta^{t+1}} + \frac{(1 - \beta)\, G_t}{1 - \beta^t}\right) \\
+    W_t &= (1 - \eta\lambda) W_{t-1} - \eta \, s \, U_t
+
+Every element moves by the learning rate; momentum 0 is signSGD. s is 1 or, with `use_shape_scaling`, 2 / (M + N) for an
+(M, N) matrix: then learning rates carry over from one width to another. State: one tensor, 4 bytes a parameter.
+
+References:
+    Bernstein et al. 2018, signSGD: Compressed Optimisation for Non-Convex Problems, arXiv 1802.04434.
+    Frans, Levine and Abbeel 2025, A Stable Whitening Optimizer, arXiv 2506.07254 (the scale).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.validate import FLAG, FRACTION
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+
+
+class SignumState(NamedTuple):
+    """The momentum, shaped like the gradient."""
+
+    exp_avg: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignumRule(Rule):
+    """Signum; element by element unless the shape of the matrix matters."""
+
+    scalars = ("momentum",)
+    counts_steps = True
+    correct_bias: bool = True
+    nesterov: bool = False
+    use_shape_scaling: bool = False
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]  # here it depends on an option
+        """With shape scaling the rule has to see whole matrices."""
+        return not self.use_shape_scaling
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SignumState:
+        """Zero momentum."""
+        return SignumState(torch.zeros(shape, dtype=dtype, device=device))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        m = lerp(state.exp_avg, grad, 1 - t.momentum)
+        ahead = m
+        if self.nesterov:
+            bias = debias(t.momentum, t.step, grad) if self.correct_bias else 1.0
+            bias_ahead = debias(t.momentum, t.step + 1, grad) if self.correct_bias else 1.0
+            ahead = m * (t.momentum / bias_ahead) + grad * ((1 - t.momentum) / bias)
+        scale = 2 / sum(grad.shape[-2:]) if self.use_shape_scaling else 1.0
+        return Step(ahead.sign() * scale, SignumState(m))
+
+
+class Signum(RuleOptimizer):
+    """Signum; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        lr: learning rate, >= 0: by how much every element moves.
+        momentum: beta, in [0, 1).
+        weight_decay: >= 0.
+        correct_bias: divide by 1 - beta^t. It scales the momentum as a whole, so that only nesterov sees it.
+        nesterov: look one step ahead.
+        use_shape_scaling: multiply the update by 2 / (rows + columns); then vectors are refused, and 3-D parameters and
+            convolutions are taken as matrices, as by any matrix optimizer.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a vector where the shape matters.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = Signum([w], lr=0.1)
+        >>> w.grad = torch.tensor([1.0, -2.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([0.9000, 1.1000], requires_grad=True)
+    """
+
+    rule = SignumRule
+    ranges = {"momentum": FRACTION, "correct_bias": FLAG, "nesterov": FLAG, "use_shape_scaling": FLAG}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        nesterov: bool = False,
+        use_shape_scaling: bool = False,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+            "nesterov": nesterov,
+            "use_shape_scaling": use_shape_scaling,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)

@@ -1,0 +1,125 @@
+r"""Simplified AdEMAMix: one slow momentum, and the gradient itself in place of the fast one.
+
+.. math::
+    m_t &= \beta(t)\, m_{t-1} + G_t \\
+    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) G_t^2 \\
+    W_t &= (1 - \eta\lambda) W_{t-1}
+        - \eta \frac{\alpha G_t + m_t (1 - \beta(t)) / (1 - \beta(t)^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+Nearly what AdEMAMix does, with Adam's memory. The half-life of :math:`\beta(t)` can grow over the first steps
+(`half_life_warmup`). Updates are up to :math:`1 + \alpha` times Adam's, so use a smaller learning rate. State: two
+tensors, 8 bytes a parameter.
+
+References:
+    Morwani et al. 2025, Connections between Schedule-Free Optimizers, AdEMAMix, and Accelerated SGD Variants,
+    arXiv 2502.02431. Pagliardini, Ablin and Grangier 2024, The AdEMAMix Optimizer, arXiv 2409.03137.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.validate import BETAS, COUNT, FLAG, FRACTION, NON_NEGATIVE, optional
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.scalar_optimizers.adamw import AdamState
+from emerging_optimizers.scalar_optimizers.ademamix import half_life_warmup
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimplifiedAdEMAMixRule(Rule):
+    """Simplified AdEMAMix, element by element."""
+
+    scalars = ("betas", "eps", "alpha", "min_beta_fast")
+    elementwise = True
+    counts_steps = True
+    correct_bias: bool = True
+    num_beta_fast_warmup_steps: int | None = None
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
+        """Zero moments."""
+        return AdamState.zeros(shape, dtype, device)
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        beta1, beta2 = t.betas
+        beta1 = half_life_warmup(t.step, t.min_beta_fast, beta1, self.num_beta_fast_warmup_steps)
+        bias1 = debias(beta1, t.step, grad) / (1 - beta1) if self.correct_bias else 1.0
+        bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
+        # Step counts that differ from element to element make beta1 a float64 stack.
+        m = (state.exp_avg * beta1).to(grad.dtype).add_(grad)
+        v = lerp(state.exp_avg_sq, grad.square(), 1 - beta2)
+        numerator = (m / bias1).to(grad.dtype).add_(grad * t.alpha)
+        return Step(numerator / (v / bias2).sqrt_().add_(t.eps), AdamState(m, v))
+
+
+class SimplifiedAdEMAMix(RuleOptimizer):
+    """Simplified AdEMAMix; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        lr: learning rate, >= 0.
+        betas: decay of the momentum (by its published name the fast one) and of the second moment, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: >= 0.
+        correct_bias: make averages of the moments: the momentum times (1 - beta) / (1 - beta^t), the second moment over
+            1 - beta2^t. False: the momentum is the plain sum, up to 1 / (1 - beta) gradients.
+        num_beta_fast_warmup_steps: steps over which the momentum slows down, >= 1; None: slow from the start.
+        min_beta_fast: where the decay of the momentum begins then, in [0, 1).
+        alpha: weight of the gradient itself, >= 0. 0: Adam.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = SimplifiedAdEMAMix([w], lr=0.1, alpha=2.0)
+        >>> w.grad = torch.tensor([1.0, -2.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([0.7000, 1.3000], requires_grad=True)
+    """
+
+    rule = SimplifiedAdEMAMixRule
+    ranges = {
+        "betas": BETAS,
+        "eps": NON_NEGATIVE,
+        "correct_bias": FLAG,
+        "num_beta_fast_warmup_steps": optional(COUNT),
+        "min_beta_fast": FRACTION,
+        "alpha": NON_NEGATIVE,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9999, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        num_beta_fast_warmup_steps: int | None = None,
+        min_beta_fast: float = 0.9,
+        alpha: float = 2.0,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+            "num_beta_fast_warmup_steps": num_beta_fast_warmup_steps,
+            "min_beta_fast": min_beta_fast,
+            "alpha": alpha,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)

@@ -1,0 +1,19 @@
+"""Laws by which a weight moves, under the published path; `engine.hooks` has the equations."""
+
+from emerging_optimizers.engine.hooks import (
+    HyperballHook,
+    RadialBrakeHook,
+    RelativeUpdateHook,
+    SpectralClipHook,
+    SpectralWeightDecayHook,
+    WeightUpdateHook,
+)
+
+__all__ = [
+    "HyperballHook",
+    "RadialBrakeHook",
+    "RelativeUpdateHook",
+    "SpectralClipHook",
+    "SpectralWeightDecayHook",
+    "WeightUpdateHook",
+]
