@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers import Iso, ObliqueAdam, ObliqueSGD
-from emerging_optimizers.engine import Phase
-from emerging_optimizers.engine.scalars import make_scalars
-from emerging_optimizers.riemannian_optimizers.isospectral import RETRACTIONS, IsoRule
+from emerging_optimizers.riemannian_optimizers.isospectral import RETRACTIONS
 
 SHAPES = ((8, 5), (5, 8), (6, 6))
 RETRACTION_NAMES = list(RETRACTIONS)
@@ -162,24 +160,3 @@ def test_an_edited_weight_counts_once_its_factors_are_dropped() -> None:
         optimizer.step()
         two = torch.full((5,), 2.0)
         assert torch.allclose(torch.linalg.svdvals(p.detach()), two) == drop
-
-
-def test_a_matrix_whose_first_gradients_were_skipped_waits_for_its_factors() -> None:
-    """On an accelerator the host does not know of the skip and goes on to REUSE."""
-    rule, weight = IsoRule(), torch.randn(2, 4, 3, generator=generator(0))
-    state = rule.init((2, 4, 3), torch.float32, torch.device("cpu"))
-    group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
-    t = make_scalars(rule.scalars, group, {"weight": weight})
-    grad = torch.randn(2, 4, 3, generator=generator(1))
-    begun = rule.update(grad, state, t, Phase.FIRST).state
-    half = type(state)(*(torch.stack([new[0], old[1]]) for new, old in zip(begun, state, strict=True)))
-
-    waiting = rule.update(grad, half, t, Phase.REUSE)
-    assert waiting.parameter is not None
-    assert torch.equal(waiting.parameter[1], weight[1])
-    assert not any(part[1].any() for part in waiting.state)
-    started = rule.update(grad, waiting.state, t, Phase.FIRST)
-    for ours, fresh in zip(started.state, begun, strict=True):
-        assert torch.equal(ours[1], fresh[1])
-    assert torch.equal(started.state.sigma[0], begun.sigma[0])
-    assert [step for step in range(1, 30) if rule.phase(step) is Phase.FIRST] == [1, 3, 9, 27]

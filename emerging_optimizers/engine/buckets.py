@@ -258,7 +258,7 @@ class Bucket:
 
     def post(self, flags: Tensor) -> None:
         """Send (units,) flags to the host without waiting for the device."""
-        if self.on_host:
+        if flags.device.type == "cpu":
             self._mail = (flags, None)
             return
         copy = torch.empty(self.units, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)

@@ -29,7 +29,7 @@ References:
     Wen and Yin 2013, A Feasible Method for Optimization with Orthogonality Constraints (cayley).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Unpack, get_args
 
@@ -68,7 +68,7 @@ RETRACTIONS: Mapping[RetractionT, Callable[[Tensor, Tensor], Tensor]] = {"qr": _
 
 
 class IsoState(NamedTuple):
-    """Singular vectors and values, and the momentum of the vectors; zero before the first step."""
+    """Singular vectors and values, and the momentum of the vectors."""
 
     u: Tensor  # B M K
     sigma: Tensor  # B K
@@ -84,6 +84,7 @@ class IsoRule(Rule):
     scalars = ("lr", "momentum", "weight_decay")
     counts_steps = True
     rewrites_weight = True
+    starts_from_weight = True
     retraction: RetractionT = "qr"
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
     weight_decay_method: WeightDecayT = "decoupled"
@@ -93,54 +94,30 @@ class IsoRule(Rule):
         """Of all products."""
         return self.fp32_matmul_prec
 
-    @property
-    def reads_weight(self) -> bool:
-        """The first step factorises it."""
-        return True
-
-    def phase(self, step: int) -> Phase:
-        """FIRST at 1, 3, 9, 27, ...: an accelerator may have skipped a first gradient without the host knowing."""
-        while step % 3 == 0:
-            step //= 3
-        return Phase.FIRST if step == 1 else Phase.REUSE
-
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> IsoState:
-        """Zeros: the weight has not been seen."""
+        """Room for what `start` makes."""
         B, M, N = shape
         K = min(M, N)
         sizes = ((B, M, K), (B, K), (B, N, K), (B, M, K), (B, N, K))
         return IsoState(*(torch.zeros(size, dtype=dtype, device=device) for size in sizes))
 
+    def start(self, weight: Tensor, labels: Sequence[str]) -> IsoState:
+        """The weight's own factors, and no momentum."""
+        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+        v = vh.mT
+        return IsoState(u, sigma, v, torch.zeros_like(u), torch.zeros_like(v))
+
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        s = self._start(state, t.weight) if phase is Phase.FIRST else state
-        started_B11 = _started(s)
+        s: IsoState = state
         scale_B1K = s.sigma.unsqueeze(-2)
         momentum_u = s.momentum_u * t.momentum + (grad @ s.v) * scale_B1K
         momentum_v = s.momentum_v * t.momentum + (grad.mT @ s.u) * scale_B1K
 
         retract = RETRACTIONS[self.retraction]
-        u = retract(s.u, -t.lr * momentum_u) * started_B11
-        v = retract(s.v, -t.lr * momentum_v) * started_B11
+        u, v = retract(s.u, -t.lr * momentum_u), retract(s.v, -t.lr * momentum_v)
         sigma = s.sigma * keep_factor(self.weight_decay_method, t.lr, t.weight_decay)
-        weight = torch.where(started_B11, (u * sigma.unsqueeze(-2)) @ v.mT, t.weight)
-        return Step(None, IsoState(u, sigma, v, momentum_u, momentum_v), parameter=weight)
-
-    @staticmethod
-    def _start(state: IsoState, weight: Tensor) -> IsoState:
-        """The factors of the weights that have none yet."""
-        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
-        started_B11 = _started(state)
-        return state._replace(
-            u=torch.where(started_B11, state.u, u),
-            sigma=torch.where(started_B11.squeeze(-1), state.sigma, sigma),
-            v=torch.where(started_B11, state.v, vh.mT),
-        )
-
-
-def _started(state: IsoState) -> Tensor:
-    """Whether a matrix has its factors; only U of none is zero."""
-    return state.u.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+        return Step(None, IsoState(u, sigma, v, momentum_u, momentum_v), parameter=(u * sigma.unsqueeze(-2)) @ v.mT)
 
 
 class Iso(RuleOptimizer):
