@@ -92,7 +92,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "muon_hyperball": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muon_hyperball:MuonHyperball",
         description="Muon on a sphere: every matrix keeps its norm",
-        paper="Wen et al. 2025, Hyperball Optimization",
+        paper="Wen et al. 2026, arXiv 2606.16899",
     ),
     "muown": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muown:Muown",
@@ -155,7 +155,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "spel": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.spel:Spel",
         description="Muon on orthogonal matrices: the weight is orthogonalized after every step",
-        paper="Manifold Constrained Steepest Descent 2026, arXiv 2601.21487",
+        paper="Yang and Lai 2026, Manifold Constrained Steepest Descent, arXiv 2601.21487",
     ),
 }
 

@@ -17,7 +17,8 @@ hook                       the new weight
 :math:`\mathrm{cap}_\beta` replaces every singular value s by min(s, beta).
 
 References:
-    Wen et al. 2025, Fantastic Pretraining Optimizers and Where to Find Them 2: Hyperball Optimization.
+    Wen et al. 2026, Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball Optimization,
+        arXiv 2606.16899.
     Cesista 2025, Fast, Numerically Stable, and Auto-Differentiable Spectral Clipping via Newton-Schulz Iteration.
 """
 

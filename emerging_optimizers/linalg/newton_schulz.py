@@ -74,7 +74,7 @@ def gram_newton_schulz(
         (B, M, N) in the input's dtype.
 
     References:
-        Zhang et al. 2026, Gram Newton-Schulz.
+        Zhang, Amsel, Chen and Dao 2026, Gram Newton-Schulz (tridao.me/blog/2026/gram-newton-schulz).
 
     Example:
         >>> from emerging_optimizers.linalg.coefficients import coefficients

@@ -23,7 +23,8 @@ Where the rows of a layer see gradients of very different sizes (normuon), or as
 References:
     Si et al. 2025, AdaMuon: Adaptive Muon Optimizer, arXiv 2507.11005.
     Li et al. 2025, NorMuon: Making Muon more efficient and scalable, arXiv 2510.05491.
-    NAMO 2026, arXiv 2602.17080.
+    Zhang et al. 2026, Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum (NAMO),
+        arXiv 2602.17080.
 """
 
 from collections.abc import Mapping

@@ -11,7 +11,8 @@ further towards the update and is of no other use.
 The same law for any optimizer is `weight_update_hook="hyperball"`. State: one tensor, 4 bytes a parameter.
 
 References:
-    Wen et al. 2025, Fantastic Pretraining Optimizers and Where to Find Them 2: Hyperball Optimization.
+    Wen et al. 2026, Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball Optimization,
+        arXiv 2606.16899.
     Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks.
 """
 

@@ -11,7 +11,7 @@ Weight decay does not shrink the weight: it raises the share of the update in wh
 For matrices that are meant to be orthogonal. State: one tensor, 4 bytes a parameter.
 
 References:
-    Manifold Constrained Steepest Descent 2026, arXiv 2601.21487.
+    Yang and Lai 2026, Manifold Constrained Steepest Descent, arXiv 2601.21487.
     Bernstein and Newhouse 2024, Modular Duality in Deep Learning, arXiv 2410.21265.
 """
 
