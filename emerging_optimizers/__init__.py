@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Signum,
         SimplifiedAdEMAMix,
     )
+    from emerging_optimizers.shampoo import Shampoo
     from emerging_optimizers.soap import REKLS, SOAP
 
 _HOMES = {
@@ -58,6 +59,7 @@ _HOMES = {
     "RoutePlan": "routing",
     "SOAP": "soap",
     "Scion": "orthogonalized_optimizers",
+    "Shampoo": "shampoo",
     "Signum": "scalar_optimizers",
     "SimplifiedAdEMAMix": "scalar_optimizers",
     "Spectron": "orthogonalized_optimizers",
@@ -88,6 +90,7 @@ __all__ = [
     "RMSProp",
     "RoutePlan",
     "Scion",
+    "Shampoo",
     "Signum",
     "SimplifiedAdEMAMix",
     "Spectron",

@@ -130,6 +130,11 @@ OPTIMIZERS: dict[str, Entry] = {
         description="steepest descent in a norm chosen by layer; trains a whole model without Adam",
         paper="Pethick et al. 2025, arXiv 2502.07529",
     ),
+    "shampoo": Entry(
+        path="emerging_optimizers.shampoo.shampoo:Shampoo",
+        description="momentum between the inverse roots of Shampoo's factors",
+        paper="Gupta et al. 2018, arXiv 1802.09568",
+    ),
     "signum": Entry(
         path="emerging_optimizers.scalar_optimizers.signum:Signum",
         description="sign of the momentum; one state tensor",

@@ -267,6 +267,13 @@ CASES: list[OptimizerCase] = [
     ),
     *_rows("rekls", {"lr": 0.1}, {"": {}, "every_third": {"precondition_frequency": 3}}, state=_SOAP, batched=1e-3),
     *_rows(
+        "shampoo",
+        {"lr": 0.3},
+        {"": {}, "square_root": {"lr": 1.0, "p_root_inv": 2, "momentum": 0.5, **_DECAY["l2"]}},
+        state=("step", "exp_avg", "L", "R"),
+        batched=1e-3,
+    ),
+    *_rows(
         "oblique_sgd",
         {"lr": 1.0},
         {"": {}, "rows": {"dim": 1, "momentum": 0.0, "weight_decay": 0.1}},

@@ -132,6 +132,17 @@ SIGNATURES = {
         {"params": REQUIRED, "lr": REQUIRED, "betas": BETAS, "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01},
         {"weight_decay_method": "decoupled"},
     ),
+    "shampoo.shampoo:Shampoo": (
+        {
+            "params": REQUIRED,
+            "lr": REQUIRED,
+            "momentum": 0.9,
+            "shampoo_beta": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+        },
+        {"p_root_inv": 4},
+    ),
     "scalar_optimizers.laprop:LaProp": (
         {"params": REQUIRED, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
         {"correct_bias": True, "frob_normalize": False, "weight_decay_method": "decoupled"},
@@ -214,6 +225,11 @@ def load(path: str):
         "orthogonalized_optimizers.muon_utils:NSCoeffT",
         "orthogonalized_optimizers.muon_utils:get_coefficient_iterator",
         "orthogonalized_optimizers.muon_utils:newton_schulz",
+        "legacy_soap.matrix_root_inverse_utils:inv_root_via_eigh",
+        "legacy_soap.matrix_root_inverse_utils:mat_root_inv_via_scaled_cans",
+        "legacy_soap:REKLS",
+        "legacy_soap:SOAP",
+        "shampoo:Shampoo",
         "soap:REKLS",
         "soap:SOAP",
         "riemannian_optimizers:ObliqueAdam",
@@ -257,6 +273,7 @@ SOAP_STATE = {"step", "exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"}
     [
         ("orthogonalized_optimizers.muon:Muon", {"momentum_buffer"}),
         ("orthogonalized_optimizers:Spectron", SPECTRON_STATE),
+        ("shampoo:Shampoo", {"step", "exp_avg", "L", "R"}),
         ("soap.soap:SOAP", SOAP_STATE),
         ("soap.rekls:REKLS", SOAP_STATE),
         ("scalar_optimizers.laprop:LaProp", {"step", "exp_avg", "exp_avg_sq"}),

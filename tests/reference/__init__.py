@@ -28,6 +28,7 @@ from .orthogonalized import (
     ReferenceSpel,
 )
 from .rekls import ReferenceREKLS
+from .shampoo import ReferenceShampoo
 from .signum import ReferenceSignum
 from .soap import ReferenceSOAP
 from .spectron import ReferenceSpectron
@@ -62,6 +63,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "oblique_sgd": ReferenceObliqueSGD,
     "rekls": ReferenceREKLS,
     "rmsprop": ReferenceRMSProp,
+    "shampoo": ReferenceShampoo,
     "signum": ReferenceSignum,
     "sim_ademamix": ReferenceSimplifiedAdEMAMix,
     "soap": ReferenceSOAP,
@@ -95,6 +97,7 @@ __all__ = [
     "ReferenceRMSProp",
     "ReferenceSOAP",
     "ReferenceScion",
+    "ReferenceShampoo",
     "ReferenceSignum",
     "ReferenceSimplifiedAdEMAMix",
     "ReferenceSpectron",
