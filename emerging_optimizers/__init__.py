@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         SimplifiedAdEMAMix,
     )
     from emerging_optimizers.shampoo import Shampoo
-    from emerging_optimizers.soap import REKLS, SOAP
+    from emerging_optimizers.soap import MOSO, REKLS, SOAP
 
 _HOMES = {
     "AdEMAMix": "scalar_optimizers",
@@ -47,6 +47,7 @@ _HOMES = {
     "Lion": "scalar_optimizers",
     "MAdam": "scalar_optimizers",
     "MOP": "orthogonalized_optimizers",
+    "MOSO": "soap",
     "Muon": "orthogonalized_optimizers",
     "MuonHyperball": "orthogonalized_optimizers",
     "Muown": "orthogonalized_optimizers",
@@ -71,6 +72,7 @@ _HOMES = {
 
 __all__ = [
     "MOP",
+    "MOSO",
     "REKLS",
     "SOAP",
     "AdEMAMix",

@@ -84,6 +84,11 @@ OPTIMIZERS: dict[str, Entry] = {
         description="momentum orthogonalized exactly, scaled by its nuclear norm",
         paper="Lau et al. 2025, arXiv 2505.21799",
     ),
+    "moso": Entry(
+        path="emerging_optimizers.soap.moso:MOSO",
+        description="RMSProp of the momentum in the eigenbasis of its shorter side",
+        paper="NVIDIA 2026, Emerging-Optimizers",
+    ),
     "muon": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muon:Muon",
         description="momentum orthogonalized by Newton-Schulz; one state tensor",

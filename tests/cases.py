@@ -267,6 +267,18 @@ CASES: list[OptimizerCase] = [
     ),
     *_rows("rekls", {"lr": 0.1}, {"": {}, "every_third": {"precondition_frequency": 3}}, state=_SOAP, batched=1e-3),
     *_rows(
+        "moso",
+        {"lr": 0.05},
+        {
+            "": {},
+            "clipped": {"max_update_rms": 0.2, "descends": 0.5},
+            "published": {"first_step": "eigenbasis", "correct_bias": False, "eps": 1e-2, "descends": 0.5},
+            "l2": _DECAY["l2"],
+        },
+        state=("step", "momentum_buffer", "exp_avg_sq", "M", "Q_M"),
+        batched=1e-3,
+    ),
+    *_rows(
         "shampoo",
         {"lr": 0.3},
         {"": {}, "square_root": {"lr": 1.0, "p_root_inv": 2, "momentum": 0.5, **_DECAY["l2"]}},

@@ -71,6 +71,7 @@ from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
+from emerging_optimizers.linalg.scaling import clip_rms
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
 
 FirstStepT = Literal["adam", "eigenbasis"]
@@ -172,11 +173,7 @@ class SOAPRule(Rule):
             correct_bias=self.correct_bias,
             nesterov=self.nesterov,
         )
-        update_BMN = project_out(direction, Q_L, Q_R)
-
-        if self.max_update_rms > 0:
-            rms = update_BMN.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-            update_BMN = update_BMN * (self.max_update_rms / (rms + 1e-7)).clamp_max(1)
+        update_BMN = clip_rms(project_out(direction, Q_L, Q_R), self.max_update_rms)
         return Step(update_BMN, SOAPState(*moments, L, R, Q_L, Q_R))
 
     def _factors(self, grad: Tensor, s: SOAPState, t: Scalars) -> tuple[Tensor | None, Tensor | None]:

@@ -16,6 +16,7 @@ from .iso import ReferenceIso
 from .laprop import ReferenceLaProp
 from .lion import ReferenceLion
 from .madam import ReferenceMAdam, ReferenceRMSProp
+from .moso import ReferenceMOSO
 from .muon import ReferenceMuon
 from .oblique import ReferenceObliqueAdam, ReferenceObliqueSGD
 from .orthogonalized import (
@@ -51,6 +52,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "laprop": ReferenceLaProp,
     "lion": ReferenceLion,
     "madam": ReferenceMAdam,
+    "moso": ReferenceMOSO,
     "muon": ReferenceMuon,
     "adaptive_muon": ReferenceAdaptiveMuon,
     "mop": ReferenceMOP,
@@ -87,6 +89,7 @@ __all__ = [
     "ReferenceLion",
     "ReferenceMAdam",
     "ReferenceMOP",
+    "ReferenceMOSO",
     "ReferenceMuon",
     "ReferenceMuonHyperball",
     "ReferenceMuown",
