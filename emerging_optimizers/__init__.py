@@ -36,13 +36,14 @@ if TYPE_CHECKING:
         SimplifiedAdEMAMix,
     )
     from emerging_optimizers.shampoo import Shampoo
-    from emerging_optimizers.soap import MOSO, REKLS, SOAP
+    from emerging_optimizers.soap import MOSO, REKLS, SOAP, KLShampoo
 
 _HOMES = {
     "AdEMAMix": "scalar_optimizers",
     "AdamW": "scalar_optimizers",
     "AdaptiveMuon": "orthogonalized_optimizers",
     "Iso": "riemannian_optimizers",
+    "KLShampoo": "soap",
     "LaProp": "scalar_optimizers",
     "Lion": "scalar_optimizers",
     "MAdam": "scalar_optimizers",
@@ -79,6 +80,7 @@ __all__ = [
     "AdamW",
     "AdaptiveMuon",
     "Iso",
+    "KLShampoo",
     "LaProp",
     "Lion",
     "MAdam",

@@ -61,6 +61,11 @@ OPTIMIZERS: dict[str, Entry] = {
         description="moves the singular vectors of a weight and keeps its singular values",
         paper="ISO: An RLVR-Native Optimization Stack 2026, arXiv 2607.19331",
     ),
+    "kl_shampoo": Entry(
+        path="emerging_optimizers.soap.kl_shampoo:KLShampoo",
+        description="momentum whitened by two factors fitted to each other; SOAP without Adam's second moment",
+        paper="Lin et al. 2025, arXiv 2509.03378",
+    ),
     "laprop": Entry(
         path="emerging_optimizers.scalar_optimizers.laprop:LaProp",
         description="Adam that normalises the gradient before the momentum; forgets a spike in a few steps",

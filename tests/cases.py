@@ -267,6 +267,17 @@ CASES: list[OptimizerCase] = [
     ),
     *_rows("rekls", {"lr": 0.1}, {"": {}, "every_third": {"precondition_frequency": 3}}, state=_SOAP, batched=1e-3),
     *_rows(
+        "kl_shampoo",
+        {"lr": 0.1},
+        {
+            "": {},
+            "eigh": {"use_eigh": True, "precondition_frequency": 3},
+            "one_sided": {"max_precond_dim": 6, "shapes": ((8, 6), (6, 8))},
+        },
+        state=("step", "exp_avg", "L", "R", "Q_L", "Q_R"),
+        batched=1e-3,
+    ),
+    *_rows(
         "moso",
         {"lr": 0.05},
         {

@@ -62,7 +62,7 @@ class MOSORule(Rule):
     first_step: FirstStepT = "adam"
 
     def phase(self, step: int) -> Phase:
-        """FIRST makes the first basis; a refresh before it has no effect, see `SOAPRule.phase`."""
+        """FIRST makes the first basis; a refresh before it has no effect, see `EigenbasisRule.phase`."""
         return Phase.FIRST if step == (1 if self.first_step == "eigenbasis" else 2) else Phase.REFRESH
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MOSOState:

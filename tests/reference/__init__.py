@@ -13,6 +13,7 @@ from torch import Tensor
 from .adamw import ReferenceAdamW
 from .ademamix import ReferenceAdEMAMix, ReferenceSimplifiedAdEMAMix
 from .iso import ReferenceIso
+from .kl_shampoo import ReferenceKLShampoo
 from .laprop import ReferenceLaProp
 from .lion import ReferenceLion
 from .madam import ReferenceMAdam, ReferenceRMSProp
@@ -49,6 +50,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "adamw": ReferenceAdamW,
     "ademamix": ReferenceAdEMAMix,
     "iso": ReferenceIso,
+    "kl_shampoo": ReferenceKLShampoo,
     "laprop": ReferenceLaProp,
     "lion": ReferenceLion,
     "madam": ReferenceMAdam,
@@ -85,6 +87,7 @@ __all__ = [
     "ReferenceAdamW",
     "ReferenceAdaptiveMuon",
     "ReferenceIso",
+    "ReferenceKLShampoo",
     "ReferenceLaProp",
     "ReferenceLion",
     "ReferenceMAdam",
