@@ -35,17 +35,20 @@ if TYPE_CHECKING:
         Signum,
         SimplifiedAdEMAMix,
     )
-    from emerging_optimizers.soap import REKLS, SOAP
+    from emerging_optimizers.shampoo import Shampoo
+    from emerging_optimizers.soap import MOSO, REKLS, SOAP, KLShampoo
 
 _HOMES = {
     "AdEMAMix": "scalar_optimizers",
     "AdamW": "scalar_optimizers",
     "AdaptiveMuon": "orthogonalized_optimizers",
     "Iso": "riemannian_optimizers",
+    "KLShampoo": "soap",
     "LaProp": "scalar_optimizers",
     "Lion": "scalar_optimizers",
     "MAdam": "scalar_optimizers",
     "MOP": "orthogonalized_optimizers",
+    "MOSO": "soap",
     "Muon": "orthogonalized_optimizers",
     "MuonHyperball": "orthogonalized_optimizers",
     "Muown": "orthogonalized_optimizers",
@@ -58,6 +61,7 @@ _HOMES = {
     "RoutePlan": "routing",
     "SOAP": "soap",
     "Scion": "orthogonalized_optimizers",
+    "Shampoo": "shampoo",
     "Signum": "scalar_optimizers",
     "SimplifiedAdEMAMix": "scalar_optimizers",
     "Spectron": "orthogonalized_optimizers",
@@ -69,12 +73,14 @@ _HOMES = {
 
 __all__ = [
     "MOP",
+    "MOSO",
     "REKLS",
     "SOAP",
     "AdEMAMix",
     "AdamW",
     "AdaptiveMuon",
     "Iso",
+    "KLShampoo",
     "LaProp",
     "Lion",
     "MAdam",
@@ -88,6 +94,7 @@ __all__ = [
     "RMSProp",
     "RoutePlan",
     "Scion",
+    "Shampoo",
     "Signum",
     "SimplifiedAdEMAMix",
     "Spectron",

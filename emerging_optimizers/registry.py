@@ -61,6 +61,11 @@ OPTIMIZERS: dict[str, Entry] = {
         description="moves the singular vectors of a weight and keeps its singular values",
         paper="ISO: An RLVR-Native Optimization Stack 2026, arXiv 2607.19331",
     ),
+    "kl_shampoo": Entry(
+        path="emerging_optimizers.soap.kl_shampoo:KLShampoo",
+        description="momentum whitened by two factors fitted to each other; SOAP without Adam's second moment",
+        paper="Lin et al. 2025, arXiv 2509.03378",
+    ),
     "laprop": Entry(
         path="emerging_optimizers.scalar_optimizers.laprop:LaProp",
         description="Adam that normalises the gradient before the momentum; forgets a spike in a few steps",
@@ -83,6 +88,11 @@ OPTIMIZERS: dict[str, Entry] = {
         path="emerging_optimizers.orthogonalized_optimizers.mop:MOP",
         description="momentum orthogonalized exactly, scaled by its nuclear norm",
         paper="Lau et al. 2025, arXiv 2505.21799",
+    ),
+    "moso": Entry(
+        path="emerging_optimizers.soap.moso:MOSO",
+        description="RMSProp of the momentum in the eigenbasis of its shorter side",
+        paper="NVIDIA 2026, Emerging-Optimizers",
     ),
     "muon": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muon:Muon",
@@ -129,6 +139,11 @@ OPTIMIZERS: dict[str, Entry] = {
         path="emerging_optimizers.orthogonalized_optimizers.scion:Scion",
         description="steepest descent in a norm chosen by layer; trains a whole model without Adam",
         paper="Pethick et al. 2025, arXiv 2502.07529",
+    ),
+    "shampoo": Entry(
+        path="emerging_optimizers.shampoo.shampoo:Shampoo",
+        description="momentum between the inverse roots of Shampoo's factors",
+        paper="Gupta et al. 2018, arXiv 1802.09568",
     ),
     "signum": Entry(
         path="emerging_optimizers.scalar_optimizers.signum:Signum",

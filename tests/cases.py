@@ -267,6 +267,36 @@ CASES: list[OptimizerCase] = [
     ),
     *_rows("rekls", {"lr": 0.1}, {"": {}, "every_third": {"precondition_frequency": 3}}, state=_SOAP, batched=1e-3),
     *_rows(
+        "kl_shampoo",
+        {"lr": 0.1},
+        {
+            "": {},
+            "eigh": {"use_eigh": True, "precondition_frequency": 3},
+            "one_sided": {"max_precond_dim": 6, "shapes": ((8, 6), (6, 8))},
+        },
+        state=("step", "exp_avg", "L", "R", "Q_L", "Q_R"),
+        batched=1e-3,
+    ),
+    *_rows(
+        "moso",
+        {"lr": 0.05},
+        {
+            "": {},
+            "clipped": {"max_update_rms": 0.2, "descends": 0.5},
+            "published": {"first_step": "eigenbasis", "correct_bias": False, "eps": 1e-2, "descends": 0.5},
+            "l2": _DECAY["l2"],
+        },
+        state=("step", "momentum_buffer", "exp_avg_sq", "M", "Q_M"),
+        batched=1e-3,
+    ),
+    *_rows(
+        "shampoo",
+        {"lr": 0.3},
+        {"": {}, "square_root": {"lr": 1.0, "p_root_inv": 2, "momentum": 0.5, **_DECAY["l2"]}},
+        state=("step", "exp_avg", "L", "R"),
+        batched=1e-3,
+    ),
+    *_rows(
         "oblique_sgd",
         {"lr": 1.0},
         {"": {}, "rows": {"dim": 1, "momentum": 0.0, "weight_decay": 0.1}},

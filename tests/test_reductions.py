@@ -16,9 +16,11 @@ from emerging_optimizers import (
     Muon,
     OrthogonalizedOptimizer,
     RMSProp,
+    Shampoo,
     Signum,
     SimplifiedAdEMAMix,
 )
+from emerging_optimizers.linalg.polar import polar_svd
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import get_muon_scale_factor, newton_schulz
 
 Make = Any
@@ -96,6 +98,20 @@ PAIRS: dict[str, tuple[Make, Make, int]] = {
         lambda p: AdamW(p, lr=0.01, nesterov=True, weight_decay=0.0),
         # Its momentum is beta1 (1 - 0.96^(t momentum_decay) / 2): this decay makes that 0.9.
         lambda p: torch.optim.NAdam(p, lr=0.01, betas=(0.9, 0.999), momentum_decay=1e9),
+        6,
+    ),
+    "Shampoo without memory is Muon with an exact polar factor": (
+        lambda p: Shampoo(p, lr=0.01, momentum=0.0, shampoo_beta=0.0, eps=1e-30),
+        lambda p: OrthogonalizedOptimizer(
+            p,
+            lr=0.01,
+            momentum=0.0,
+            weight_decay=0.01,
+            nesterov=False,
+            weight_decay_method="decoupled",
+            fp32_matmul_prec="highest",
+            scaled_orthogonalize_fn=lambda x: polar_svd(x[None])[0],
+        ),
         6,
     ),
     "SOAP without a side is AdamW": (

@@ -38,7 +38,7 @@ RECOVERY: Mapping[str, Mapping[int, Mapping[float, int]]] = {
 class PublishedRule(SOAPRule):
     """The library's rule with the published factors."""
 
-    def _factors(self, grad: Tensor, s: SOAPState, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
+    def factors(self, grad: Tensor, s: SOAPState, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
         assert s.L is not None
         assert s.R is not None
         assert s.Q_L is not None

@@ -32,6 +32,21 @@ def muon_scale_factor(size_out: int, size_in: int, mode: MuonScaleT = "spectral"
     raise ValueError(f"scale_mode={mode!r} is not one of {', '.join(get_args(MuonScaleT))}")
 
 
+def clip_rms(x_BMN: Tensor, limit: float) -> Tensor:
+    """Each matrix scaled down to an RMS of at most `limit`; 0: as it is.
+
+    Example:
+        >>> import torch
+        >>> clip_rms(torch.full((1, 2, 2), 4.0), limit=2.0)
+        tensor([[[2., 2.],
+                 [2., 2.]]])
+    """
+    if limit == 0:
+        return x_BMN
+    rms = x_BMN.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    return x_BMN * (limit / (rms + 1e-7)).clamp_max(1)
+
+
 def unit_norm(x: Tensor, dim: int | tuple[int, ...], eps: float = 0.0) -> Tensor:
     """x / max(||x||, eps) over `dim`; a zero vector stays zero.
 

@@ -3,7 +3,9 @@
 Layer 3: imports the engine, linalg and the element-wise steps, never another family of matrix optimizers.
 """
 
+from emerging_optimizers.soap.kl_shampoo import KLShampoo
+from emerging_optimizers.soap.moso import MOSO
 from emerging_optimizers.soap.rekls import REKLS
 from emerging_optimizers.soap.soap import SOAP
 
-__all__ = ["REKLS", "SOAP"]
+__all__ = ["MOSO", "REKLS", "SOAP", "KLShampoo"]

@@ -71,6 +71,7 @@ from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
+from emerging_optimizers.linalg.scaling import clip_rms
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
 
 FirstStepT = Literal["adam", "eigenbasis"]
@@ -90,26 +91,17 @@ class SOAPState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SOAPRule(Rule):
-    """Factors, bases, Adam in the basis; one stanza each in `update`."""
+class EigenbasisRule(Rule):
+    """What SOAP and its relatives share: Kronecker factors of the gradient, and their eigenbases."""
 
-    scalars = ("betas", "shampoo_beta", "eps", "weight_decay")
     counts_steps = True
-    handles_l2 = True  # the factors see the gradient without the l2 term
-    nesterov: bool = False
-    correct_bias: bool = True
-    correct_shampoo_beta_bias: bool | None = None
     use_eigh: bool = False
-    use_kl_shampoo: bool = False
     power_iter_steps: int = 1
-    max_update_rms: float = 0.0
-    first_step: FirstStepT = "adam"
     precondition_frequency: int = 1
     max_precond_dim: int | None = 10000
     relative_floor: float | None = None
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
     qr_fp32_matmul_prec: FP32MatmulPrecT = "high"
-    weight_decay_method: WeightDecayT = "decoupled"
 
     @property
     def matmul_precision(self) -> FP32MatmulPrecT:
@@ -117,22 +109,34 @@ class SOAPRule(Rule):
         return self.fp32_matmul_prec
 
     @property
-    def reads_weight(self) -> bool:
-        """For l2 weight decay."""
-        return self.weight_decay_method == "l2"
+    def whitens_factors(self) -> bool:
+        """Each factor sees the gradient whitened by the other one (KL)."""
+        return True
+
+    @property
+    def corrects_factors(self) -> bool:
+        """The factors are exact weighted means from the first step on."""
+        return True
+
+    @property
+    def published_start(self) -> bool:
+        """The first gradient already meets its own eigenbasis."""
+        return False
 
     def phase(self, step: int) -> Phase:
-        """FIRST makes the first basis: in the first step, or with the Adam start in the second.
+        """FIRST makes the first basis: in the second step, or with the published start in the first.
 
-        A refresh in the Adam start's first step has no effect, but brings the graph of the later ones with it.
+        A refresh before it has no effect, but brings the graph of the later ones with it.
         """
-        since = step - (1 if self.first_step == "eigenbasis" else 2)
+        since = step - (1 if self.published_start else 2)
         if since == 0:
             return Phase.FIRST
         return Phase.REFRESH if since % self.precondition_frequency == 0 else Phase.REUSE
 
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SOAPState:
-        """Zero moments and factors, identity bases."""
+    def start_factors(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Zero factors L, R and identity bases Q_L, Q_R; None on a side that is not preconditioned."""
         B, M, N = shape
         limit = self.max_precond_dim or max(M, N)
 
@@ -141,27 +145,111 @@ class SOAPRule(Rule):
 
         Q_L, Q_R = identity(M), identity(N)
         L, R = (None if basis is None else torch.zeros_like(basis) for basis in (Q_L, Q_R))
-        return SOAPState(*AdamState.zeros(shape, dtype, device), L, R, Q_L, Q_R)
+        return L, R, Q_L, Q_R
+
+    def factors(self, grad: Tensor, s: Any, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
+        """The Kronecker factors with this gradient taken in; for KL both from the old ones."""
+        left_BMN = right_BMN = grad
+        if self.whitens_factors:
+            if s.R is not None:
+                left_BMN = (grad @ s.Q_R) * self.eigenvalues(s.R, s.Q_R, grad, t).rsqrt().unsqueeze(-2)
+            if s.L is not None:
+                right_BMN = (s.Q_L.mT @ grad) * self.eigenvalues(s.L, s.Q_L, grad, t).rsqrt().unsqueeze(-1)
+            left_BMN = left_BMN * grad.size(-1) ** -0.5
+            right_BMN = right_BMN * grad.size(-2) ** -0.5
+
+        share = 1 - t.shampoo_beta
+        if self.corrects_factors:
+            share = share / debias(t.shampoo_beta, t.step, grad)
+        L = None if s.L is None else lerp(s.L, left_BMN @ left_BMN.mT, share)
+        R = None if s.R is None else lerp(s.R, right_BMN.mT @ right_BMN, share)
+        return L, R
+
+    def eigenvalues(self, factor: Tensor, basis: Tensor, grad: Tensor, t: Scalars) -> Tensor:
+        """Of a factor, as its basis sees them, floored: (B, N)."""
+        with fp32_matmul_precision("highest"):  # TF32 is wrong by 1e-4 of the largest one, in all of them
+            values = conjugate_diagonal(factor, basis)
+        mean = values.mean(dim=-1, keepdim=True)
+        if not self.published_start:  # an empty factor stands for the identity at the gradient's own scale
+            rms = grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)
+            values = torch.where(mean == 0, rms, values)
+        floor = self.relative_floor
+        if floor is None:
+            floor = 0.0 if self.published_start else DEFAULT_RELATIVE_FLOOR
+        return torch.maximum(values, (mean * floor).clamp_min(t.eps))
+
+    def bases(
+        self, L: Tensor | None, R: Tensor | None, s: Any, seen: Tensor, phase: Phase
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The eigenbases of both factors; the old ones where no gradient was `seen` before, (B, 1, 1)."""
+        Q_L, Q_R = self._basis(L, s.Q_L, phase), self._basis(R, s.Q_R, phase)
+        if self.published_start:
+            return Q_L, Q_R
+        # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
+        return _choose(seen, Q_L, s.Q_L), _choose(seen, Q_R, s.Q_R)
+
+    def _basis(self, factor: Tensor | None, basis: Tensor | None, phase: Phase) -> Tensor | None:
+        if factor is None or basis is None:
+            return None
+        if self.use_eigh or phase is Phase.FIRST:
+            return eigh_descending(factor)[1]
+        return orthogonal_iteration(factor, basis, self.power_iter_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SOAPRule(EigenbasisRule):
+    """Factors, bases, Adam in the basis; one stanza each in `update`."""
+
+    scalars = ("betas", "shampoo_beta", "eps", "weight_decay")
+    handles_l2 = True  # the factors see the gradient without the l2 term
+    nesterov: bool = False
+    correct_bias: bool = True
+    correct_shampoo_beta_bias: bool | None = None
+    use_kl_shampoo: bool = False
+    max_update_rms: float = 0.0
+    first_step: FirstStepT = "adam"
+    weight_decay_method: WeightDecayT = "decoupled"
+
+    @property
+    def reads_weight(self) -> bool:
+        """For l2 weight decay."""
+        return self.weight_decay_method == "l2"
+
+    @property
+    def whitens_factors(self) -> bool:
+        """With KL."""
+        return self.use_kl_shampoo
+
+    @property
+    def corrects_factors(self) -> bool:
+        """As Adam's moments, unless said otherwise."""
+        return self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
+
+    @property
+    def published_start(self) -> bool:
+        """By `first_step`."""
+        return self.first_step == "eigenbasis"
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SOAPState:
+        """Zero moments and factors, identity bases."""
+        return SOAPState(*AdamState.zeros(shape, dtype, device), *self.start_factors(shape, dtype, device))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
         s: SOAPState = state
-        L, R = self._factors(grad, s, t)
+        L, R = self.factors(grad, s, t)
 
         Q_L, Q_R, exp_avg, exp_avg_sq = s.Q_L, s.Q_R, s.exp_avg, s.exp_avg_sq
         if phase is not Phase.REUSE:
             with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-                Q_L, Q_R = self._basis(L, s.Q_L, phase), self._basis(R, s.Q_R, phase)
-                if self.first_step == "adam":
-                    # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
-                    seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
-                    Q_L, Q_R = _choose(seen, Q_L, s.Q_L), _choose(seen, Q_R, s.Q_R)
+                seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
+                Q_L, Q_R = self.bases(L, R, s, seen, phase)
                 T_L, T_R = _rotation(s.Q_L, Q_L), _rotation(s.Q_R, Q_R)
                 exp_avg = project_in(exp_avg, T_L, T_R)
-                if self.first_step == "adam":
-                    exp_avg_sq = project_in(exp_avg_sq, _square(T_L), _square(T_R))
-                else:
+                if self.published_start:
                     exp_avg_sq = _in_order(_in_order(exp_avg_sq, L, s.Q_L, dim=-2), R, s.Q_R, dim=-1)
+                else:
+                    exp_avg_sq = project_in(exp_avg_sq, _square(T_L), _square(T_R))
 
         if self.weight_decay_method == "l2":
             grad = grad + t.weight_decay * t.weight
@@ -172,51 +260,8 @@ class SOAPRule(Rule):
             correct_bias=self.correct_bias,
             nesterov=self.nesterov,
         )
-        update_BMN = project_out(direction, Q_L, Q_R)
-
-        if self.max_update_rms > 0:
-            rms = update_BMN.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-            update_BMN = update_BMN * (self.max_update_rms / (rms + 1e-7)).clamp_max(1)
+        update_BMN = clip_rms(project_out(direction, Q_L, Q_R), self.max_update_rms)
         return Step(update_BMN, SOAPState(*moments, L, R, Q_L, Q_R))
-
-    def _factors(self, grad: Tensor, s: SOAPState, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
-        """The Kronecker factors with this gradient taken in; for KL both from the old ones."""
-        left_BMN = right_BMN = grad
-        if self.use_kl_shampoo:
-            if s.R is not None and s.Q_R is not None:
-                left_BMN = (grad @ s.Q_R) * self._eigenvalues(s.R, s.Q_R, grad, t).rsqrt().unsqueeze(-2)
-            if s.L is not None and s.Q_L is not None:
-                right_BMN = (s.Q_L.mT @ grad) * self._eigenvalues(s.L, s.Q_L, grad, t).rsqrt().unsqueeze(-1)
-            left_BMN = left_BMN * grad.size(-1) ** -0.5
-            right_BMN = right_BMN * grad.size(-2) ** -0.5
-
-        share = 1 - t.shampoo_beta
-        if self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias:
-            share = share / debias(t.shampoo_beta, t.step, grad)
-        L = None if s.L is None else lerp(s.L, left_BMN @ left_BMN.mT, share)
-        R = None if s.R is None else lerp(s.R, right_BMN.mT @ right_BMN, share)
-        return L, R
-
-    def _eigenvalues(self, factor: Tensor, basis: Tensor, grad: Tensor, t: Scalars) -> Tensor:
-        """Of a factor, as its basis sees them, floored: (B, N)."""
-        with fp32_matmul_precision("highest"):  # TF32 is wrong by 1e-4 of the largest one, in all of them
-            values = conjugate_diagonal(factor, basis)
-        mean = values.mean(dim=-1, keepdim=True)
-        if self.first_step == "adam":  # an empty factor stands for the identity at the gradient's own scale
-            rms = grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)
-            values = torch.where(mean == 0, rms, values)
-        floor = self.relative_floor
-        if floor is None:
-            floor = DEFAULT_RELATIVE_FLOOR if self.first_step == "adam" else 0.0
-        return torch.maximum(values, (mean * floor).clamp_min(t.eps))
-
-    def _basis(self, factor: Tensor | None, basis: Tensor | None, phase: Phase) -> Tensor | None:
-        """The eigenbasis of a factor."""
-        if factor is None or basis is None:
-            return None
-        if self.use_eigh or phase is Phase.FIRST:
-            return eigh_descending(factor)[1]
-        return orthogonal_iteration(factor, basis, self.power_iter_steps)
 
 
 def _choose(mask: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:

@@ -132,6 +132,29 @@ SIGNATURES = {
         {"params": REQUIRED, "lr": REQUIRED, "betas": BETAS, "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01},
         {"weight_decay_method": "decoupled"},
     ),
+    "legacy_soap.moso:MOSO": (
+        {
+            "params": REQUIRED,
+            "lr": 3e-4,
+            "momentum": 0.95,
+            "rms_beta": 0.95,
+            "shampoo_beta": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+        },
+        {"max_update_rms": 0.0},
+    ),
+    "shampoo.shampoo:Shampoo": (
+        {
+            "params": REQUIRED,
+            "lr": REQUIRED,
+            "momentum": 0.9,
+            "shampoo_beta": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+        },
+        {"p_root_inv": 4},
+    ),
     "scalar_optimizers.laprop:LaProp": (
         {"params": REQUIRED, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
         {"correct_bias": True, "frob_normalize": False, "weight_decay_method": "decoupled"},
@@ -214,6 +237,12 @@ def load(path: str):
         "orthogonalized_optimizers.muon_utils:NSCoeffT",
         "orthogonalized_optimizers.muon_utils:get_coefficient_iterator",
         "orthogonalized_optimizers.muon_utils:newton_schulz",
+        "legacy_soap.matrix_root_inverse_utils:inv_root_via_eigh",
+        "legacy_soap.matrix_root_inverse_utils:mat_root_inv_via_scaled_cans",
+        "legacy_soap:MOSO",
+        "legacy_soap:REKLS",
+        "legacy_soap:SOAP",
+        "shampoo:Shampoo",
         "soap:REKLS",
         "soap:SOAP",
         "riemannian_optimizers:ObliqueAdam",
@@ -257,6 +286,8 @@ SOAP_STATE = {"step", "exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"}
     [
         ("orthogonalized_optimizers.muon:Muon", {"momentum_buffer"}),
         ("orthogonalized_optimizers:Spectron", SPECTRON_STATE),
+        ("legacy_soap:MOSO", {"step", "momentum_buffer", "exp_avg_sq", "M", "Q_M"}),
+        ("shampoo:Shampoo", {"step", "exp_avg", "L", "R"}),
         ("soap.soap:SOAP", SOAP_STATE),
         ("soap.rekls:REKLS", SOAP_STATE),
         ("scalar_optimizers.laprop:LaProp", {"step", "exp_avg", "exp_avg_sq"}),
@@ -274,7 +305,7 @@ def test_state_has_the_published_keys_after_one_step(path, keys):
     optimizer.step()
     state = optimizer.state[p]
     assert state.keys() == keys
-    shapes = {"step": (), "L": (4, 4), "Q_L": (4, 4), "R": (3, 3), "Q_R": (3, 3)}
+    shapes = {"step": (), "L": (4, 4), "Q_L": (4, 4), "R": (3, 3), "Q_R": (3, 3), "M": (3, 3), "Q_M": (3, 3)}
     shapes |= {"factor_B": (3, 3), "momentum_B": (3, 3), "u_A": (4,), "u_B": (3,)}
     assert {key: tuple(torch.as_tensor(value).shape) for key, value in state.items()} == {
         key: shapes.get(key, (4, 3)) for key in keys

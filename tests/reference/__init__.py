@@ -13,9 +13,11 @@ from torch import Tensor
 from .adamw import ReferenceAdamW
 from .ademamix import ReferenceAdEMAMix, ReferenceSimplifiedAdEMAMix
 from .iso import ReferenceIso
+from .kl_shampoo import ReferenceKLShampoo
 from .laprop import ReferenceLaProp
 from .lion import ReferenceLion
 from .madam import ReferenceMAdam, ReferenceRMSProp
+from .moso import ReferenceMOSO
 from .muon import ReferenceMuon
 from .oblique import ReferenceObliqueAdam, ReferenceObliqueSGD
 from .orthogonalized import (
@@ -28,6 +30,7 @@ from .orthogonalized import (
     ReferenceSpel,
 )
 from .rekls import ReferenceREKLS
+from .shampoo import ReferenceShampoo
 from .signum import ReferenceSignum
 from .soap import ReferenceSOAP
 from .spectron import ReferenceSpectron
@@ -47,9 +50,11 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "adamw": ReferenceAdamW,
     "ademamix": ReferenceAdEMAMix,
     "iso": ReferenceIso,
+    "kl_shampoo": ReferenceKLShampoo,
     "laprop": ReferenceLaProp,
     "lion": ReferenceLion,
     "madam": ReferenceMAdam,
+    "moso": ReferenceMOSO,
     "muon": ReferenceMuon,
     "adaptive_muon": ReferenceAdaptiveMuon,
     "mop": ReferenceMOP,
@@ -62,6 +67,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "oblique_sgd": ReferenceObliqueSGD,
     "rekls": ReferenceREKLS,
     "rmsprop": ReferenceRMSProp,
+    "shampoo": ReferenceShampoo,
     "signum": ReferenceSignum,
     "sim_ademamix": ReferenceSimplifiedAdEMAMix,
     "soap": ReferenceSOAP,
@@ -81,10 +87,12 @@ __all__ = [
     "ReferenceAdamW",
     "ReferenceAdaptiveMuon",
     "ReferenceIso",
+    "ReferenceKLShampoo",
     "ReferenceLaProp",
     "ReferenceLion",
     "ReferenceMAdam",
     "ReferenceMOP",
+    "ReferenceMOSO",
     "ReferenceMuon",
     "ReferenceMuonHyperball",
     "ReferenceMuown",
@@ -95,6 +103,7 @@ __all__ = [
     "ReferenceRMSProp",
     "ReferenceSOAP",
     "ReferenceScion",
+    "ReferenceShampoo",
     "ReferenceSignum",
     "ReferenceSimplifiedAdEMAMix",
     "ReferenceSpectron",

@@ -1,0 +1,123 @@
+r"""Shampoo: momentum between the inverse roots of two Kronecker factors.
+
+.. math::
+    M_t &= \mu M_{t-1} + (1 - \mu)\, G_t \\
+    L_t &= \beta' L_{t-1} + (1 - \beta')\, G_t G_t^\top, \qquad
+    R_t = \beta' R_{t-1} + (1 - \beta')\, G_t^\top G_t \\
+    W_t &= (1 - \eta\lambda) W_{t-1} - \eta\, L_t^{-1/p} M_t R_t^{-1/p}
+
+for an (M, N) matrix; L is (M, M), R is (N, N). :math:`\beta' = 1 - (1 - \beta) / (1 - \beta^t)` makes the factors
+exact weighted means from the first step on. The root is damped,
+:math:`\lambda^{1/p} / (\lambda^{2/p} + \epsilon^{2/p})` for each eigenvalue :math:`\lambda`, so that factors of less
+than full rank need no start from :math:`\epsilon I`.
+
+With p = 4 the update does not depend on the gradient's scale, and for a single gradient it is the polar factor: Muon is
+Shampoo without memory in its factors. The momentum starts at zero and is not bias-corrected, so the first updates are
+:math:`1 - \mu^t` of the later ones.
+
+State for an M x N matrix: MN + M^2 + N^2 numbers, fewer than SOAP's; two eigendecompositions a step. For the hidden
+matrices of a network, where memory for SOAP's second moment and bases is short, and as a baseline.
+
+References:
+    Gupta, Koren and Singer 2018, Shampoo: Preconditioned Stochastic Tensor Optimization, arXiv 1802.09568.
+    Anil et al. 2020, Scalable Second Order Optimization for Deep Learning, arXiv 2002.09018.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.validate import COUNT, FRACTION, POSITIVE
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.inverse_root import inverse_root
+
+
+class ShampooState(NamedTuple):
+    """Momentum and factors."""
+
+    exp_avg: Tensor  # B M N
+    L: Tensor  # B M M
+    R: Tensor  # B N N
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShampooRule(Rule):
+    """Momentum and factors, then the momentum between their inverse roots."""
+
+    scalars = ("momentum", "shampoo_beta", "eps")
+    counts_steps = True
+    p_root_inv: int = 4
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ShampooState:
+        """Zeros."""
+        B, M, N = shape
+        return ShampooState(*(torch.zeros(B, *s, dtype=dtype, device=device) for s in ((M, N), (M, M), (N, N))))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        momentum_BMN = lerp(state.exp_avg, grad, 1 - t.momentum)
+        share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
+        L = lerp(state.L, grad @ grad.mT, share)
+        R = lerp(state.R, grad.mT @ grad, share)
+        left, right = (inverse_root(factor, self.p_root_inv, t.eps) for factor in (L, R))
+        return Step(left @ momentum_BMN @ right, ShampooState(momentum_BMN, L, R))
+
+
+class Shampoo(RuleOptimizer):
+    """Shampoo; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0.
+        momentum: mu, in [0, 1).
+        shampoo_beta: decay of the factors, in [0, 1).
+        eps: eigenvalues of the factors below it are faded out, > 0.
+        weight_decay: >= 0.
+        p_root_inv: p, an integer >= 1. 4 is Shampoo's; 2 whitens twice as much, and the update then shrinks as
+            gradients grow.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> optimizer = Shampoo([w], lr=0.1, momentum=0.0)
+        >>> w.grad = torch.tensor([[3.0, 0.0], [0.0, -2.0]])
+        >>> optimizer.step()
+        >>> w.diagonal()
+        tensor([-0.1000,  0.1000], grad_fn=<DiagonalBackward0>)
+    """
+
+    rule = ShampooRule
+    ranges = {"momentum": FRACTION, "shampoo_beta": FRACTION, "eps": POSITIVE, "p_root_inv": COUNT}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        p_root_inv: int = 4,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "p_root_inv": p_root_inv,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)

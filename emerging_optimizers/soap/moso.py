@@ -1,0 +1,176 @@
+r"""MOSO: momentum one-sided SOAP, RMSProp of the momentum in the eigenbasis of the momentum's own shorter side.
+
+.. math::
+    M_t &= \mu M_{t-1} + (1 - \mu)\, G_t, \qquad
+    C_t = \beta'_s C_{t-1} + (1 - \beta'_s)\, M_t M_t^\top, \qquad Q \leftarrow \text{eigenvectors of } C_t \\
+    M'_t &= Q^\top M_t, \qquad v_t = \beta v_{t-1} + (1 - \beta)\, {M'_t}^2 \\
+    W_t &= (1 - \eta\lambda) W_{t-1}
+        - \eta\, Q \frac{M'_t}{\sqrt{v_t / (1 - \beta^t)} + \epsilon}
+
+for an (M, N) matrix with M <= N; a tall one is treated as its transpose. :math:`\beta'_s = 1 - (1 - \beta_s) / (1 -
+\beta_s^t)` makes C an exact weighted mean from the first step on. What is divided by :math:`\sqrt v` is the average
+whose squares v follows, so the update's RMS is near 1, as Muon's is, and not Adam's 0.2.
+
+The first step keeps the identity as the basis and is RMSProp's, the second takes the first eigenbasis, by eigh; from
+then on the basis follows C by orthogonal iteration. v is carried from the old basis into the new one as the variance of
+uncorrelated entries, :math:`v \leftarrow (T^{\circ 2})^\top v` with :math:`T = Q_\text{old}^\top Q_\text{new}`.
+`first_step="eigenbasis"` is the published start: the first momentum's own eigenbasis, and a v that stays where it is
+while the basis turns under it. `correct_bias=False` is the published RMSProp, whose first update is
+:math:`1 / \sqrt{1 - \beta}` = 4.5 times as large.
+
+State for an M x N matrix, M <= N: 2 MN + 2 M^2 numbers. For hidden matrices with one long side, where SOAP's factor of
+that side costs more than it brings.
+
+References:
+    NVIDIA 2026, Emerging-Optimizers, MOSO.
+    Vyas et al. 2024, SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.validate import FLAG, FRACTION, NON_NEGATIVE, POSITIVE, one_of
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.eigh import eigh_descending
+from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
+from emerging_optimizers.linalg.scaling import clip_rms
+from emerging_optimizers.soap.soap import FirstStepT
+
+
+class MOSOState(NamedTuple):
+    """Momentum, its second moment in the basis, factor and basis of the shorter side, whose length is S."""
+
+    momentum_buffer: Tensor  # B M N
+    exp_avg_sq: Tensor  # B M N
+    M: Tensor  # B S S
+    Q_M: Tensor  # B S S, columns by falling eigenvalue
+
+
+@dataclass(frozen=True, kw_only=True)
+class MOSORule(Rule):
+    """Momentum, its factor and basis, RMSProp in the basis."""
+
+    scalars = ("momentum", "rms_beta", "shampoo_beta", "eps")
+    counts_steps = True
+    max_update_rms: float = 0.0
+    correct_bias: bool = True
+    first_step: FirstStepT = "adam"
+
+    def phase(self, step: int) -> Phase:
+        """FIRST makes the first basis; a refresh before it has no effect, see `EigenbasisRule.phase`."""
+        return Phase.FIRST if step == (1 if self.first_step == "eigenbasis" else 2) else Phase.REFRESH
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MOSOState:
+        """Zeros, and the identity as basis."""
+        B, M, N = shape
+        zeros = torch.zeros(shape, dtype=dtype, device=device)
+        basis = torch.eye(min(M, N), dtype=dtype, device=device).repeat(B, 1, 1)
+        return MOSOState(zeros, torch.zeros_like(zeros), torch.zeros_like(basis), basis)
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations; S x T is the matrix with its shorter side first."""
+        s: MOSOState = state
+        momentum_BMN = lerp(s.momentum_buffer, grad, 1 - t.momentum)
+        momentum_BST, v_BST = _shorter_first(momentum_BMN), _shorter_first(s.exp_avg_sq)
+
+        share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
+        factor = lerp(s.M, momentum_BST @ momentum_BST.mT, share)
+
+        basis = eigh_descending(factor)[1] if phase is Phase.FIRST else orthogonal_iteration(factor, s.Q_M)
+        if self.first_step == "adam":
+            # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
+            seen = v_BST.amax(dim=(-2, -1), keepdim=True) > 0
+            basis = torch.where(seen, basis, s.Q_M)
+            v_BST = (s.Q_M.mT @ basis).square().mT @ v_BST
+
+        rotated_BST = basis.mT @ momentum_BST
+        v_BST = lerp(v_BST, rotated_BST.square(), 1 - t.rms_beta)
+        unbiased = v_BST / debias(t.rms_beta, t.step, grad) if self.correct_bias else v_BST
+        update_BST = clip_rms(basis @ (rotated_BST / (unbiased.sqrt() + t.eps)), self.max_update_rms)
+
+        tall = grad.size(-2) > grad.size(-1)
+        update_BMN, v_BMN = (x.mT if tall else x for x in (update_BST, v_BST))
+        return Step(update_BMN, MOSOState(momentum_BMN, v_BMN, factor, basis))
+
+
+def _shorter_first(x_BMN: Tensor) -> Tensor:
+    return x_BMN if x_BMN.size(-2) <= x_BMN.size(-1) else x_BMN.mT
+
+
+class MOSO(RuleOptimizer):
+    """MOSO; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
+            convolutions are flattened to (out, rest).
+        lr: learning rate, >= 0; about the RMS of the update.
+        momentum: mu, in [0, 1).
+        rms_beta: decay of the momentum's second moment, in [0, 1).
+        shampoo_beta: decay of the factor, in [0, 1).
+        eps: added to the root of the second moment, > 0.
+        weight_decay: >= 0.
+        max_update_rms: scale an update down whose RMS is larger; 0: never.
+        correct_bias: divide the second moment by 1 - beta^t. False is the published RMSProp.
+        first_step: "adam": the first update is RMSProp's, the second step makes the first basis, and the second
+            moment is carried into every new one; "eigenbasis": the published start, with a second moment that does
+            not follow the basis.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(4, 2))
+        >>> optimizer = MOSO([w], lr=0.1)
+        >>> w.grad = torch.ones(4, 2)
+        >>> optimizer.step()
+        >>> w[0]
+        tensor([-0.1000, -0.1000], grad_fn=<SelectBackward0>)
+    """
+
+    rule = MOSORule
+    ranges = {
+        "momentum": FRACTION,
+        "rms_beta": FRACTION,
+        "shampoo_beta": FRACTION,
+        "eps": POSITIVE,
+        "max_update_rms": NON_NEGATIVE,
+        "correct_bias": FLAG,
+        "first_step": one_of(*get_args(FirstStepT)),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-4,
+        momentum: float = 0.95,
+        rms_beta: float = 0.95,
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        max_update_rms: float = 0.0,
+        correct_bias: bool = True,
+        first_step: FirstStepT = "adam",
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "rms_beta": rms_beta,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_update_rms": max_update_rms,
+            "correct_bias": correct_bias,
+            "first_step": first_step,
+            "weight_decay_method": weight_decay_method,
+        }
+        super().__init__(params, defaults, **engine)
