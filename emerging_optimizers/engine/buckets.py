@@ -1,9 +1,9 @@
-"""Parameters of one item shape, dtype and device, with their state in stacks.
+"""Blocks of parameters of one item shape, dtype and device, with their state in stacks.
 
 A stack's first axis runs over items: matrices (M, N) for a matrix rule, single elements for an element-wise rule.
-Parameter i owns the items offsets[i] to offsets[i + 1]. A chunk is what one call of the rule works on: a list of
-segments, each a run of items of one parameter. That is all the difference between many small matrices in one
-call, one expert stack in several, and cache-sized pieces of a vector.
+Row i is a block of a parameter, nearly always all of it, and owns the items offsets[i] to offsets[i + 1]. A chunk is
+what one call of the rule works on: a list of segments, each a run of items of one row. That is all the difference
+between many small matrices in one call, one expert stack in several, and cache-sized pieces of a vector.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine.matrix_view import as_items, item_shape
+from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.validate import label
 
@@ -24,7 +24,7 @@ ELEMENT_CHUNK = 256 * 2**10
 
 
 class Segment(NamedTuple):
-    """Items start to stop of one parameter of a bucket."""
+    """Items start to stop of one row of a bucket."""
 
     row: int
     start: int
@@ -40,19 +40,23 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 
 class Bucket:
-    """The parameters, their stacks, and the ways in and out of them."""
+    """The parameters, a row each, their stacks, and the ways in and out of them.
 
-    def __init__(self, parameters: list[Tensor], item: tuple[int, ...], rule: Rule) -> None:
-        self.parameters = parameters
-        self.item = item
+    A parameter that is cut into several blocks of the same shape has a row for each.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Tensor, Block]], rule: Rule) -> None:
+        self.parameters = parameters = [p for p, _ in rows]
+        self.blocks = [block for _, block in rows]
+        self.item = item = self.blocks[0].item
         self.dtype = state_dtype(parameters[0])
         self.device = parameters[0].device
         self.param_dtype = parameters[0].dtype
         self.shapes = [p.shape for p in parameters]
         size = max(1, torch.Size(item).numel())
         self.offsets = [0]
-        for p in parameters:
-            self.offsets.append(self.offsets[-1] + p.numel() // size)
+        for p, block in rows:
+            self.offsets.append(self.offsets[-1] + block.of(p).numel() // size)
         self.state = rule.init((self.offsets[-1], *item), self.dtype, self.device)
         self.counts = [0] * len(parameters)
         # What is counted and guarded by itself: a matrix, or a parameter of an element-wise rule.
@@ -68,22 +72,19 @@ class Bucket:
         self.published: list[dict[str, Tensor]] = [self._views(i, like_grad) for i in range(len(parameters))]
 
     def _views(self, i: int, like_grad: set[str]) -> dict[str, Tensor]:
-        """The state of parameter i under its checkpoint keys, as views of the stacks."""
-        p, first, last = self.parameters[i], self.offsets[i], self.offsets[i + 1]
-        batched = self._batched(i)
+        """The state of row i under its checkpoint keys, as views of the stacks."""
+        p, block, first, last = self.parameters[i], self.blocks[i], self.offsets[i], self.offsets[i + 1]
         views: dict[str, Tensor] = {}
         if self.step.numel():
-            views["step"] = self.unit_view(i, self.step)
+            views["step" + block.key] = self.unit_view(i, self.step)
         for name, stack in self.state._asdict().items():
             if stack is None:
                 continue
             rows = stack[first:last]
-            views[name] = rows.view(p.shape) if name in like_grad else rows if batched else rows[0]
+            views[name + block.key] = (
+                block.unstack(rows, p) if name in like_grad else rows if block.batched else rows[0]
+            )
         return views
-
-    def _batched(self, i: int) -> bool:
-        """Whether parameter i is a batch of matrices."""
-        return self.parameters[i].ndim == 3 and self.item == self.parameters[i].shape[1:]
 
     @property
     def on_host(self) -> bool:
@@ -91,8 +92,8 @@ class Bucket:
         return self.device.type == "cpu"
 
     def unit_view(self, i: int, stack: Tensor) -> Tensor:
-        """What a stack over units holds for parameter i: (b,) for a batch of b matrices, else 0-D."""
-        if self._batched(i):
+        """What a stack over units holds for row i: (b,) for a batch of b matrices, else 0-D."""
+        if self.blocks[i].batched:
             return stack[self.offsets[i] : self.offsets[i + 1]]
         return stack[self.offsets[i] if self.item else i]
 
@@ -103,7 +104,7 @@ class Bucket:
         for name in ("guard_norm", "guard_weight"):
             self.guard[name] = torch.zeros(self.units, dtype=self.dtype, device=self.device)
             for i, views in enumerate(self.published):
-                views[name] = self.unit_view(i, self.guard[name])
+                views[name + self.blocks[i].key] = self.unit_view(i, self.guard[name])
 
     def fits(self, i: int) -> bool:
         """Whether parameter i still is what its stacks were made for."""
@@ -113,7 +114,7 @@ class Bucket:
     # ---- choosing what a call works on --------------------------------------------------------------------------
 
     def chunks(self, members: Sequence[int], execution: str) -> Iterator[Chunk]:
-        """Cut the parameters `members` into the calls of the rule."""
+        """Cut the rows `members` into the calls of the rule."""
         if execution == "compiled":  # one call of one shape, whoever has a gradient: no new graph later
             yield [Segment(i, 0, self.items(i)) for i in range(len(self.parameters))]
             return
@@ -128,8 +129,8 @@ class Bucket:
         room = cap
         for i in members:
             start, items = 0, self.items(i)
-            # A parameter whose memory is not in its own order can only be written whole.
-            piece = cap if self.parameters[i].is_contiguous() else items
+            # A vector whose memory is not in its own order can only be written whole.
+            piece = cap if self.item or self.parameters[i].is_contiguous() else items
             while start < items:
                 if chunk and min(items - start, piece) > room:
                     yield chunk
@@ -142,7 +143,7 @@ class Bucket:
             yield chunk
 
     def items(self, i: int) -> int:
-        """How many items parameter i owns."""
+        """How many items row i owns."""
         return self.offsets[i + 1] - self.offsets[i]
 
     # ---- in and out of stacks -----------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class Bucket:
             if x is None:
                 pieces.append(torch.zeros((stop - start, *self.item), dtype=self.dtype, device=self.device))
             else:
-                pieces.append(as_items(x, self.item)[start:stop].to(self.dtype))
+                pieces.append(self.blocks[i].stack(x)[start:stop].to(self.dtype))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def targets(self, chunk: Chunk, stack: Tensor, members: Container[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -207,11 +208,15 @@ class Bucket:
             row += stop - start
             if i not in members:
                 continue
+            block = self.blocks[i].of(p)
             if stop - start == self.items(i):
-                parts.append(p)
-                values.append(piece.reshape(p.shape))
+                parts.append(block)
+                values.append(piece.reshape(block.shape))
+            elif block.ndim == 4:  # parts of each matrix of a batch: not always one view
+                parts += [block[divmod(k, block.size(1))] for k in range(start, stop)]
+                values += piece
             else:
-                parts.append(p.view(-1, *self.item)[start:stop])
+                parts.append((block if self.item else block.view(-1))[start:stop])
                 values.append(piece)
         return parts, values
 
@@ -276,13 +281,15 @@ class Bucket:
         return [i for i in range(len(self.parameters)) if self.unit_view(i, flags).any()] if flags.any() else []
 
     def adopt(self, i: int, saved: Mapping[str, Any], name: str) -> None:
-        """Copy a parameter's state from elsewhere into the stacks, in the stacks' dtype.
+        """Copy a row's state from elsewhere, its parameter's, into the stacks, in the stacks' dtype.
 
         Raises:
             ValueError: a key is missing or unknown, or a shape differs.
         """
-        views = self.published[i]
-        missing, unknown = views.keys() - saved.keys() - self.guard.keys(), saved.keys() - views.keys()
+        views, end = self.published[i], self.blocks[i].key
+        saved = {key: value for key, value in saved.items() if key.endswith(end)}
+        missing = views.keys() - saved.keys() - {key + end for key in self.guard}
+        unknown = saved.keys() - views.keys()
         if missing or unknown:
             raise ValueError(
                 f"the optimizer state of {name} does not fit: "
@@ -298,7 +305,7 @@ class Bucket:
                 continue
             value = torch.as_tensor(saved[key])
             if value.shape != view.shape:
-                if key == "step" and value.numel() == 1:  # one count for a batch of matrices
+                if key == "step" + end and value.numel() == 1:  # one count for a batch of matrices
                     value = value.reshape(())
                 else:
                     raise ValueError(
@@ -308,7 +315,7 @@ class Bucket:
             if value is not view:
                 view.copy_(value)
         if self.step.numel():
-            self.counts[i] = int(views["step"].max())
+            self.counts[i] = int(views["step" + end].max())
 
 
 def fill_buckets(
@@ -318,16 +325,18 @@ def fill_buckets(
     saved: Mapping[Tensor, Mapping[str, Any]],
 ) -> list[Bucket]:
     """Buckets for some parameters of a group, with the state that is saved for them."""
-    kinds: dict[Any, list[tuple[int, Tensor]]] = {}
+    kinds: dict[Any, list[tuple[int, Tensor, Block]]] = {}
     for i, p in members:
-        item = item_shape(p, rule.elementwise, group["matrix_view"])
-        kinds.setdefault((item, p.dtype, p.device), []).append((i, p))
+        for block in blocks(p, rule.elementwise, group["matrix_view"]):
+            kinds.setdefault((block.item, p.dtype, p.device), []).append((i, p, block))
     buckets = []
-    for (item, _, _), rows in kinds.items():
-        bucket = Bucket([p for _, p in rows], item, rule)
-        if group["spike_guard"] is not None or any("guard_norm" in saved.get(p, {}) for _, p in rows):
+    for rows in kinds.values():
+        bucket = Bucket([(p, block) for _, p, block in rows], rule)
+        if group["spike_guard"] is not None or any(
+            "guard_norm" + block.key in saved.get(p, {}) for _, p, block in rows
+        ):
             bucket.start_guard()
-        for row, (i, p) in enumerate(rows):
+        for row, (i, p, _) in enumerate(rows):
             if saved.get(p):
                 bucket.adopt(row, saved[p], label(group, i, p))
         buckets.append(bucket)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.engine.buckets import Bucket
-from emerging_optimizers.engine.matrix_view import as_items
 
 NonfiniteT = Literal["skip", "raise", "propagate"]
 DECAY = 0.95
@@ -61,8 +60,8 @@ def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any]) -> 
 
 
 def _unit_norms(bucket: Bucket, members: Sequence[int]) -> Tensor:
-    grads = [g for i in members if (g := bucket.parameters[i].grad) is not None]
+    grads = [bucket.blocks[i].of(g) for i in members if (g := bucket.parameters[i].grad) is not None]
     if bucket.item and any(bucket.items(i) > 1 for i in members):
-        batches = [as_items(g, bucket.item) for g in grads]
+        batches = [g.reshape(-1, *bucket.item) for g in grads]
         return torch.cat([torch.linalg.vector_norm(g, dim=(1, 2), dtype=bucket.dtype) for g in batches])
     return torch.stack(torch._foreach_norm(grads, 2, dtype=bucket.dtype))

@@ -1,26 +1,174 @@
-"""How a parameter is cut into the items of a stack."""
+"""How a parameter is cut into the matrices that a rule sees.
 
-from typing import Any
+A view is plain data in the parameter group: words, then numbers. With R x C the matrix that a parameter stores,
+
+==========================  ===========================================================================================
+view                        matrices
+==========================  ===========================================================================================
+``"auto"``                  2-D: one. 3-D: one for each index of the first axis (experts). More: as ``"flatten"``
+``"flatten"``               one, (out, rest): a convolution's weight
+``"transposed"``            one, stored as (in, out): C x R
+``("heads", h)``            the rows in h equal parts: R/h x C, h times
+``("split", a, b, ...)``    the rows in parts of a, b, ... rows, again and again until they are used up
+==========================  ===========================================================================================
+
+"transposed" may stand before "heads" and "split", and "columns" makes both cut columns:
+``("transposed", "split", 768, 768, 768)``, ``("columns", "heads", 12)``. A 3-D parameter is cut in
+each matrix of its batch. A "split" in unequal sizes makes one block for each size, whose state has the size's number
+behind its keys (``momentum_buffer.0``, ``Q_L.2``); every other view has the keys that it has without.
+
+State shaped like the gradient has the parameter's shape, or that of all rows of its size under each other; where columns
+are cut, (matrices, M, N). The rest is (matrices, ...), without that axis if there is one matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-MATRIX_VIEWS = ("auto", "flatten")
+ALLOWED = (
+    '"auto", "flatten", "transposed", ("heads", count) or ("split", size, ...); before "heads" and "split" may stand '
+    '"transposed" and "columns"'
+)
+MatrixViewT = str | tuple[str | int, ...]
 
 
-def item_shape(p: Tensor, elementwise: bool, view: Any = "auto") -> tuple[int, ...]:
-    """The shape of one item: () for an element-wise rule, (M, N) for a matrix rule.
+class _Cut(NamedTuple):
+    """A view, parsed: `sizes` of "split", or the number of heads; none of both: whole matrices."""
 
-    A 2-D parameter is one matrix. A 3-D parameter is a batch of matrices along its first axis (experts), unless
-    `view="flatten"`. Anything else is flattened to (out, rest): a convolution's weight, and a vector to one column.
+    transposed: bool
+    columns: bool
+    heads: int
+    sizes: tuple[int, ...]
+
+
+def _parse(view: Any) -> _Cut | None:
+    """None: a view that leaves the parameter's own order alone; ValueError: not a view."""
+    if view in ("auto", "flatten"):
+        return None
+    parts = (view,) if isinstance(view, str) else tuple(view) if isinstance(view, Sequence) else ()
+    words = tuple(part for part in parts if isinstance(part, str))
+    numbers = parts[len(words) :]
+    kind = words[-1] if words and words[-1] in ("heads", "split") else ""
+    flags = words[:-1] if kind else words
+    fits = (
+        bool(kind) == bool(numbers)
+        and all(type(n) is int and n >= 1 for n in numbers)
+        and (kind != "heads" or len(numbers) == 1)
+        and flags in (("transposed",), *(((), ("columns",), ("transposed", "columns")) if kind else ()))
+    )
+    if not fits:
+        raise ValueError(f"matrix_view={view!r} is not allowed; give {ALLOWED}")
+    return _Cut(
+        "transposed" in flags,
+        "columns" in flags,
+        numbers[0] if kind == "heads" else 1,
+        numbers if kind == "split" else (),
+    )
+
+
+def is_view(view: Any) -> bool:
+    """Whether a group may hold it."""
+    try:
+        _parse(view)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Block:
+    """Items of one shape inside a parameter: what one row of a bucket is.
+
+    Attributes:
+        item: the shape of one: () for an element-wise rule, (M, N) for a matrix rule.
+        batched: there is, or may be, more than one matrix.
+        key: what the names of its state end in: ".0", ".1", ... where a parameter has blocks of several shapes.
+        window: (period, start, size): of every `period` rows the `size` from `start`; None: the parameter as it is.
+        transposed: the rows are those of the transposed parameter.
+        columns: "rows" are columns.
     """
+
+    item: tuple[int, ...]
+    batched: bool = False
+    key: str = ""
+    window: tuple[int, int, int] | None = None
+    transposed: bool = False
+    columns: bool = False
+
+    def of(self, x: Tensor) -> Tensor:
+        """The block of a tensor shaped like the parameter: always a view, (..., *item) if there is a window."""
+        if self.window is None:
+            return x
+        period, start, size = self.window
+        rows = x.mT if self.transposed != self.columns else x
+        periods: Tensor = rows.unflatten(-2, (-1, period))  # type: ignore[no-untyped-call]  # untyped in torch
+        block = periods.narrow(-2, start, size)
+        return block.mT if self.columns else block
+
+    def stack(self, x: Tensor) -> Tensor:
+        """The same as a stack (items, *item): a view where the strides allow one."""
+        return self.of(x).reshape(-1, *self.item)
+
+    def unstack(self, stack: Tensor, p: Tensor) -> Tensor:
+        """A view of a contiguous stack as the parameter has it: its own shape, or that of the rows which are cut out.
+
+        Matrices that lie side by side stay a stack: no strides make one matrix of them.
+        """
+        if self.window is None:
+            return stack.view(p.shape)
+        if self.columns:
+            return stack if self.batched else stack[0]
+        rows = stack.view(*p.shape[:-2], -1, self.item[1])
+        return rows.mT if self.transposed else rows
+
+    def restack(self, state: Tensor) -> Tensor:
+        """The stack (items, *item) of which `unstack` made this."""
+        turned = self.transposed and not self.columns
+        return (state.mT if turned else state).reshape(-1, *self.item)
+
+
+def blocks(p: Tensor, elementwise: bool = False, view: Any = "auto") -> list[Block]:
+    """The blocks of a parameter: one, but for a "split" in unequal parts, which has one for each size.
+
+    Raises:
+        ValueError: the view does not fit the parameter's shape.
+    """
+    cut = None if elementwise else _parse(view)
     if elementwise:
-        return ()
-    if p.ndim == 3 and view == "auto":
-        return tuple(p.shape[1:])
-    rows = p.shape[0] if p.ndim else 1
-    return (rows, p.numel() // rows)
-
-
-def as_items(x: Tensor, item: tuple[int, ...]) -> Tensor:
-    """The tensor as a stack (items, *item): a view where its strides allow one."""
-    return x.reshape(-1, *item)
+        return [Block(())]
+    if cut is None:
+        if p.ndim == 3 and view == "auto":
+            return [Block(tuple(p.shape[1:]), batched=True)]
+        rows = p.shape[0] if p.ndim else 1
+        return [Block((rows, p.numel() // rows))]
+    if p.ndim not in (2, 3):
+        raise ValueError(
+            f"matrix_view={view!r} cuts parameters of 2 or 3 dimensions; give others a group of their own, with "
+            '"auto" or "flatten"'
+        )
+    across, along = (p.shape[-2:]) if cut.transposed == cut.columns else (p.shape[-1], p.shape[-2])
+    side = "columns" if cut.columns else "rows"
+    sizes = cut.sizes or (across // cut.heads,)
+    period = sum(sizes)
+    if not period or across % period or (not cut.sizes and across % cut.heads):
+        what = f"{cut.heads} heads need a multiple of {cut.heads}" if not cut.sizes else f"the sizes add up to {period}"
+        raise ValueError(f"matrix_view={view!r} does not fit {across} {side}: {what}; give what divides {across}")
+    if len(set(sizes)) == 1:
+        sizes = sizes[:1]
+    period = sum(sizes)
+    found, start = [], 0
+    for i, size in enumerate(sizes):
+        found.append(
+            Block(
+                item=(along, size) if cut.columns else (size, along),
+                batched=p.ndim == 3 or across > period,
+                key=f".{i}" if len(sizes) > 1 else "",
+                window=(period, start, size),
+                transposed=cut.transposed,
+                columns=cut.columns,
+            )
+        )
+        start += size
+    return found

@@ -43,8 +43,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.guard import DECAY
-from emerging_optimizers.engine.matrix_view import item_shape
+from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.optimizer import RuleOptimizer
 from emerging_optimizers.engine.rule import Phase
 from emerging_optimizers.engine.validate import COUNT, POSITIVE, Check, check_group, optional, suggest
@@ -173,13 +174,22 @@ class _Reading(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """A parameter in an observed step; `limit` is the norm above which the spike guard scaled its gradient down."""
+    """A block of a parameter in an observed step, nearly always all of it.
+
+    `limit` is the norm above which the spike guard scaled its gradient down.
+    """
 
     name: str
     group: int
     p: Tensor
+    block: Block
     before: Tensor
     limit: Tensor | None
+
+    @property
+    def grad(self) -> Tensor:
+        assert self.p.grad is not None
+        return self.block.of(self.p.grad)
 
 
 class SpikeWatch:
@@ -294,9 +304,17 @@ spike_guard=2.0 scales such gradients down.
         if self._due or self.step % self.every == 0:
             self._due = False
             self._members = [
-                _Member(name, index, p, p.detach().clone(), self._guard_limit(index, p))
+                _Member(
+                    name + block.key,
+                    index,
+                    p,
+                    block,
+                    block.of(p.detach()).clone(),
+                    self._guard_limit(index, p, block.key),
+                )
                 for name, index, p in self._parameters()
                 if closure is not None or p.grad is not None
+                for block in self._blocks(index, p)
             ]
 
     @torch.no_grad()
@@ -314,11 +332,18 @@ spike_guard=2.0 scales such gradients down.
                 if p.numel():
                     yield names[i] if names else f"param_groups[{index}]['params'][{i}]", index, p
 
-    def _guard_limit(self, index: int, p: Tensor) -> Tensor | None:
+    def _blocks(self, index: int, p: Tensor) -> list[Block]:
+        group = self.optimizer.param_groups[index]
+        view = group.get("matrix_view", "auto")
+        if isinstance(self.optimizer, RuleOptimizer) and self.optimizer._checked_rule(index).elementwise:
+            view = "auto"
+        return blocks(p, p.ndim < 2, view)
+
+    def _guard_limit(self, index: int, p: Tensor, end: str) -> Tensor | None:
         threshold, state = self.optimizer.param_groups[index].get("spike_guard"), self.optimizer.state.get(p, {})
-        if threshold is None or "guard_norm" not in state:
+        if threshold is None or "guard_norm" + end not in state:
             return None
-        limit: Tensor = threshold * state["guard_norm"] / state["guard_weight"]
+        limit: Tensor = threshold * state["guard_norm" + end] / state["guard_weight" + end]
         return limit.reshape(-1)
 
     def _send_norms(self) -> None:
@@ -350,7 +375,7 @@ spike_guard=2.0 scales such gradients down.
         stacks: dict[Any, list[_Member]] = {}
         for m in members:
             kept = frozenset(key for key, x in self._state(m).items() if x is not None)
-            stacks.setdefault((m.group, m.p.shape, m.p.dtype, m.p.device, kept), []).append(m)
+            stacks.setdefault((m.group, m.before.shape, m.block.item, m.p.dtype, m.p.device, kept), []).append(m)
         keys: list[tuple[str, str]] = []
         values: list[Tensor] = []
         with fp32_matmul_precision("highest"):
@@ -362,14 +387,15 @@ spike_guard=2.0 scales such gradients down.
         self._send(values, partial(self._take_observation, self.step, keys, ages))
 
     def _state(self, m: _Member) -> Mapping[str, Any]:
-        return self.optimizer.state.get(m.p, {})
+        state, end = self.optimizer.state.get(m.p, {}), m.block.key
+        return {key.removesuffix(end): x for key, x in state.items() if key.endswith(end)}
 
     def _measure(self, stack: Sequence[_Member], kept: Container[str]) -> dict[str, Tensor]:
-        """The measures of P parameters of one group, shape and dtype, each (P,); `kept` are their states' keys."""
+        """The measures of P blocks of one group, shape and dtype, each (P,); `kept` are their states' keys."""
         p, group = stack[0].p, self.optimizer.param_groups[stack[0].group]
         wide = _wide(p.dtype)
         # P b M N for matrices, P n for vectors
-        item = item_shape(p, elementwise=p.ndim < 2, view=group.get("matrix_view", "auto"))
+        item = stack[0].block.item
 
         def stacked(tensors: Iterable[Tensor]) -> Tensor:
             return torch.stack([x.to(wide) for x in tensors]).reshape(len(stack), -1, *item)
@@ -377,16 +403,16 @@ spike_guard=2.0 scales such gradients down.
         def states(key: str) -> Tensor:
             return torch.stack([self._state(m)[key] for m in stack])
 
-        grad = stacked(m.p.grad for m in stack if m.p.grad is not None)
+        grad = stacked(m.grad for m in stack)
         keep = 1.0
         if isinstance(self.optimizer, RuleOptimizer):
             keep = keep_factor(group["weight_decay_method"], group["lr"], group["weight_decay"])
-        update = stacked(m.before for m in stack) * keep - stacked(m.p for m in stack)
+        update = stacked(m.before for m in stack) * keep - stacked(m.block.of(m.p) for m in stack)
         grad_norm, update_norm = _norm(grad), _norm(update)
         lr = torch.as_tensor(group["lr"], dtype=wide, device=p.device).reshape(())
         found = {
             "grad_norm": grad_norm,
-            "update_rms": _ratio(update_norm, lr * p.numel() ** 0.5),
+            "update_rms": _ratio(update_norm, lr * grad[0].numel() ** 0.5),
             "alignment": _ratio(_dot(update, grad), update_norm * grad_norm),
         }
         bases = {key: states(key).reshape(len(stack), -1, n, n)
@@ -394,7 +420,7 @@ spike_guard=2.0 scales such gradients down.
         average = next((MOMENTUM[c.__name__] for c in self._class(group).__mro__ if c.__name__ in MOMENTUM), None)
         if average is not None and average[0] in kept:
             heard = project_in(_guarded(grad, [m.limit for m in stack]), bases.get("Q_L"), bases.get("Q_R"))
-            momentum = stacked(self._state(m)[average[0]] for m in stack)
+            momentum = stacked(m.block.restack(self._state(m)[average[0]]) for m in stack)
             found["momentum_share"] = average[1](group) * _ratio(_dot(heard, momentum), _dot(momentum, momentum))
         if item:
             unit = _ratio(update, torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True))
@@ -405,7 +431,7 @@ spike_guard=2.0 scales such gradients down.
         for measure in {measure for side in sides for measure in side}:
             found[measure] = torch.stack([side[measure] for side in sides if measure in side]).amax(dim=0)
         if isinstance(self.optimizer, RuleOptimizer):
-            homes = [self.optimizer._homes[m.p] for m in stack]
+            homes = [self._home(m) for m in stack]
             for measure in ("scaled", "skipped"):
                 counts = [bucket.unit_view(row, getattr(bucket, measure)).sum() for bucket, row in homes]
                 found[f"guard_{measure}"] = torch.stack(counts)
@@ -429,6 +455,11 @@ spike_guard=2.0 scales such gradients down.
         self._leading.update({(m.name, key): x for m, x in zip(stack, leading, strict=True)})
         return found
 
+    def _home(self, m: _Member) -> tuple[Bucket, int]:
+        """Where the engine keeps a member."""
+        assert isinstance(self.optimizer, RuleOptimizer)
+        return next(home for home in self.optimizer._homes[m.p] if home[0].blocks[home[1]].key == m.block.key)
+
     def _class(self, group: Mapping[str, Any]) -> type:
         """Whose update a group follows."""
         return self.optimizer._algorithm(group) if isinstance(self.optimizer, RuleOptimizer) else type(self.optimizer)
@@ -436,7 +467,7 @@ spike_guard=2.0 scales such gradients down.
     def _basis_age(self, m: _Member) -> dict[str, float]:
         if not (isinstance(self.optimizer, RuleOptimizer) and self._state(m).keys() & {"Q_L", "Q_R"}):
             return {}
-        (bucket, row), rule = self.optimizer._homes[m.p], self.optimizer._checked_rule(m.group)
+        (bucket, row), rule = self._home(m), self.optimizer._checked_rule(m.group)
         count = bucket.counts[row]
         return {"basis_age": next((k for k in range(count) if rule.phase(count - k) is not Phase.REUSE), count)}
 

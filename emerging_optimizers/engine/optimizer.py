@@ -17,7 +17,7 @@ from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment, fill_buck
 from emerging_optimizers.engine.executors import Execution, call
 from emerging_optimizers.engine.guard import NonfiniteT, decide
 from emerging_optimizers.engine.hooks import WeightUpdateHook, WeightUpdateHookT, make_hook
-from emerging_optimizers.engine.matrix_view import MATRIX_VIEWS
+from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
 from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import (
@@ -59,8 +59,9 @@ class EngineOptions(TypedDict, total=False):
         nonfinite: what a NaN or an infinity in a gradient does: "skip" (that matrix, or in an element-wise rule that
             parameter, sits the step out and no state sees the gradient), "raise" (before anything moves; reads the
             device) or "propagate". Per group. Default "skip".
-        matrix_view: "auto" (a 3-D parameter is a batch of matrices) or "flatten" ((out, rest)); per group, for
-            matrix optimizers. Default "auto".
+        matrix_view: how a parameter is cut into matrices; per group, for matrix optimizers: "auto" (a 3-D parameter
+            is a batch), "flatten" ((out, rest)), "transposed" (stored as (in, out)), ("heads", count) or
+            ("split", size, ...); `engine/matrix_view.py` says all. Default "auto".
         weight_update_hook: the law by which the weight moves: a name of `engine/hooks.py` ("hyperball", "radial_brake",
             "relative_update", "spectral_clip", "spectral_weight_decay"), (name, its arguments), or a
             `WeightUpdateHook`. Per group. Default None: W <- keep W - lr U.
@@ -71,7 +72,7 @@ class EngineOptions(TypedDict, total=False):
     maximize: bool
     spike_guard: float | None
     nonfinite: NonfiniteT
-    matrix_view: str
+    matrix_view: MatrixViewT
     weight_update_hook: WeightUpdateHookT
     execution: Execution
 
@@ -99,7 +100,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         "maximize": FLAG,
         "spike_guard": optional(Check(lambda v: POSITIVE.holds(v) and v > 1, "a finite number > 1")),
         "nonfinite": one_of(*get_args(NonfiniteT)),
-        "matrix_view": one_of(*MATRIX_VIEWS),
+        "matrix_view": Check(is_view, ALLOWED),
         "weight_update_hook": HOOK,
     }
     # Attributes beside torch's that a pickle or a copy keeps.
@@ -166,6 +167,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             rule = self._checked_rule(len(self.param_groups) - 1)
             for i, p in enumerate(group["params"]):
                 self._check_parameter(p, rule, label(group, i, p), self._algorithm(group).__name__)
+                self._check_view(p, rule, group, label(group, i, p))
             self._algorithm(group)._announce(group)
         except Exception:
             self._rules.pop(len(self.param_groups) - 1, None)
@@ -219,13 +221,20 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "does that and keeps one optimizer."
             )
 
+    def _check_view(self, p: Tensor, rule: Rule, group: Mapping[str, Any], label: str) -> None:
+        if p.numel():
+            try:
+                blocks(p, rule.elementwise, group["matrix_view"])
+            except ValueError as wrong:
+                raise ValueError(f"{self._algorithm(group).__name__}: {label}: {wrong}") from None
+
     # ---- state --------------------------------------------------------------------------------------------------
 
     def _forget_stacks(self) -> None:
         """Drop what is derived from groups and `state`; the next step builds it again from them."""
         self._rules: dict[int, tuple[tuple[Any, ...], Rule]] = {}
         self._buckets: list[tuple[int, Bucket]] = []
-        self._homes: dict[Tensor, tuple[Bucket, int]] = {}
+        self._homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create the state of a group's parameters now instead of in the first step."""
@@ -249,23 +258,27 @@ class RuleOptimizer(torch.optim.Optimizer):
         for bucket in buckets:
             self._buckets.append((index, bucket))
             for row, p in enumerate(bucket.parameters):
-                self._homes[p] = (bucket, row)
+                self._homes.setdefault(p, []).append((bucket, row))
             self._publish(bucket)
 
     def _publish(self, bucket: Bucket) -> None:
-        for p, views in zip(bucket.parameters, bucket.published, strict=True):
-            self.state[p] = views.copy()
+        for p in bucket.parameters:
+            self.state[p] = self._views(p)
+
+    def _views(self, p: Tensor) -> dict[str, Tensor]:
+        return {key: view for bucket, row in self._homes[p] for key, view in bucket.published[row].items()}
 
     def _follow_user(self) -> None:
         """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
-        if not all(bucket.fits(i) and self.state.get(p) for p, (bucket, i) in self._homes.items()):
+        if not all(home[0][0].fits(home[0][1]) and self.state.get(p) for p, home in self._homes.items()):
             self._forget_stacks()
             return
-        for p, (bucket, i) in self._homes.items():
-            views, state = bucket.published[i], self.state[p]
+        for p, home in self._homes.items():
+            views, state = self._views(p), self.state[p]
             if len(state) != len(views) or any(state.get(key) is not view for key, view in views.items()):
-                bucket.adopt(i, state, f"a parameter of shape {tuple(p.shape)}")
-                self.state[p] = views.copy()
+                for bucket, row in home:
+                    bucket.adopt(row, state, f"a parameter of shape {tuple(p.shape)}")
+                self.state[p] = views
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
@@ -373,8 +386,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if p not in self._homes:
                     continue
-                bucket, row = self._homes[p]
-                scaled, skipped = (int(bucket.unit_view(row, n).sum()) for n in (bucket.scaled, bucket.skipped))
+                counts = [
+                    torch.stack([bucket.unit_view(row, n).sum() for n in (bucket.scaled, bucket.skipped)])
+                    for bucket, row in self._homes[p]
+                ]
+                scaled, skipped = map(int, torch.stack(counts).sum(dim=0))
                 if scaled or skipped:
                     names = group.get("param_names")
                     events[names[i] if names else f"param_groups[{index}]['params'][{i}]"] = (scaled, skipped)

@@ -6,21 +6,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from emerging_optimizers.engine import buckets
 from emerging_optimizers.engine.buckets import Bucket
-from emerging_optimizers.engine.matrix_view import item_shape
+from emerging_optimizers.engine.matrix_view import blocks
+from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonRule
 from emerging_optimizers.scalar_optimizers.adamw import AdamWRule
 from emerging_optimizers.soap.soap import SOAPRule
 
 
+def bucket_of(parameters: list[Tensor], rule: Rule) -> Bucket:
+    return Bucket([(p, block) for p in parameters for block in blocks(p, rule.elementwise)], rule)
+
+
 def vectors(sizes: list[int]) -> Bucket:
-    return Bucket([torch.randn(size) for size in sizes], (), AdamWRule())
+    return bucket_of([torch.randn(size) for size in sizes], AdamWRule())
 
 
 def experts(counts: list[int]) -> Bucket:
-    return Bucket([torch.randn(count, 3, 2) for count in counts], (3, 2), MuonRule())
+    return bucket_of([torch.randn(count, 3, 2) for count in counts], MuonRule())
 
 
 @settings(max_examples=40, deadline=None)
@@ -65,7 +71,7 @@ def test_what_is_written_is_read_and_nothing_else_changes(members: list[int]) ->
 
 def test_a_parameter_out_of_its_memory_order_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "ELEMENT_CHUNK", 4)
-    bucket = Bucket([torch.randn(3, 5).T, torch.randn(6)], (), AdamWRule())
+    bucket = bucket_of([torch.randn(3, 5).T, torch.randn(6)], AdamWRule())
     assert list(bucket.chunks([0, 1], "stacked")) == [[(0, 0, 15)], [(1, 0, 4)], [(1, 4, 6)]]
 
 
@@ -79,8 +85,8 @@ def test_a_parameter_out_of_its_memory_order_is_not_cut(monkeypatch: pytest.Monk
     ],
 )
 def test_item_shapes(shape: tuple[int, ...], view: str, item: tuple[int, ...]) -> None:
-    assert item_shape(torch.zeros(shape), False, view) == item
-    assert item_shape(torch.zeros(shape), True, view) == ()
+    assert [block.item for block in blocks(torch.zeros(shape), False, view)] == [item]
+    assert [block.item for block in blocks(torch.zeros(shape), True, view)] == [()]
 
 
 def test_a_stack_over_units_spreads_over_a_chunk() -> None:
@@ -92,7 +98,7 @@ def test_a_stack_over_units_spreads_over_a_chunk() -> None:
 
 
 def test_factors_of_a_square_convolution_are_square() -> None:
-    bucket = Bucket([torch.randn(12, 3, 2, 2)], (12, 12), SOAPRule())
+    bucket = bucket_of([torch.randn(12, 3, 2, 2)], SOAPRule())
     shapes = {key: tuple(view.shape) for key, view in bucket.published[0].items()}
     assert shapes["exp_avg"] == (12, 3, 2, 2)
     assert shapes["L"] == shapes["Q_R"] == (12, 12)
