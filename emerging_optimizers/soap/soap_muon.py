@@ -12,8 +12,8 @@ State for an M x N matrix: SOAP's, 2 MN + 2 M^2 + 2 N^2 numbers. For the hidden 
 are worth a costlier one.
 
 References:
-    KellerJordan/modded-nanogpt 2026, pull request 278. Vyas et al. 2024, SOAP: Improving and Stabilizing Shampoo using Adam,
-    arXiv 2409.11321. Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks.
+    KellerJordan/modded-nanogpt 2026, pull request 278. Vyas et al. 2024, SOAP, arXiv 2409.11321.
+    Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks.
 """
 
 from collections.abc import Mapping
