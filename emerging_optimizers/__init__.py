@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         SimplifiedAdEMAMix,
     )
     from emerging_optimizers.shampoo import Shampoo
-    from emerging_optimizers.soap import MOSO, REKLS, SOAP, KLShampoo
+    from emerging_optimizers.soap import MOSO, REKLS, SOAP, KLShampoo, SOAPMuon
 
 _HOMES = {
     "AdEMAMix": "scalar_optimizers",
@@ -60,6 +60,7 @@ _HOMES = {
     "RMSProp": "scalar_optimizers",
     "RoutePlan": "routing",
     "SOAP": "soap",
+    "SOAPMuon": "soap",
     "Scion": "orthogonalized_optimizers",
     "Shampoo": "shampoo",
     "Signum": "scalar_optimizers",
@@ -93,6 +94,7 @@ __all__ = [
     "PolarGrad",
     "RMSProp",
     "RoutePlan",
+    "SOAPMuon",
     "Scion",
     "Shampoo",
     "Signum",

@@ -162,6 +162,11 @@ OPTIMIZERS: dict[str, Entry] = {
         description="Adam in the eigenbasis of Shampoo's factors, plain or KL",
         paper="Vyas et al. 2024, arXiv 2409.11321",
     ),
+    "soap_muon": Entry(
+        path="emerging_optimizers.soap.soap_muon:SOAPMuon",
+        description="SOAP's update, orthogonalized by Newton-Schulz",
+        paper="modded-nanogpt 2026, pull request 278; Vyas et al. 2024, arXiv 2409.11321",
+    ),
     "spectron": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.spectron:Spectron",
         description="weights of low rank, W = A B^T, with a bounded spectral norm of the update",

@@ -267,6 +267,13 @@ CASES: list[OptimizerCase] = [
     ),
     *_rows("rekls", {"lr": 0.1}, {"": {}, "every_third": {"precondition_frequency": 3}}, state=_SOAP, batched=1e-3),
     *_rows(
+        "soap_muon",
+        {"lr": 0.05},
+        {"": {}, "kl": {"use_kl_shampoo": True, "scale_mode": "shape_scaling", "lr": 0.2}, "l2": _DECAY["l2"]},
+        state=_SOAP,
+        batched=1e-2,
+    ),
+    *_rows(
         "kl_shampoo",
         {"lr": 0.1},
         {

@@ -48,6 +48,7 @@ TUNED: dict[str, Arm] = {
     "spectron": Arm(lr=0.1, companion_lr=4e-3, options={"truncation_tolerance": 1.0}),
     "soap": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
     "rekls": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
+    "soap_muon": Arm(lr=4e-3, companion_lr=4e-3),
     "kl_shampoo": Arm(lr=9e-3, companion_lr=4e-3),
     "moso": Arm(lr=4e-3, companion_lr=4e-3),
     "shampoo": Arm(lr=1e-1, companion_lr=4e-3),

@@ -7,5 +7,6 @@ from emerging_optimizers.soap.kl_shampoo import KLShampoo
 from emerging_optimizers.soap.moso import MOSO
 from emerging_optimizers.soap.rekls import REKLS
 from emerging_optimizers.soap.soap import SOAP
+from emerging_optimizers.soap.soap_muon import SOAPMuon
 
-__all__ = ["MOSO", "REKLS", "SOAP", "KLShampoo"]
+__all__ = ["MOSO", "REKLS", "SOAP", "KLShampoo", "SOAPMuon"]

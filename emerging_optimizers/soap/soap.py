@@ -49,7 +49,7 @@ References:
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Unpack, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -200,7 +200,7 @@ class EigenbasisRule(Rule):
 class SOAPRule(EigenbasisRule):
     """Factors, bases, Adam in the basis; one stanza each in `update`."""
 
-    scalars = ("betas", "shampoo_beta", "eps", "weight_decay")
+    scalars: ClassVar[tuple[str, ...]] = ("betas", "shampoo_beta", "eps", "weight_decay")
     handles_l2 = True  # the factors see the gradient without the l2 term
     nesterov: bool = False
     correct_bias: bool = True
@@ -260,8 +260,12 @@ class SOAPRule(EigenbasisRule):
             correct_bias=self.correct_bias,
             nesterov=self.nesterov,
         )
-        update_BMN = clip_rms(project_out(direction, Q_L, Q_R), self.max_update_rms)
+        update_BMN = self.finish(project_out(direction, Q_L, Q_R), t)
         return Step(update_BMN, SOAPState(*moments, L, R, Q_L, Q_R))
+
+    def finish(self, update_BMN: Tensor, t: Scalars) -> Tensor:
+        """What becomes of the update in the parameter's own space."""
+        return clip_rms(update_BMN, self.max_update_rms)
 
 
 def _choose(mask: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:

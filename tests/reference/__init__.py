@@ -33,6 +33,7 @@ from .rekls import ReferenceREKLS
 from .shampoo import ReferenceShampoo
 from .signum import ReferenceSignum
 from .soap import ReferenceSOAP
+from .soap_muon import ReferenceSOAPMuon
 from .spectron import ReferenceSpectron
 
 
@@ -71,6 +72,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "signum": ReferenceSignum,
     "sim_ademamix": ReferenceSimplifiedAdEMAMix,
     "soap": ReferenceSOAP,
+    "soap_muon": ReferenceSOAPMuon,
     "spectron": ReferenceSpectron,
 }
 
@@ -102,6 +104,7 @@ __all__ = [
     "ReferenceREKLS",
     "ReferenceRMSProp",
     "ReferenceSOAP",
+    "ReferenceSOAPMuon",
     "ReferenceScion",
     "ReferenceShampoo",
     "ReferenceSignum",
