@@ -24,7 +24,7 @@ def layout(model: nn.Module, name: str, p: Tensor) -> tuple[Any, str]:
     if isinstance(owner, nn.Conv1d):
         return "flatten", ""
     if p.ndim == 3:
-        return _experts(owner, own, p)
+        return _experts(owner, own)
     if p.ndim != 2:
         return "auto", ""
     transposed = type(owner).__name__ == "Conv1D" and own == "weight"
@@ -64,18 +64,17 @@ def _attention(parent: nn.Module, rows: int, columns: int) -> tuple[int, ...]:
     return (rows // 3,) * 3 if rows == 3 * columns or rows == 3 * heads * size else ()
 
 
-def _experts(owner: nn.Module, own: str, p: Tensor) -> tuple[Any, str]:
+def _experts(owner: nn.Module, own: str) -> tuple[Any, str]:
     """A stack of experts with gate and up in one parameter; whether it is transposed follows from the shapes."""
     fused, down = getattr(owner, "gate_up_proj", None), getattr(owner, "down_proj", None)
     if not (isinstance(fused, Tensor) and isinstance(down, Tensor)) or fused.ndim != 3 or down.ndim != 3:
         return "auto", ""
     two, one = fused.shape[-2:], down.shape[-2:]
-    straight, turned = two == (2 * one[1], one[0]), two == (one[1], 2 * one[0])
-    together = own != "gate_up_proj" or type(owner).__name__ in INTERLEAVED_EXPERTS
-    if own not in ("gate_up_proj", "down_proj") or not (straight or turned) or (straight and together):
+    turned = two == (one[1], 2 * one[0])
+    if own not in ("gate_up_proj", "down_proj") or not (turned or two == (2 * one[1], one[0])):
         return "auto", ""
-    if together:
-        return "transposed", "stored as (in, out)"
+    if own == "down_proj" or type(owner).__name__ in INTERLEAVED_EXPERTS:
+        return ("transposed", "stored as (in, out)") if turned else ("auto", "")
     if turned:
         return ("transposed", "split", one[0], one[0]), "stored as (in, out), gate and up apart"
     return ("split", one[1], one[1]), "gate and up apart"
