@@ -13,11 +13,11 @@ view                        matrices
 ==========================  ===========================================================================================
 
 "transposed" may stand before "heads" and "split", and "columns" makes both cut columns:
-``("transposed", "split", 768, 768, 768)``, ``("columns", "heads", 12)``. A 3-D parameter is cut in
-each matrix of its batch. A "split" in unequal sizes makes one block for each size, whose state has the size's number
-behind its keys (``momentum_buffer.0``, ``Q_L.2``); every other view has the keys that it has without.
+``("transposed", "split", 768, 768, 768)``, ``("columns", "heads", 12)``. A 3-D parameter is cut in each matrix of its
+batch. A "split" in unequal sizes makes one block for each size, whose state has the size's number behind its keys
+(``momentum_buffer.0``, ``Q_L.2``); every other view has the keys that it has without.
 
-State shaped like the gradient has the shape of the parameter, or that of all rows of its size under each other; where
+State shaped like the gradient has the parameter's shape, or that of all rows of its size under each other; where
 columns are cut, (matrices, M, N). The rest is (matrices, ...), without that axis if there is one matrix.
 """
 

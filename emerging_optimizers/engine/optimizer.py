@@ -263,9 +263,13 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _publish(self, bucket: Bucket) -> None:
         for p in bucket.parameters:
-            self.state[p] = self._views(p)
+            self.state[p] = {**self._views(p)}
 
-    def _views(self, p: Tensor) -> dict[str, Tensor]:
+    def _views(self, p: Tensor) -> Mapping[str, Tensor]:
+        """The state of a parameter: of all its blocks."""
+        if len(self._homes[p]) == 1:
+            bucket, row = self._homes[p][0]
+            return bucket.published[row]
         return {key: view for bucket, row in self._homes[p] for key, view in bucket.published[row].items()}
 
     def _follow_user(self) -> None:
@@ -278,7 +282,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             if len(state) != len(views) or any(state.get(key) is not view for key, view in views.items()):
                 for bucket, row in home:
                     bucket.adopt(row, state, f"a parameter of shape {tuple(p.shape)}")
-                self.state[p] = views
+                self.state[p] = {**views}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from emerging_optimizers import registry
+from emerging_optimizers.engine.matrix_view import MatrixViewT
+from emerging_optimizers.routing.layouts import layout
 
 FROZEN = "frozen"
 
@@ -26,7 +28,7 @@ class Route:
         decays: whether it gets the weight decay of its optimizer; vectors do not.
         reason: why.
         fallback: it has the shape of a matrix but did not go to the matrix optimizer, by shape or by a guess.
-        view: how the matrix optimizer cuts it into matrices.
+        view: how the matrix optimizer cuts it into matrices, see `EngineOptions`.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Route:
     decays: bool
     reason: str
     fallback: bool = False
-    view: str = "auto"
+    view: MatrixViewT = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +118,12 @@ def plan_parameters(
 
     Hidden matrices go to the matrix optimizer `name`. To the companion go embeddings, output heads (found through
     the module graph: tied to an embedding, named by the model's `get_output_embeddings()`, as wide as an embedding
-    has rows, or the last linear layer of a model without embeddings), vectors and scalars. An element-wise `name`
-    takes every parameter. Nothing is changed.
+    has rows, or the last linear layer of a model without embeddings), vectors and scalars, and the factors of a
+    `LowRankLinear`, which only Spectron knows. An element-wise `name` takes every parameter. Nothing is changed.
+
+    Layers that store several matrices in one parameter, or a matrix as (in, out), are recognised and get their view:
+    GPT-2's `Conv1D`, `nn.MultiheadAttention`, fused query-key-value and gate-up projections, stacks of experts,
+    DeepSeek's latent attention. The reason says so; what is not recognised is one matrix.
 
     Args:
         model: any module; tied parameters are planned once, under their first name.
@@ -172,6 +178,12 @@ def plan_parameters(
                     f"overrides[{pattern!r}]={chosen!r} cannot be met: {parameter_name!r} of shape "
                     f"{tuple(p.shape)} is not a matrix"
                 )
+            if hasattr(p, "low_rank_factors") and not registry.entry(chosen).elementwise:
+                raise ValueError(
+                    f"overrides[{pattern!r}]={chosen!r} cannot be met: {parameter_name!r} holds two factors of a "
+                    "low-rank layer, not one matrix; Spectron takes them through lowrank.factor_groups(model)"
+                )
+        view, how = ("auto", "") if registry.entry(chosen).elementwise else layout(model, parameter_name, p)
         if not p.requires_grad:
             chosen, reason, fallback = FROZEN, "does not require a gradient", False
         routes.append(
@@ -181,9 +193,9 @@ def plan_parameters(
                 optimizer=chosen,
                 lr=lrs.get(chosen),
                 decays=p.ndim >= 2,
-                reason=reason,
+                reason=f"{reason}; {how}" if how and chosen != FROZEN else reason,
                 fallback=fallback,
-                view="flatten" if isinstance(owners[id(p)], nn.Conv1d) else "auto",
+                view=view,
             )
         )
     if unused:
@@ -222,6 +234,8 @@ def _choose(
         )
     if p.ndim < 2:
         return companion, "scalar" if p.ndim == 0 else "vector", False
+    if hasattr(p, "low_rank_factors") and name != "spectron":
+        return companion, "two factors of a low-rank layer: not one matrix, see lowrank.factor_groups", False
     if special is not None:
         reason, guess = special
         return companion, reason, guess

@@ -68,7 +68,8 @@ class RoutedOptimizer(RuleOptimizer):
 
 def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All hyper-parameters of a group of the optimizer `name`; raises as its constructor does."""
-    return dict(registry.entry(name).load()([torch.zeros(2, 2)], **options).defaults)
+    nothing = torch.zeros(0, 2)  # which any matrix view fits
+    return dict(registry.entry(name).load()([nothing], **options).defaults)
 
 
 def _routes(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:

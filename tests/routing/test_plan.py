@@ -48,7 +48,7 @@ EXPECTED = {
     },
     "attention": {
         "0.weight": (A, "embedding"),
-        "1.in_proj_weight": (M, "hidden matrix"),
+        "1.in_proj_weight": (M, "hidden matrix; query, key and value apart"),
         "1.in_proj_bias": (A, "vector"),
         "1.out_proj.weight": (M, "hidden matrix"),
         "1.out_proj.bias": (A, "vector"),

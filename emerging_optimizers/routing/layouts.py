@@ -1,0 +1,89 @@
+"""How well-known layers store their matrices: stored transposed, or several in one parameter.
+
+Layers are recognised by the names of classes and attributes and by shapes, so that the library which defines them need
+not be installed. A layer that fits no description is one matrix.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+# Query, key and value below one another, as in nanoGPT, timm, Phi-3 and vLLM. Not GPT-NeoX's and BLOOM's
+# `query_key_value`, which alternate head by head.
+FUSED_ATTENTION = ("c_attn", "qkv_proj", "qkv", "Wqkv")
+# Gate and up alternate row by row: no two matrices.
+INTERLEAVED_EXPERTS = ("GptOssExperts",)
+
+
+def layout(model: nn.Module, name: str, p: Tensor) -> tuple[Any, str]:
+    """The matrix view of a parameter, and in words what it does; ("auto", "") where there is nothing to say."""
+    path, _, own = name.rpartition(".")
+    owner = model.get_submodule(path)
+    outer, _, layer = path.rpartition(".")
+    parent = model.get_submodule(outer)
+    if isinstance(owner, nn.Conv1d):
+        return "flatten", ""
+    if p.ndim == 3:
+        return _experts(owner, own)
+    if p.ndim != 2:
+        return "auto", ""
+    transposed = type(owner).__name__ == "Conv1D" and own == "weight"
+    rows, columns = p.shape[::-1] if transposed else p.shape
+    sizes: tuple[int, ...] = ()
+    what = ""
+    if isinstance(owner, nn.MultiheadAttention) and own == "in_proj_weight":
+        sizes, what = (rows // 3,) * 3, "query, key and value apart"
+    elif layer in FUSED_ATTENTION:
+        sizes = _attention(parent, rows, columns)
+        what = "query, key and value apart" if len(sizes) == 3 else "key and value apart"
+    elif layer == "gate_up_proj":
+        sizes, what = (rows // 2,) * 2, "gate and up apart"
+    elif layer == "kv_a_proj_with_mqa":
+        sizes = tuple(_number(parent, key) for key in ("kv_lora_rank", "qk_rope_head_dim"))
+        what = "latent and rotary key apart"
+    if not sizes or min(sizes) < 1 or sum(sizes) != rows:
+        return ("transposed", "stored as (in, out)") if transposed else ("auto", "")
+    if transposed:
+        return ("transposed", "split", *sizes), f"stored as (in, out), {what}"
+    return ("split", *sizes), what
+
+
+def _attention(parent: nn.Module, rows: int, columns: int) -> tuple[int, ...]:
+    """The heights of query, key and value; of key and value in GPT-2's cross-attention; () where they do not fit."""
+    heads, groups = (
+        _number(parent, "num_attention_heads", "num_heads", "n_head"),
+        _number(parent, "num_key_value_heads"),
+    )
+    size = _number(parent, "head_dim")
+    if heads and groups:
+        size = size or rows // (heads + 2 * groups)
+        return (heads * size, groups * size, groups * size)
+    if rows == 2 * columns and getattr(parent, "is_cross_attention", False):
+        return (columns, columns)
+    # Without a count of its own, the keys have as many heads as the queries.
+    return (rows // 3,) * 3 if rows == 3 * columns or rows == 3 * heads * size else ()
+
+
+def _experts(owner: nn.Module, own: str) -> tuple[Any, str]:
+    """A stack of experts with gate and up in one parameter; whether it is transposed follows from the shapes."""
+    fused, down = getattr(owner, "gate_up_proj", None), getattr(owner, "down_proj", None)
+    if not (isinstance(fused, Tensor) and isinstance(down, Tensor)) or fused.ndim != 3 or down.ndim != 3:
+        return "auto", ""
+    two, one = fused.shape[-2:], down.shape[-2:]
+    turned = two == (one[1], 2 * one[0])
+    if own not in ("gate_up_proj", "down_proj") or not (turned or two == (2 * one[1], one[0])):
+        return "auto", ""
+    if own == "down_proj" or type(owner).__name__ in INTERLEAVED_EXPERTS:
+        return ("transposed", "stored as (in, out)") if turned else ("auto", "")
+    if turned:
+        return ("transposed", "split", one[0], one[0]), "stored as (in, out), gate and up apart"
+    return ("split", one[1], one[1]), "gate and up apart"
+
+
+def _number(module: nn.Module, *names: str) -> int:
+    """A size that a module or its configuration has under one of these names; else 0."""
+    for holder in (module, getattr(module, "config", None)):
+        for name in names:
+            if isinstance(value := getattr(holder, name, None), int):
+                return value
+    return 0
