@@ -24,7 +24,8 @@ def eigh_descending(k_BNN: Tensor) -> tuple[Tensor, Tensor]:
     # LAPACK raises for some matrices that are not finite, and for others returns NaN without a word.
     sound = values.isfinite().all(dim=-1, keepdim=True)
     identity = torch.eye(k_BNN.size(-1), dtype=k_BNN.dtype, device=k_BNN.device)
-    diagonal = k_BNN.diagonal(dim1=-2, dim2=-1)
+    # Not diagonal(): compiling that warns in torch 2.13.
+    diagonal = k_BNN.masked_fill(identity == 0, 0).sum(dim=-1)
     return torch.where(sound, values, diagonal), torch.where(sound.unsqueeze(-1), vectors, identity)
 
 
