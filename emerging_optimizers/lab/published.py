@@ -16,7 +16,6 @@ from torch import Tensor
 
 from emerging_optimizers.engine import Scalars, debias, lerp
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal
-from emerging_optimizers.registry import register_optimizer
 from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
 
 # Steps to recovery in the published notebook (optimizer-update-comparison, on a GPU), by optimizer, steps before the
@@ -54,7 +53,6 @@ def _inverse(factor: Tensor, basis: Tensor, eps: Tensor) -> Tensor:
     return (basis / eigenvalues.unsqueeze(-2)) @ basis.mT
 
 
-@register_optimizer("published_soap")
 class PublishedSOAP(SOAP):
     """SOAP for matrices whose two sides are both preconditioned; use it with KL factors and the published start."""
 

@@ -205,12 +205,14 @@ def save_tf32(result: TF32Result, folder: Path, command: Sequence[str] = ()) -> 
 
 def train_once(config: TF32Config, run: TF32Run) -> TF32Run:
     """One training run, filled in."""
-    from emerging_optimizers.lab import published  # noqa: F401  # it registers published_soap
     from emerging_optimizers.lab.data import load_text
+    from emerging_optimizers.lab.published import PublishedSOAP
     from emerging_optimizers.lab.train import train_one
     from emerging_optimizers.linalg.emulation import emulate_tf32
     from emerging_optimizers.linalg.precision import fp32_matmul_precision
+    from emerging_optimizers.registry import register_optimizer
 
+    register_optimizer("published_soap")(PublishedSOAP)  # here: other commands do not list it
     tuned = TUNED[OPTIMIZERS[run.optimizer]]
     name = "published_soap" if run.form == "published" else "soap"
     form: dict[str, Any] = {
