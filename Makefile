@@ -30,7 +30,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu format clean clean-env
+.PHONY: help env demo grid findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu test-kernels format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -105,6 +105,10 @@ test-gpu: $(ENV) ## the tests that need a CUDA device (PY=python3 runs with the 
 	@$(PY) -c "import torch as t; print('test-gpu: torch', t.__version__, 'on', t.cuda.get_device_name() \
 	  if t.cuda.is_available() else 'a machine without a CUDA device: every test will be skipped')"
 	$(PYTEST) -m gpu -W "ignore::pytest.PytestConfigWarning" $(ARGS)
+
+test-kernels: $(ENV) ## the triton kernels interpreted on the CPU, and compiled for devices that are not here (needs triton)
+	TRITON_INTERPRET=1 $(PYTEST) tests/linalg/test_syrk.py $(ARGS)
+	$(PYTEST) tests/linalg/test_syrk.py -k compiles $(ARGS)
 
 format: $(ENV) ## format the code and mend what ruff can mend
 	$(PY) -m ruff format .

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.routing import create_optimizer
@@ -186,6 +186,12 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
                 self._alive.setdefault(key, held)
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return out
+
+
+@register_flop_formula(torch.ops.emerging_optimizers.syrk)
+def _syrk_flops(a_shape: tuple[int, int, int], *_: Any, **__: Any) -> int:
+    B, M, K = a_shape
+    return B * M * (M + 1) * K  # half of a full product
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:

@@ -12,8 +12,8 @@ import emerging_optimizers
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("optimizers", "spectron", "watching")))
-# What the `lab` extra installs; without it the lab's modules cannot be imported, and need not be.
-LAB_EXTRA = {"tyro", "rich", "matplotlib", "jinja2", "plotly"}
+# Without these the modules of a package cannot be imported, and need not be: what the `lab` extra installs, and triton.
+OPTIONAL = {**dict.fromkeys(("tyro", "rich", "matplotlib", "jinja2", "plotly"), ".lab"), "triton": ".linalg.kernels"}
 
 
 def modules() -> list[str]:
@@ -26,9 +26,9 @@ def test_the_examples_of_a_module_hold(name, tmp_path, monkeypatch):
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        if missing.name not in LAB_EXTRA or ".lab" not in name:
+        if OPTIONAL.get(str(missing.name), "?") not in name:
             raise
-        pytest.skip(f"{missing.name} of the extra 'lab' is not installed")
+        pytest.skip(f"{missing.name} is not installed")
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0, "the captured output shows the examples that failed"

@@ -195,6 +195,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{self._name}: execution='compiled' cannot run a rule that is given by a Python function of one "
                 "parameter; use execution='stacked' or 'per_matrix'"
             )
+        if known is None or known[1] != rule:
+            for i, p in enumerate(group["params"]):
+                if obstacle := rule.obstacle(p.dtype, p.device):
+                    raise ValueError(f"{algorithm.__name__}: {label(group, i, p)}: {obstacle}")
         self._rules[index] = (values, rule)
         return rule
 
@@ -280,6 +284,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
         if not all(bucket.fits() for _, bucket in self._buckets) or not all(map(self.state.get, self._homes)):
             self._forget_stacks()
+            for index in range(len(self.param_groups)):  # the rule may not run where its parameters are now
+                self._checked_rule(index)
             return
         for p, home in self._homes.items():
             state, views = self.state[p], self._views(p)

@@ -96,6 +96,10 @@ class Rule(ABC):
         """The law by which the weight moves, where that is part of the rule."""
         return None
 
+    def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why `update` cannot run for parameters of a dtype on a device, and what helps; None: it can."""
+        return None
+
     @property
     def takes_vectors(self) -> bool:
         """Whether a matrix rule also updates vectors and scalars, as matrices of one column."""

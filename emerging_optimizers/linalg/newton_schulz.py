@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.linalg.coefficients import Coefficients
-from emerging_optimizers.linalg.kernels.routes import calls, gram_blocks
+from emerging_optimizers.linalg.kernels.routes import calls, gram_blocks, takes_syrk
+from emerging_optimizers.linalg.kernels.syrk import syrk
 
 
 def newton_schulz(
@@ -17,6 +18,7 @@ def newton_schulz(
     eps: float | None = None,
     transpose: bool | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
+    use_syrk: bool = False,
 ) -> Tensor:
     r"""Map every singular value of every matrix towards 1 and keep its singular vectors.
 
@@ -36,9 +38,14 @@ def newton_schulz(
         transpose: iterate on the transposed matrices; None: where M > N, so that the Gram matrix is the small one.
         total: for matrices of which this process holds some columns (after the transposition): the sum of a tensor
             over the processes. None: the columns are all here.
+        use_syrk: A and b A + c A^2 by the kernel for symmetric products, which computes half of them; False: where
+            `kernels/routes.py` has measured it to pay.
 
     Returns:
         (B, M, N) in the input's dtype.
+
+    Raises:
+        ValueError: `use_syrk` where there is no kernel: off CUDA devices, without triton, for float64.
 
     Example:
         >>> from emerging_optimizers.linalg.coefficients import coefficients
@@ -50,26 +57,44 @@ def newton_schulz(
 
     if total is not None:  # every process makes the same calls
         x = unit_norm_of_parts(x_BMN.mT if turned else x_BMN, eps, total).to(compute_dtype or x_BMN.dtype)
-        out = _plain(x, coefficients, total).to(x_BMN.dtype)
+        out = _plain(x, coefficients, use_syrk, total).to(x_BMN.dtype)
         return out.mT if turned else out
 
     def iterate(x: Tensor) -> Tensor:
         blocks = gram_blocks(x, len(coefficients))
-        return _plain(x, coefficients) if blocks is None else _on_gram(x, coefficients, blocks)
+        return _plain(x, coefficients, use_syrk) if blocks is None else _on_gram(x, coefficients, blocks, use_syrk)
 
     return _by_calls(x_BMN, iterate, compute_dtype, eps, turned)
 
 
 def newton_schulz_step(
-    x_BMN: Tensor, a: float, b: float, c: float, total: Callable[[Tensor], Tensor] | None = None
+    x_BMN: Tensor,
+    a: float,
+    b: float,
+    c: float,
+    total: Callable[[Tensor], Tensor] | None = None,
+    use_syrk: bool = False,
 ) -> Tensor:
     """One step of `newton_schulz`, (a I + b A + c A^2) X with A = X X^T, on the rows' side whatever the shape."""
-    gram = x_BMN @ x_BMN.mT
+    kernel = use_syrk or takes_syrk(x_BMN)
+    gram = _gram(x_BMN, kernel)
     if total is not None:
         gram = total(gram)
     # a X is added by baddbmm, never folded into the polynomial as a I: in bfloat16 that costs 3 x the error.
-    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else gram * b
-    return torch.baddbmm(x_BMN, polynomial, x_BMN, beta=a)
+    return torch.baddbmm(x_BMN, _polynomial(gram, b, c, kernel), x_BMN, beta=a)
+
+
+def _gram(x_BMN: Tensor, kernel: bool) -> Tensor:
+    return syrk(x_BMN) if kernel else x_BMN @ x_BMN.mT
+
+
+def _polynomial(gram_BMM: Tensor, b: float, c: float, kernel: bool) -> Tensor:
+    """b A + c A^2 of a symmetric A."""
+    if not c:
+        return gram_BMM * b
+    if kernel:
+        return syrk(gram_BMM, gram_BMM, alpha=c, beta=b)
+    return torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
 
 
 def unit_norm_of_parts(x_BMN: Tensor, eps: float | None, total: Callable[[Tensor], Tensor]) -> Tensor:
@@ -88,6 +113,7 @@ def gram_newton_schulz(
     *,
     compute_dtype: torch.dtype | None = None,
     restart: int = 2,
+    use_syrk: bool = False,
 ) -> Tensor:
     r"""The same map as `newton_schulz`, iterated on the small Gram matrix: cheaper where one side is much the longer.
 
@@ -103,6 +129,7 @@ def gram_newton_schulz(
         coefficients: one (a, b, c) a step.
         compute_dtype: dtype of the products; None: the input's.
         restart: steps on one Gram matrix, >= 1.
+        use_syrk: as in `newton_schulz`.
 
     Returns:
         (B, M, N) in the input's dtype.
@@ -119,7 +146,7 @@ def gram_newton_schulz(
     turned = x_BMN.size(-2) > x_BMN.size(-1)
     full, rest = divmod(len(coefficients), restart)
     blocks = (restart,) * full + (rest,) * (rest > 0)
-    return _by_calls(x_BMN, lambda x: _on_gram(x, coefficients, blocks), compute_dtype, None, turned)
+    return _by_calls(x_BMN, lambda x: _on_gram(x, coefficients, blocks, use_syrk), compute_dtype, None, turned)
 
 
 def _by_calls(
@@ -136,19 +163,21 @@ def _by_calls(
     return out.mT if turned else out
 
 
-def _plain(x: Tensor, coefficients: Coefficients, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def _plain(
+    x: Tensor, coefficients: Coefficients, use_syrk: bool, total: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     for a, b, c in coefficients:
-        x = newton_schulz_step(x, a, b, c, total)
+        x = newton_schulz_step(x, a, b, c, total, use_syrk)
     return x
 
 
-def _on_gram(x: Tensor, coefficients: Coefficients, blocks: Sequence[int]) -> Tensor:
+def _on_gram(x: Tensor, coefficients: Coefficients, blocks: Sequence[int], use_syrk: bool) -> Tensor:
     """The steps in blocks, each block on one Gram matrix; its product is i I + q, never folded into one."""
-    first = 0
+    first, kernel = 0, use_syrk or takes_syrk(x)
     for size in blocks:
-        gram, i, q = x @ x.mT, 1.0, None
+        gram, i, q = _gram(x, kernel), 1.0, None
         for k, (a, b, c) in enumerate(coefficients[first : first + size], start=1):
-            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else gram * b
+            p = _polynomial(gram, b, c, kernel)
             q = p if q is None else torch.baddbmm(q, p, q, beta=a) + i * p
             i = a * i
             if k < size:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Scalars
-from emerging_optimizers.engine.validate import POSITIVE, Check, one_of
+from emerging_optimizers.engine.validate import POSITIVE, one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import NSCoeffT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
@@ -71,7 +71,9 @@ class Muon(PolarOptimizer):
         num_ns_steps: Newton-Schulz steps, >= 1.
         scale_mode: "spectral" sqrt(max(M, N)); "shape_scaling" sqrt(max(1, M / N)); "unit_rms_norm" sqrt(M / N).
         extra_scale_factor: multiplies the update, > 0. 0.2 matches the update RMS of AdamW.
-        use_syrk: kernels for symmetric products. There are none in this version: True is refused.
+        use_syrk: the symmetric products of Newton-Schulz by a triton kernel that computes half of them: on CUDA
+            devices with triton, for bfloat16 and float32 (not float64); elsewhere True is refused. At
+            fp32_matmul_prec="highest" the kernel does without tensor cores, and is right rather than fast.
         **options: see `OrthogonalizerOptions`.
 
     Raises:
@@ -92,7 +94,6 @@ class Muon(PolarOptimizer):
         **PolarOptimizer.ranges,
         "scale_mode": one_of(*get_args(MuonScaleT)),
         "extra_scale_factor": POSITIVE,
-        "use_syrk": Check(lambda v: v is False, "False: this version has no kernel for symmetric products"),
     }
 
     def __init__(

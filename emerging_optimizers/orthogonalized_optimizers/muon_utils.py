@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emerging_optimizers.linalg.coefficients import CoeffIterMode, NSCoeffT, coefficients
+from emerging_optimizers.linalg.kernels.syrk import no_syrk
 from emerging_optimizers.linalg.newton_schulz import newton_schulz as _newton_schulz
 from emerging_optimizers.linalg.newton_schulz import newton_schulz_step as _newton_schulz_step
 from emerging_optimizers.linalg.newton_schulz import unit_norm_of_parts
@@ -21,11 +22,13 @@ __all__ = [
     "MuonScaleT",
     "NSCoeffT",
     "batched_newton_schulz_step",
+    "batched_newton_schulz_step_tsyrk",
     "distributed_normalize_p2",
     "get_coefficient_iterator",
     "get_muon_scale_factor",
     "newton_schulz",
     "newton_schulz_step",
+    "newton_schulz_step_tsyrk",
     "newton_schulz_tp",
 ]
 
@@ -55,7 +58,7 @@ def newton_schulz(
         eps: lower bound of the norm that divides.
         transpose: iterate on the transposed matrices; None: where M > N.
         tp_group: x is one process's part of the columns (with `transpose`: of the rows); sums go over this group.
-        use_syrk: kernels for symmetric products. There are none in this version: True is refused.
+        use_syrk: symmetric products by a triton kernel that computes half of them, on CUDA devices.
         normalize_in_double: the result does not depend on the scale of x, however small; `eps` is not used.
 
     Returns:
@@ -63,7 +66,8 @@ def newton_schulz(
 
     Raises:
         TypeError: not 2-D or 3-D, or not float32.
-        ValueError: unknown coefficients, or a number of steps that they do not allow; `use_syrk`.
+        ValueError: unknown coefficients, or a number of steps that they do not allow; `use_syrk` off CUDA devices or
+            without triton.
 
     Example:
         >>> newton_schulz(torch.eye(2), steps=8, coefficient_type="polar_express").round(decimals=2).abs()
@@ -74,9 +78,9 @@ def newton_schulz(
         raise TypeError(f"newton_schulz takes (M, N) or (B, M, N); given is {tuple(x.shape)}")
     if x.dtype != torch.float32:
         raise TypeError(f"newton_schulz takes float32; given is {x.dtype}")
-    if use_syrk:
-        raise ValueError("newton_schulz: use_syrk=True: this version has no kernel for symmetric products; give False")
     medium = torch.get_float32_matmul_precision() == "medium"
+    if use_syrk and (wrong := no_syrk(x.device, torch.bfloat16 if medium else x.dtype)):
+        raise ValueError(f"newton_schulz: {wrong}")
     out = _newton_schulz(
         x if x.ndim == 3 else x[None],
         coefficients(coefficient_type, steps, custom_coefficient_sets),
@@ -84,6 +88,7 @@ def newton_schulz(
         eps=None if normalize_in_double else eps,
         transpose=transpose,
         total=_total(tp_group),
+        use_syrk=use_syrk,
     )
     return out if x.ndim == 3 else out[0]
 
@@ -181,6 +186,48 @@ def batched_newton_schulz_step(
         tensor([[[0.6875]]])
     """
     return _newton_schulz_step(X, a, b, c, _total(tp_group))
+
+
+def newton_schulz_step_tsyrk(
+    X: Tensor, a: float, b: float, c: float, tp_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """`newton_schulz_step` with its symmetric products by the triton kernel, in the dtype of X.
+
+    Args:
+        X: (M, N), bfloat16, float16 or float32, on a CUDA device; or with a group this process's part of the columns.
+        a: of X.
+        b: of A X.
+        c: of A^2 X.
+        tp_group: sum A over this group.
+
+    Returns:
+        (M, N).
+
+    Raises:
+        ValueError: another dtype, another device, or no triton.
+    """
+    return batched_newton_schulz_step_tsyrk(X[None], a, b, c, tp_group)[0]
+
+
+def batched_newton_schulz_step_tsyrk(
+    X: Tensor, a: float, b: float, c: float, tp_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """`newton_schulz_step_tsyrk` on a stack.
+
+    Args:
+        X: (B, M, N), as there.
+        a: of X.
+        b: of A X.
+        c: of A^2 X.
+        tp_group: sum A over this group.
+
+    Returns:
+        (B, M, N).
+
+    Raises:
+        ValueError: another dtype, another device, or no triton.
+    """
+    return _newton_schulz_step(X, a, b, c, _total(tp_group), use_syrk=True)
 
 
 def distributed_normalize_p2(

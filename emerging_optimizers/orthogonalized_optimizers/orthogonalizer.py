@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions
-from emerging_optimizers.engine.validate import COUNT, Check, one_of
+from emerging_optimizers.engine.validate import COUNT, FLAG, Check, one_of
 from emerging_optimizers.linalg.coefficients import (
     SCHEDULES,
     Coefficients,
@@ -32,6 +32,7 @@ from emerging_optimizers.linalg.coefficients import (
     check_coefficients,
     coefficients,
 )
+from emerging_optimizers.linalg.kernels.syrk import no_syrk
 from emerging_optimizers.linalg.newton_schulz import gram_newton_schulz, newton_schulz
 from emerging_optimizers.linalg.polar import polar_qdwh, polar_svd
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
@@ -64,6 +65,15 @@ class PolarRule(OrthogonalizedRule):
     coefficient_type: NSCoeffT = "quintic"
     num_ns_steps: int = 5
     custom_coefficient_sets: Coefficients | None = None
+    use_syrk: bool = False
+
+    def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Where the kernel for symmetric products is asked for and cannot be had."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32  # of the state
+        return no_syrk(device, self._compute_dtype(wide) or wide) if self.use_syrk else None
+
+    def _compute_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        return torch.bfloat16 if self.fp32_matmul_prec == "medium" and dtype == torch.float32 else None
 
     def polar(self, x_BMN: Tensor) -> Tensor:
         """The polar factor of each matrix; Newton-Schulz in bfloat16 at "medium", unless the parameters are float64."""
@@ -72,9 +82,8 @@ class PolarRule(OrthogonalizedRule):
         if self.orthogonalizer == "svd":
             return polar_svd(x_BMN)
         iterate = newton_schulz if self.orthogonalizer == "newton_schulz" else gram_newton_schulz
-        low = self.fp32_matmul_prec == "medium" and x_BMN.dtype == torch.float32
         sets = coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficient_sets)
-        return iterate(x_BMN, sets, compute_dtype=torch.bfloat16 if low else None)
+        return iterate(x_BMN, sets, compute_dtype=self._compute_dtype(x_BMN.dtype), use_syrk=self.use_syrk)
 
 
 class PolarOptimizer(OrthogonalizedOptimizer):
@@ -90,6 +99,7 @@ class PolarOptimizer(OrthogonalizedOptimizer):
             lambda v: v is None or (len(v) > 0 and all(len(abc) == 3 for abc in v)),
             "None, or a list of (a, b, c)",
         ),
+        "use_syrk": FLAG,
     }
 
     def __init__(
@@ -100,6 +110,7 @@ class PolarOptimizer(OrthogonalizedOptimizer):
             "weight_decay_method": "decoupled",
             "orthogonalizer": "newton_schulz",
             "custom_coefficient_sets": None,
+            "use_syrk": False,
         }
         super().__init__(params, lr, momentum, weight_decay, **{**defaults, **options})
 
@@ -111,6 +122,11 @@ class PolarOptimizer(OrthogonalizedOptimizer):
                 f"choose one of {', '.join(SCHEDULES)}"
             )
         iterates = "newton_schulz" in group["orthogonalizer"]
+        if group["use_syrk"] and not iterates:
+            raise ValueError(
+                f"{cls.__name__}: use_syrk=True is about the products of Newton-Schulz, and "
+                f"orthogonalizer={group['orthogonalizer']!r} has none; give use_syrk=False"
+            )
         precision: FP32MatmulPrecT = group["fp32_matmul_prec"] if iterates else "highest"
         check_coefficients(group["coefficient_type"], group["num_ns_steps"], precision)
 

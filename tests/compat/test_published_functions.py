@@ -32,6 +32,7 @@ FUNCTIONS = {
     "orthogonalized_optimizers.mop:polar_via_svd": "A, return_p=False",
     "orthogonalized_optimizers.muon:get_muon_scale_factor": 'size_out, size_in, mode="spectral"',
     "orthogonalized_optimizers.muon_utils:batched_newton_schulz_step": "X, a, b, c, tp_group=None",
+    "orthogonalized_optimizers.muon_utils:batched_newton_schulz_step_tsyrk": "X, a, b, c, tp_group=None",
     "orthogonalized_optimizers.muon_utils:distributed_normalize_p2": "x, eps, group",
     "orthogonalized_optimizers.muon_utils:get_coefficient_iterator": 'steps, coefficient_sets, mode="cycle"',
     "orthogonalized_optimizers.muon_utils:newton_schulz": (
@@ -39,6 +40,7 @@ FUNCTIONS = {
         "tp_group=None, use_syrk=False"
     ),
     "orthogonalized_optimizers.muon_utils:newton_schulz_step": "X, a, b, c, tp_group=None",
+    "orthogonalized_optimizers.muon_utils:newton_schulz_step_tsyrk": "X, a, b, c, tp_group=None",
     "orthogonalized_optimizers.muon_utils:newton_schulz_tp": (
         'x, steps, coefficient_type, tp_group, partition_dim=None, tp_mode="duplicated"'
     ),

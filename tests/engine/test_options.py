@@ -79,8 +79,6 @@ def test_near_misses_are_suggested() -> None:
 
 
 def test_what_cannot_be_met_raises_and_says_why() -> None:
-    with pytest.raises(ValueError, match=r"use_syrk=True .*no kernel for symmetric products"):
-        Muon([weight()], use_syrk=True)
     with pytest.raises(ValueError, match="needs custom_coefficient_sets"):
         Muon([weight()], coefficient_type="custom")
     with pytest.warns(UserWarning, match="stream_list has no effect"):

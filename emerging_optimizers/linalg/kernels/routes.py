@@ -1,4 +1,4 @@
-"""The routes of Newton-Schulz: how many matrices in a call, and which steps on the small Gram matrix.
+"""The routes of Newton-Schulz: how many matrices in a call, which steps on the small Gram matrix, whose products.
 
 What a table does not name takes the plain path. Measured by `make bench` (docs/performance.md) and, for the accuracy,
 by tests/linalg/test_kernels.py.
@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from emerging_optimizers.linalg.kernels.syrk import why_no_syrk
 
 # Bytes of the stack in one call on a CPU: its Gram matrices then stay in the second-level cache. 200 matrices of
 # 256 x 256 in bfloat16 take 0.7 of the time of one call for all of them.
@@ -37,6 +39,23 @@ GRAM: dict[tuple[str, torch.dtype], GramRoute] = {
     ("cpu", torch.bfloat16): GramRoute(aspect=2.5, shorter=512, first=2, later=1),
     ("cpu", torch.float32): GramRoute(aspect=2.5, shorter=64, first=3, later=2),
 }
+
+
+# From which shorter side on the kernel for symmetric products (`syrk`) is taken without being asked for. Nothing has
+# been measured: to fill it, `make bench-gpu ARGS="--arm Muon --arm 'Muon, syrk'"` and `python benchmarks/syrk.py` on
+# each kind of device. Until then only `use_syrk=True` takes it.
+SYRK: dict[tuple[str, torch.dtype], int] = {}
+
+
+def takes_syrk(x_BMN: Tensor) -> bool:
+    """Whether the symmetric products of these matrices, M <= N, go to the kernel by themselves.
+
+    Example:
+        >>> takes_syrk(torch.empty(1, 64, 256))
+        False
+    """
+    shorter = SYRK.get((x_BMN.device.type, x_BMN.dtype))
+    return shorter is not None and x_BMN.size(-2) >= shorter and why_no_syrk(x_BMN.device, x_BMN.dtype) is None
 
 
 def gram_blocks(x_BMN: Tensor, steps: int) -> tuple[int, ...] | None:
