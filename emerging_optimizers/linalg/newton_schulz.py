@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.linalg.coefficients import Coefficients
-from emerging_optimizers.linalg.kernels.routes import calls, gram_blocks, takes_syrk
-from emerging_optimizers.linalg.kernels.syrk import syrk
+from emerging_optimizers.linalg.kernels.routes import calls, gram_blocks
+from emerging_optimizers.linalg.kernels.symmetric import gram, symmetric_product
 
 
 def newton_schulz(
@@ -76,25 +76,16 @@ def newton_schulz_step(
     use_syrk: bool = False,
 ) -> Tensor:
     """One step of `newton_schulz`, (a I + b A + c A^2) X with A = X X^T, on the rows' side whatever the shape."""
-    kernel = use_syrk or takes_syrk(x_BMN)
-    gram = _gram(x_BMN, kernel)
+    gram_BMM = gram(x_BMN, use_syrk=use_syrk)
     if total is not None:
-        gram = total(gram)
+        gram_BMM = total(gram_BMM)
     # a X is added by baddbmm, never folded into the polynomial as a I: in bfloat16 that costs 3 x the error.
-    return torch.baddbmm(x_BMN, _polynomial(gram, b, c, kernel), x_BMN, beta=a)
+    return torch.baddbmm(x_BMN, _polynomial(gram_BMM, b, c, use_syrk), x_BMN, beta=a)
 
 
-def _gram(x_BMN: Tensor, kernel: bool) -> Tensor:
-    return syrk(x_BMN) if kernel else x_BMN @ x_BMN.mT
-
-
-def _polynomial(gram_BMM: Tensor, b: float, c: float, kernel: bool) -> Tensor:
+def _polynomial(gram_BMM: Tensor, b: float, c: float, use_syrk: bool) -> Tensor:
     """b A + c A^2 of a symmetric A."""
-    if not c:
-        return gram_BMM * b
-    if kernel:
-        return syrk(gram_BMM, gram_BMM, alpha=c, beta=b)
-    return torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
+    return symmetric_product(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c, use_syrk=use_syrk) if c else gram_BMM * b
 
 
 def unit_norm_of_parts(x_BMN: Tensor, eps: float | None, total: Callable[[Tensor], Tensor]) -> Tensor:
@@ -158,9 +149,15 @@ def _by_calls(
 ) -> Tensor:
     """Normalizes and iterates, as many matrices at a time as the device takes best."""
     dtype = compute_dtype or x_BMN.dtype
-    parts = [iterate(_unit_norm(x.mT if turned else x, eps).to(dtype)).to(x_BMN.dtype) for x in calls(x_BMN, dtype)]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.mT if turned else out
+
+    def part(x: Tensor) -> Tensor:
+        x = _unit_norm(x, eps).to(dtype)
+        # Copied while they are narrow: products and sums of transposed bfloat16 would copy again and again.
+        x = iterate(x.mT.contiguous()).mT.contiguous() if turned else iterate(x)
+        return x.to(x_BMN.dtype)
+
+    parts = [part(x) for x in calls(x_BMN, dtype)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _plain(
@@ -173,16 +170,16 @@ def _plain(
 
 def _on_gram(x: Tensor, coefficients: Coefficients, blocks: Sequence[int], use_syrk: bool) -> Tensor:
     """The steps in blocks, each block on one Gram matrix; its product is i I + q, never folded into one."""
-    first, kernel = 0, use_syrk or takes_syrk(x)
+    first = 0
     for size in blocks:
-        gram, i, q = _gram(x, kernel), 1.0, None
+        gram_BMM, i, q = gram(x, use_syrk=use_syrk), 1.0, None
         for k, (a, b, c) in enumerate(coefficients[first : first + size], start=1):
-            p = _polynomial(gram, b, c, kernel)
-            q = p if q is None else torch.baddbmm(q, p, q, beta=a) + i * p
+            p = _polynomial(gram_BMM, b, c, use_syrk)
+            q = p if q is None else symmetric_product(p, q, q, beta=a) + i * p
             i = a * i
             if k < size:
-                half = torch.baddbmm(gram, p, gram, beta=a)
-                gram = torch.baddbmm(half, half, p, beta=a)
+                half = symmetric_product(p, gram_BMM, gram_BMM, beta=a)
+                gram_BMM = symmetric_product(half, p, half, beta=a)
         assert q is not None
         x = torch.baddbmm(x, q, x, beta=i)
         first += size

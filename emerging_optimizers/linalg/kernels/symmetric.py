@@ -1,0 +1,74 @@
+"""Products that are known to be symmetric: half of each need not be computed."""
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.linalg.kernels.routes import least_block, takes_syrk
+from emerging_optimizers.linalg.kernels.syrk import syrk
+
+
+def gram(x_BMK: Tensor, *, use_syrk: bool = False) -> Tensor:
+    """X X^T of every matrix; `use_syrk` asks for the triton kernel.
+
+    Example:
+        >>> gram(torch.tensor([[[3.0, 4.0]]]))
+        tensor([[[25.]]])
+    """
+    if use_syrk or takes_syrk(x_BMK):
+        return syrk(x_BMK)
+    if (least := least_block(x_BMK)) is not None:
+        return _stack_by_blocks(x_BMK, x_BMK, None, 1.0, 1.0, least)
+    return torch.bmm(x_BMK, x_BMK.mT)  # not `@`, which copies the transposed operand of a stack of one matrix
+
+
+def symmetric_product(
+    x_BMM: Tensor, y_BMM: Tensor, plus_BMM: Tensor, *, beta: float, alpha: float = 1.0, use_syrk: bool = False
+) -> Tensor:
+    r""":math:`\beta P + \alpha X Y` of symmetric matrices that commute, as polynomials of one matrix do.
+
+    Example:
+        >>> a = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
+        >>> symmetric_product(a, a, a, beta=-1.0)
+        tensor([[[3., 3.],
+                 [3., 3.]]])
+    """
+    if x_BMM is y_BMM and (use_syrk or takes_syrk(x_BMM)):
+        return syrk(x_BMM, plus_BMM, alpha=alpha, beta=beta)
+    if (least := least_block(x_BMM)) is not None:
+        return _stack_by_blocks(x_BMM, y_BMM, plus_BMM, beta, alpha, least)
+    return torch.baddbmm(plus_BMM, x_BMM, y_BMM, beta=beta, alpha=alpha)
+
+
+def _stack_by_blocks(
+    x_BMK: Tensor, y_BMK: Tensor, plus_BMM: Tensor | None, beta: float, alpha: float, least: int
+) -> Tensor:
+    out_BMM = x_BMK.new_empty(x_BMK.size(0), x_BMK.size(1), x_BMK.size(1))
+    for i, out_MM in enumerate(out_BMM):
+        _by_blocks(x_BMK[i], y_BMK[i], None if plus_BMM is None else plus_BMM[i], beta, alpha, out_MM, least)
+    return out_BMM
+
+
+def _by_blocks(
+    x_MK: Tensor, y_MK: Tensor, plus_MM: Tensor | None, beta: float, alpha: float, out_MM: Tensor, least: int
+) -> None:
+    """The lower left block is multiplied, the upper right one mirrors it, those on the diagonal are products alike."""
+    half = x_MK.size(0) // 2
+    if half < least:
+        _product(x_MK, y_MK, plus_MM, beta, alpha, out_MM)
+        return
+    upper, lower = slice(half), slice(half, None)
+    for rows, columns in ((lower, upper), (upper, upper), (lower, lower)):
+        part = None if plus_MM is None else plus_MM[rows, columns]
+        out = out_MM[rows, columns]
+        if rows is columns:
+            _by_blocks(x_MK[rows], y_MK[columns], part, beta, alpha, out, least)
+        else:
+            _product(x_MK[rows], y_MK[columns], part, beta, alpha, out)
+    out_MM[upper, lower] = out_MM[lower, upper].mT
+
+
+def _product(x_MK: Tensor, y_NK: Tensor, plus_MN: Tensor | None, beta: float, alpha: float, out_MN: Tensor) -> None:
+    if plus_MN is None:
+        torch.mm(x_MK, y_NK.mT, out=out_MN)
+    else:
+        torch.addmm(plus_MN, x_MK, y_NK.mT, beta=beta, alpha=alpha, out=out_MN)
