@@ -42,6 +42,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.validate import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, SEED
 from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.noise import counted_normal
 from emerging_optimizers.linalg.power_iteration import norm_lower_bound
@@ -91,8 +92,8 @@ class PSGDRule(Rule):
 
         M, N = grad.shape[-2:]
         starts = counted_normal(grad.new_empty(len(grad), NORM_STARTS, M + N), t.step, self.seed, stream=1)
-        Q_0, L_0 = self.fit(s.Q_0, s.L_0, white_BMN @ white_BMN.mT, N, starts[..., :M], t)
-        Q_1, L_1 = self.fit(s.Q_1, s.L_1, white_BMN.mT @ white_BMN, M, starts[..., M:], t)
+        Q_0, L_0 = self.fit(s.Q_0, s.L_0, gram(white_BMN), N, starts[..., :M], t)
+        Q_1, L_1 = self.fit(s.Q_1, s.L_1, gram(white_BMN.mT), M, starts[..., M:], t)
         Q_0, Q_1 = balance([Q_0, Q_1])
 
         update_BMN = clip_rms(precondition(momentum_BMN, Q_0, Q_1), self.max_update_rms)

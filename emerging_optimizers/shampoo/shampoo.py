@@ -34,6 +34,7 @@ from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer
 from emerging_optimizers.engine.validate import COUNT, FRACTION, POSITIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.inverse_root import inverse_root
+from emerging_optimizers.linalg.kernels.symmetric import gram
 
 
 class ShampooState(NamedTuple):
@@ -61,8 +62,8 @@ class ShampooRule(Rule):
         """See the module's equations."""
         momentum_BMN = lerp(state.exp_avg, grad, 1 - t.momentum)
         share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
-        L = lerp(state.L, grad @ grad.mT, share)
-        R = lerp(state.R, grad.mT @ grad, share)
+        L = lerp(state.L, gram(grad), share)
+        R = lerp(state.R, gram(grad.mT), share)
         left, right = (inverse_root(factor, self.p_root_inv, t.eps) for factor in (L, R))
         return Step(left @ momentum_BMN @ right, ShampooState(momentum_BMN, L, R))
 

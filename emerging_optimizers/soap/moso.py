@@ -37,6 +37,7 @@ from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer
 from emerging_optimizers.engine.validate import FLAG, FRACTION, NON_NEGATIVE, POSITIVE, one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.eigh import eigh_descending
+from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
 from emerging_optimizers.linalg.scaling import clip_rms
 from emerging_optimizers.soap.soap import FirstStepT
@@ -79,7 +80,7 @@ class MOSORule(Rule):
         momentum_BST, v_BST = _shorter_first(momentum_BMN), _shorter_first(s.exp_avg_sq)
 
         share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
-        factor = lerp(s.M, momentum_BST @ momentum_BST.mT, share)
+        factor = lerp(s.M, gram(momentum_BST), share)
 
         basis = eigh_descending(factor)[1] if phase is Phase.FIRST else orthogonal_iteration(factor, s.Q_M)
         if self.first_step == "adam":

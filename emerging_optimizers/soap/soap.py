@@ -68,6 +68,7 @@ from emerging_optimizers.engine.validate import (
 )
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.eigh import eigh_descending
+from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
@@ -186,8 +187,8 @@ class EigenbasisRule(Rule):
         share = 1 - t.shampoo_beta
         if self.corrects_factors:
             share = share / debias(t.shampoo_beta, t.step, grad)
-        L = None if s.L is None else lerp(s.L, left_BMN @ left_BMN.mT, share)
-        R = None if s.R is None else lerp(s.R, right_BMN.mT @ right_BMN, share)
+        L = None if s.L is None else lerp(s.L, gram(left_BMN), share)
+        R = None if s.R is None else lerp(s.R, gram(right_BMN.mT), share)
         return L, R
 
     def eigenvalues(self, factor: Tensor, basis: Tensor, grad: Tensor, t: Scalars) -> Tensor:
