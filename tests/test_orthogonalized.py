@@ -1,9 +1,11 @@
 """What is special about each relative of Muon."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from emerging_optimizers import (
     MOP,
@@ -256,3 +258,27 @@ def test_one_sided_polar_factors(shape):
     torch.testing.assert_close(centered.mean(dim=-2), torch.zeros_like(centered[..., 0, :]))
     with pytest.raises(ValueError, match="side='up'"):
         one_sided_polargrad_orth_fn(x, side="up")
+
+
+def test_accuracy_chooses_the_steps() -> None:
+    def update(**options: Any) -> Tensor:
+        w = torch.nn.Parameter(torch.zeros(8, 8))
+        w.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+        Muon([w], lr=1.0, momentum=0.0, weight_decay=0.0, extra_scale_factor=8**-0.5, **options).step()
+        return torch.linalg.svdvals(w.detach())
+
+    assert float((update(fp32_matmul_prec="highest", accuracy=1e-4) - 1).abs().max()) < 2e-4
+    assert float((update(accuracy=0.15) - 1).abs().max()) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"accuracy": 1.0}, "in \\(0, 1\\)"),
+        ({"accuracy": 0.01}, "fp32_matmul_prec='highest'"),
+        ({"accuracy": 0.1, "orthogonalizer": "svd"}, "leave accuracy out"),
+    ],
+)
+def test_an_accuracy_that_cannot_be_had_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Muon([torch.nn.Parameter(torch.zeros(4, 4))], **options)

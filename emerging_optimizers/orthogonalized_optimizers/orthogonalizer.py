@@ -3,8 +3,8 @@ r"""What Muon and its relatives share: the choice of an orthogonalizer.
 ====================  =============================================  ==================================================
 orthogonalizer        method                                         settings
 ====================  =============================================  ==================================================
-newton_schulz         odd polynomials of X by matrix products        `coefficient_type`, `num_ns_steps`,
-                                                                     `custom_coefficient_sets`, `fp32_matmul_prec`
+newton_schulz         odd polynomials of X by matrix products        `accuracy`, or `coefficient_type`, `num_ns_steps`,
+                                                                     `custom_coefficient_sets`; `fp32_matmul_prec`
 gram_newton_schulz    the same polynomials, on the small Gram side   the same
 qdwh                  weighted Halley iteration, QR and Cholesky     none: exact to rounding, at the dtype of the state
 svd                   singular value decomposition                   none: exact to rounding, at the dtype of the state
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions
-from emerging_optimizers.engine.validate import COUNT, FLAG, Check, one_of
+from emerging_optimizers.engine.validate import COUNT, FLAG, POSITIVE, Check, one_of, optional
 from emerging_optimizers.linalg.coefficients import (
     SCHEDULES,
     Coefficients,
@@ -31,6 +31,7 @@ from emerging_optimizers.linalg.coefficients import (
     announce_coefficients,
     check_coefficients,
     coefficients,
+    minimax,
 )
 from emerging_optimizers.linalg.kernels.syrk import no_syrk
 from emerging_optimizers.linalg.newton_schulz import gram_newton_schulz, newton_schulz
@@ -41,6 +42,9 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer impo
     OrthogonalizedRule,
 )
 
+# docs/orthogonalizers.md: how far TF32 and bfloat16 carry a singular value past what the polynomials say.
+LEAST_ACCURACY = 0.05
+
 OrthogonalizerT = Literal["newton_schulz", "gram_newton_schulz", "qdwh", "svd"]
 
 
@@ -50,10 +54,15 @@ class OrthogonalizerOptions(EngineOptions, total=False):
     Attributes:
         orthogonalizer: "newton_schulz" (default), "gram_newton_schulz" (the same map, cheaper where one side is much
             the longer), "qdwh" or "svd" (exact). Per group.
+        accuracy: instead of `coefficient_type` and `num_ns_steps`: the fewest steps that take every singular value of
+            at least 1e-3 of the Frobenius norm to within this distance of 1 (`linalg.coefficients.minimax`), in (0, 1)
+            and at least 0.05 unless `fp32_matmul_prec="highest"`. 0.6 takes 4 steps, 0.15 takes 5. None (default): they
+            count. Per group.
         custom_coefficient_sets: the (a, b, c) of each step for coefficient_type="custom", cycled. Per group.
     """
 
     orthogonalizer: OrthogonalizerT
+    accuracy: float | None
     custom_coefficient_sets: Sequence[tuple[float, float, float]] | None
 
 
@@ -64,6 +73,7 @@ class PolarRule(OrthogonalizedRule):
     orthogonalizer: OrthogonalizerT = "newton_schulz"
     coefficient_type: NSCoeffT = "quintic"
     num_ns_steps: int = 5
+    accuracy: float | None = None
     custom_coefficient_sets: Coefficients | None = None
     use_syrk: bool = False
 
@@ -82,7 +92,10 @@ class PolarRule(OrthogonalizedRule):
         if self.orthogonalizer == "svd":
             return polar_svd(x_BMN)
         iterate = newton_schulz if self.orthogonalizer == "newton_schulz" else gram_newton_schulz
-        sets = coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficient_sets)
+        if self.accuracy is not None:
+            sets = minimax(self.accuracy)
+        else:
+            sets = coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficient_sets)
         return iterate(x_BMN, sets, compute_dtype=self._compute_dtype(x_BMN.dtype), use_syrk=self.use_syrk)
 
 
@@ -95,6 +108,7 @@ class PolarOptimizer(OrthogonalizedOptimizer):
         "orthogonalizer": one_of(*get_args(OrthogonalizerT)),
         "coefficient_type": one_of(*SCHEDULES, "custom"),
         "num_ns_steps": COUNT,
+        "accuracy": optional(Check(lambda v: POSITIVE.holds(v) and v < 1, "a number in (0, 1)")),
         "custom_coefficient_sets": Check(
             lambda v: v is None or (len(v) > 0 and all(len(abc) == 3 for abc in v)),
             "None, or a list of (a, b, c)",
@@ -109,6 +123,7 @@ class PolarOptimizer(OrthogonalizedOptimizer):
             "nesterov": False,
             "weight_decay_method": "decoupled",
             "orthogonalizer": "newton_schulz",
+            "accuracy": None,
             "custom_coefficient_sets": None,
             "use_syrk": False,
         }
@@ -116,7 +131,11 @@ class PolarOptimizer(OrthogonalizedOptimizer):
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:
-        if group["coefficient_type"] == "custom" and group["custom_coefficient_sets"] is None:
+        if (
+            group["accuracy"] is None
+            and group["coefficient_type"] == "custom"
+            and group["custom_coefficient_sets"] is None
+        ):
             raise ValueError(
                 f"{cls.__name__}: coefficient_type='custom' needs custom_coefficient_sets, a list of (a, b, c); or "
                 f"choose one of {', '.join(SCHEDULES)}"
@@ -128,9 +147,25 @@ class PolarOptimizer(OrthogonalizedOptimizer):
                 f"orthogonalizer={group['orthogonalizer']!r} has none; give use_syrk=False"
             )
         precision: FP32MatmulPrecT = group["fp32_matmul_prec"] if iterates else "highest"
-        check_coefficients(group["coefficient_type"], group["num_ns_steps"], precision)
+        if group["accuracy"] is not None:
+            cls._check_accuracy(group["accuracy"], precision, group["orthogonalizer"])
+        else:
+            check_coefficients(group["coefficient_type"], group["num_ns_steps"], precision)
+
+    @classmethod
+    def _check_accuracy(cls, accuracy: float, precision: FP32MatmulPrecT, orthogonalizer: OrthogonalizerT) -> None:
+        if "newton_schulz" not in orthogonalizer:
+            raise ValueError(
+                f"{cls.__name__}: accuracy={accuracy} chooses steps of Newton-Schulz, and orthogonalizer="
+                f"{orthogonalizer!r} is exact to rounding; leave accuracy out"
+            )
+        if accuracy < LEAST_ACCURACY and precision != "highest":
+            raise ValueError(
+                f"{cls.__name__}: accuracy={accuracy} cannot be had with fp32_matmul_prec={precision!r}, which "
+                f"moves singular values by up to {LEAST_ACCURACY}; give at least that, or fp32_matmul_prec='highest'"
+            )
 
     @classmethod
     def _announce(cls, group: Mapping[str, Any]) -> None:
-        if "newton_schulz" in group["orthogonalizer"]:
+        if group["accuracy"] is None and "newton_schulz" in group["orthogonalizer"]:
             announce_coefficients(group["coefficient_type"], group["num_ns_steps"])
