@@ -92,7 +92,7 @@ class Rule(ABC):
         return "highest"
 
     @property
-    def hook(self) -> WeightUpdateHook | None:
+    def hook(self) -> WeightUpdateHook[Any] | None:
         """The law by which the weight moves, where that is part of the rule."""
         return None
 
