@@ -353,7 +353,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             for index, (mine, group) in enumerate(zip(self.param_groups, groups, strict=True)):
                 members = [(i, p) for i, p in enumerate(mine["params"]) if p in saved]
                 told = {**group, "params": mine["params"]}
-                staged.append((index, fill_buckets(members, told, self._make_rule(told), saved)))
+                rule = self._make_rule(told)
+                states = {p: rule.translate(saved[p]) for _, p in members}
+                staged.append((index, fill_buckets(members, told, rule, states)))
             return {**incoming, "state": {}, "param_groups": groups}
 
         def install(_: Any) -> None:

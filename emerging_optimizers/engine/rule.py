@@ -76,6 +76,7 @@ class Rule(ABC):
         handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
         starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
+        derived: keys of other releases' checkpoints that follow from the rest; they are not loaded.
     """
 
     scalars: ClassVar[tuple[str, ...]] = ()
@@ -85,6 +86,7 @@ class Rule(ABC):
     reads_parameters: ClassVar[bool] = False
     rewrites_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
+    derived: ClassVar[tuple[str, ...]] = ()
 
     @property
     def matmul_precision(self) -> FP32MatmulPrecT:
@@ -126,6 +128,10 @@ class Rule(ABC):
 
         A field's name is its key in checkpoints; its first axis is the first axis of `shape`.
         """
+
+    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The saved state of one parameter under this rule's keys, where another release wrote it under others."""
+        return {key: value for key, value in saved.items() if key not in self.derived}
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
         """The state before the first step where it follows from the weight, for a rule that `starts_from_weight`.
