@@ -202,6 +202,11 @@ OPTIMIZERS: dict[str, Entry] = {
         description="SOAP with KL factors that a stack of matrices shares",
         paper="NVIDIA 2026, Emerging-Optimizers; Vyas et al. 2024, arXiv 2409.11321",
     ),
+    "tp_rekls": Entry(
+        path="emerging_optimizers.soap.tp_rekls:TpRekls",
+        description="REKLS on matrices whose rows or columns lie on several processes",
+        paper="Lin et al. 2025, arXiv 2509.03378; NVIDIA 2026, Emerging-Optimizers",
+    ),
 }
 
 

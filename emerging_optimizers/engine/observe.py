@@ -399,7 +399,8 @@ spike_guard=2.0 scales such gradients down.
             "alignment": _ratio(_dot(update, grad), update_norm * grad_norm),
         }
         bases = {key: states(key).reshape(len(stack), -1, n, n)
-                 for key, n in zip(("Q_L", "Q_R"), item, strict=False) if key in kept}  # fmt: skip
+                 for key, n in zip(("Q_L", "Q_R"), item, strict=False)
+                 if key in kept and self._state(stack[0])[key].shape[-2:] == (n, n)}  # fmt: skip
         average = next((MOMENTUM[c.__name__] for c in self._class(group).__mro__ if c.__name__ in MOMENTUM), None)
         if average is not None and average[0] in kept:
             heard = project_in(_guarded(grad, [m.limit for m in stack]), bases.get("Q_L"), bases.get("Q_R"))

@@ -471,12 +471,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         active = list(gradients)
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: it is asked whether it is
         # finite, and the guard is called when it is not. Until then every factor was one.
-        lazy = bucket.on_host and group["spike_guard"] is None and group["nonfinite"] == "skip"
+        lazy = bucket.on_host and group["spike_guard"] is None and group["nonfinite"] == "skip" and not rule.total
         if lazy:
             long = [gradients[i] for i in active if execution == "stacked" and bucket.cuts(i)]
-            factor = None if all(map(_is_finite, long)) else decide(bucket, active, group)
+            factor = None if all(map(_is_finite, long)) else decide(bucket, active, group, rule.total)
         else:
-            factor = decide(bucket, active, group)
+            factor = decide(bucket, active, group, rule.total)
         for (phase, count), segments in self._by_phase(bucket, rule, gradients).items():
             members: Mapping[int, Tensor] = gradients
             if segments is not bucket.whole:
@@ -486,7 +486,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for chunk in bucket.chunks(segments, execution):
                 grad = bucket.stack(chunk, members)
                 if lazy and factor is None and not _is_finite(grad):
-                    factor = decide(bucket, active, group)
+                    factor = decide(bucket, active, group, rule.total)
                 self._run(bucket, chunk, grad, members, factor, rule, hook, phase, count, group, execution)
         bucket.count(active, factor)
         if (lost := rule.lost(bucket.state)) is not None:

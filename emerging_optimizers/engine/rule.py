@@ -7,7 +7,7 @@ Names of tensors end in their shape: B matrices of a stack, M rows, N columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -96,6 +96,14 @@ class Rule(ABC):
     @property
     def hook(self) -> WeightUpdateHook[Any] | None:
         """The law by which the weight moves, where that is part of the rule."""
+        return None
+
+    @property
+    def total(self) -> Callable[[Tensor], Tensor] | None:
+        """A sum over the processes among which each matrix is spread; None: each has whole matrices.
+
+        The guard takes norms with it, so that every process decides the same.
+        """
         return None
 
     @property
