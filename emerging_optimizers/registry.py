@@ -259,7 +259,7 @@ def register_optimizer(name: str) -> Callable[[ClassT], ClassT]:
         >>> @register_optimizer("tiger")
         ... class Tiger(Lion):
         ...     "Lion, with stripes."
-        >>> list_optimizers("t*", with_description=True)
+        >>> list_optimizers("ti*", with_description=True)
         [('tiger', 'Lion, with stripes')]
         >>> _ = OPTIMIZERS.pop("tiger")
     """

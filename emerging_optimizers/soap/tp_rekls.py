@@ -46,8 +46,8 @@ class TpReklsRule(SOAPRule):
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> "TpReklsRule":
-        """The rule of a group; l2 decay is the engine's."""
-        return super().from_group({**group, "weight_decay_method": "decoupled"})
+        """The rule of a group, which has no place for processes; l2 decay is the engine's."""
+        return super().from_group({"tp_group": None, **group, "weight_decay_method": "decoupled"})
 
     @property
     def processes(self) -> int:

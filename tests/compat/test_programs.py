@@ -334,6 +334,83 @@ def test_a_no_op_hook_is_none_and_anything_may_derive_from_the_published_protoco
     torch.testing.assert_close(p, 0.5 * q)
 
 
+# ---- an element-wise optimizer out of a function --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_of_ones_own_out_of_an_update_function_is_the_optimizer_of_that_name(dtype):
+    from emerging_optimizers.scalar_optimizers import Signum, SingleMomentumOptimizer, update_functions
+
+    class ShapedSignum(SingleMomentumOptimizer):
+        def __init__(self, params: Any, lr: float = 1e-2, momentum: float = 0.9, weight_decay: float = 0.1) -> None:
+            super().__init__(
+                params,
+                defaults={
+                    "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "correct_bias": True,
+                    "nesterov": True, "use_shape_scaling": True,
+                },
+                update_fn=update_functions.calculate_signum_update,
+                update_kwarg_names=("momentum", "correct_bias", "nesterov", "use_shape_scaling"),
+                weight_decay_method="independent",
+            )  # fmt: skip
+
+    g = torch.Generator().manual_seed(0)
+    shapes = [(4, 3), (6, 5), (2, 7)]
+    ps = [nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s in shapes]
+    qs = [nn.Parameter(p.detach().clone()) for p in ps]
+    ours = ShapedSignum([{"params": ps[:2]}, {"params": ps[2:], "momentum": 0.5}])
+    theirs = Signum(
+        [{"params": qs[:2]}, {"params": qs[2:], "momentum": 0.5}], lr=1e-2, weight_decay=0.1, nesterov=True,
+        use_shape_scaling=True, weight_decay_method="independent",
+    )  # fmt: skip
+    for step in range(5):
+        if step == 3:  # saved and resumed
+            state = copy.deepcopy(ours.state_dict())
+            ours = ShapedSignum([{"params": ps[:2]}, {"params": ps[2:]}])
+            ours.load_state_dict(state)
+        for p, q in zip(ps, qs, strict=True):
+            p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(ps, qs, strict=True):
+        torch.testing.assert_close(p, q)
+        assert ours.state[p].keys() == {"step", "exp_avg"}
+        assert ours.state[p]["step"] == 5
+
+
+def test_its_functions_before_and_after_a_step_see_the_parameter_and_its_group():
+    from emerging_optimizers.scalar_optimizers import TwoMomentsOptimizer, calculate_adam_update
+
+    class NormKeeper(TwoMomentsOptimizer):
+        def pre_step_inplace(self, p: Tensor, group: dict) -> Tensor:
+            assert any(p is q for q in group["params"])
+            return p.norm()
+
+        def post_step_inplace(self, p: Tensor, group: dict, ctx: Tensor) -> None:
+            p.mul_(ctx / p.norm())
+
+    p = nn.Parameter(torch.randn(300_000, generator=torch.Generator().manual_seed(0)))
+    before = p.detach().clone()
+    options = {
+        "lr": 0.1,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": 0.5,
+        "correct_bias": True,
+        "nesterov": False,
+    }
+    names = ("betas", "eps", "correct_bias", "nesterov")
+    optimizer = NormKeeper([p], options, update_fn=calculate_adam_update, update_kwarg_names=names)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    free = before * 0.95 - 0.1
+    torch.testing.assert_close(p.detach(), free * before.norm() / free.norm(), rtol=1e-4, atol=1e-5)
+
+    with pytest.raises(ValueError, match="update_kwarg_names has 'bets', which defaults has not; it has 'lr'"):
+        NormKeeper([p], options, update_fn=calculate_adam_update, update_kwarg_names=("bets",))
+
+
 # ---- options as attributes ------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from emerging_optimizers import create_optimizer
 from emerging_optimizers.engine import SpikeWatch
 from emerging_optimizers.legacy_soap.tp_rekls import TpRekls, all_gather_grad_and_kronecker_factors_tp
 from emerging_optimizers.soap import REKLS
@@ -127,6 +128,11 @@ def test_without_a_group_it_is_rekls(partition_dim):
         tp.step()
         one.step()
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_does_not_say_how_it_is_sharded():
+    with pytest.raises(ValueError, match="tp_group is not possible for a model"):
+        create_optimizer("tp_rekls", nn.Linear(4, 4), lr=0.1, tp_group=object())
 
 
 def test_partition_dim_is_checked():
