@@ -1,5 +1,5 @@
-"""The published path of the KL-SOAP classes; they live in `soap`, and this is the only module that looks across."""
+"""The published path of the KL-SOAP classes; they live in `soap`, and only `shampoo` looks across, here and beside."""
 
-from emerging_optimizers.soap.kl_soap import KlMSoap, KlSoapV3, ReklsV3
+from emerging_optimizers.soap.kl_soap import KlMSoap, KlSoapV3, ReklsV3, SoapBase
 
-__all__ = ["KlMSoap", "KlSoapV3", "ReklsV3"]
+__all__ = ["KlMSoap", "KlSoapV3", "ReklsV3", "SoapBase"]

@@ -411,6 +411,35 @@ def test_its_functions_before_and_after_a_step_see_the_parameter_and_its_group()
         NormKeeper([p], options, update_fn=calculate_adam_update, update_kwarg_names=("bets",))
 
 
+# ---- an inner step of one's own in SOAP's eigenbasis ----------------------------------------------------------------
+
+
+def test_a_scalar_update_of_ones_own_runs_in_the_eigenbasis():
+    """Handing on to the class's own is the class itself; anything else is what it says."""
+    from emerging_optimizers.shampoo.soap_v3 import KlMSoap, KlSoapV3, ReklsV3, SoapBase
+
+    steps: list[int] = []
+
+    class Passing:
+        def _scalar_update(self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **options: Any) -> Tensor:
+            steps.append(options["step"])
+            return super()._scalar_update(grad, exp_avg, exp_avg_sq, **options)
+
+    for cls in (KlSoapV3, ReklsV3, KlMSoap):
+        steps.clear()
+        p, q = (nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))) for _ in range(2))
+        ours, theirs = type("Mine", (Passing, cls), {})([p], lr=0.1), cls([q], lr=0.1)
+        for step in range(4):
+            for x, optimizer in ((p, ours), (q, theirs)):
+                x.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+                optimizer.step()
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        assert steps == [1, 2, 3, 4]
+        theirs.load_state_dict(ours.state_dict())
+    with pytest.raises(NotImplementedError, match="SoapBase has no _scalar_update; override it"):
+        SoapBase([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+
+
 # ---- options as attributes ------------------------------------------------------------------------------------------
 
 

@@ -269,6 +269,7 @@ def load(path: str):
         "contrib.row_norm:row_norm_fn",
         "legacy_soap.tp_rekls:all_gather_grad_and_kronecker_factors_tp",
         "package_info:__version__",
+        "shampoo.soap_v3:SoapBase",
         "scalar_optimizers:SingleMomentumOptimizer",
         "scalar_optimizers.base:SingleMomentumOptimizer",
         "scalar_optimizers.base:TwoMomentsOptimizer",

@@ -2,8 +2,8 @@
 
 The rest, with the test that does: the second update of SOAP (`test_reductions`), low-precision parameters and their
 resumption (`test_conformance`), ObliqueAdam's first step (`test_riemannian`), AdaptiveMuon's scale and its added
-groups, the norm on the hyperball (`test_orthogonalized`), PSGDPro's step size (`test_psgd`), coefficient sets at other lengths,
-matrices of any scale and zero ones (`linalg/test_newton_schulz`), normalize_in_double of zeros
+groups, the norm on the hyperball (`test_orthogonalized`), PSGDPro's step size (`test_psgd`), coefficient sets at other
+lengths, matrices of any scale and zero ones (`linalg/test_newton_schulz`), normalize_in_double of zeros
 (`test_newton_schulz_tp`), triton at import (`test_package`), gradients that are not finite (`engine/test_guard`),
 vectors, ranges, closures and options by group (`test_conformance`), a hook beside MuonHyperball's (`test_hooks`), a
 module that registers twice (`test_registry`), assertions as errors (`test_scalar_functions`, `test_utils_modules`).
