@@ -30,6 +30,12 @@ from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direction
 from emerging_optimizers.scalar_optimizers.update_functions import calculate_adam_update, calculate_madam_update
+from emerging_optimizers.soap.preconditioners import (
+    KlSoapPreconditioner,
+    PreconditionerRule,
+    ReklsPreconditioner,
+    SoapPreconditionerProtocol,
+)
 from emerging_optimizers.soap.soap import SOAP, SOAPRule
 
 
@@ -52,6 +58,8 @@ class ScalarUpdateRule(SOAPRule):
 
 class SoapBase(SOAP):
     """The base of KL-SOAP with an element-wise step of your own in the eigenbasis: override `_scalar_update`.
+
+    A subclass may also set `PreconditionerCls`, and keep factors and bases otherwise (`soap.preconditioners`).
 
     Args:
         params: as in `KlSoapV3`.
@@ -80,7 +88,7 @@ class SoapBase(SOAP):
         tensor([-0.1000, -0.1000], grad_fn=<SelectBackward0>)
     """
 
-    _eigh: ClassVar[bool] = False
+    PreconditionerCls: ClassVar[type[SoapPreconditionerProtocol]] = KlSoapPreconditioner
 
     def __init__(
         self,
@@ -103,13 +111,15 @@ class SoapBase(SOAP):
             eps,
             weight_decay,
             weight_decay_method=weight_decay_method,
-            use_eigh=self._eigh,
+            use_eigh=self.PreconditionerCls is ReklsPreconditioner,
             use_kl_shampoo=True,
             stream_list=stream_list,
             **engine,
         )
 
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
+        if self.PreconditionerCls not in (KlSoapPreconditioner, ReklsPreconditioner):
+            return PreconditionerRule(cls=self.PreconditionerCls, function=self._scalar_update)
         owner = next(cls for cls in type(self).__mro__ if "_scalar_update" in vars(cls))
         if owner in (KlSoapV3, KlMSoap):
             return super()._make_rule(group)
@@ -200,7 +210,7 @@ class ReklsV3(KlSoapV3):
         True
     """
 
-    _eigh = True
+    PreconditionerCls = ReklsPreconditioner
 
 
 @dataclass(frozen=True, kw_only=True)

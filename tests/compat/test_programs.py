@@ -440,6 +440,73 @@ def test_a_scalar_update_of_ones_own_runs_in_the_eigenbasis():
         SoapBase([nn.Parameter(torch.ones(2, 2))], lr=0.1)
 
 
+def test_a_preconditioner_of_ones_own_keeps_its_own_state():
+    """Derived and unchanged it is what KlSoapV3 and ReklsV3 do for stacks."""
+    from emerging_optimizers.shampoo.shampoo_base import TensorPair
+    from emerging_optimizers.shampoo.soap_v3 import (
+        KlSoapPreconditioner,
+        KlSoapV3,
+        ReklsPreconditioner,
+        ReklsV3,
+    )
+
+    for base, cls in ((KlSoapPreconditioner, KlSoapV3), (ReklsPreconditioner, ReklsV3)):
+        mine = type("Mine", (cls,), {"PreconditionerCls": type("Own", (base,), {})})
+        p, q = (nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))) for _ in range(2))
+        ours, theirs = mine([p], lr=0.1), cls([q], lr=0.1)
+        for step in range(5):
+            for x, optimizer in ((p, ours), (q, theirs)):
+                x.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+                optimizer.step()
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+        assert ours.state[p].keys() == {"step", *base.init_state((6, 4), torch.device("cpu"))}
+
+    class Diagonal:
+        """Nothing is rotated; the rows have a running mean of their squares."""
+
+        def __init__(self, state: dict[str, Tensor], eps: float) -> None:
+            self.rows, self.exp_avg, self.exp_avg_sq, self.eps = state["rows"], state["m"], state["v"], eps
+
+        @staticmethod
+        def init_state(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+            return {"rows": torch.zeros(shape[0], device=device), "m": torch.zeros(shape), "v": torch.zeros(shape)}
+
+        def init_step(self, grad: Tensor, shampoo_beta: float) -> None:
+            assert shampoo_beta == 0
+            self.step(grad, shampoo_beta)
+
+        def step(self, grad: Tensor, shampoo_beta: float) -> None:
+            self.rows.lerp_(grad.square().mean(dim=1), 1 - shampoo_beta)
+
+        def rebind_state(self, state: dict[str, Tensor]) -> None:
+            state.update(rows=self.rows, m=self.exp_avg, v=self.exp_avg_sq)
+
+        def project_in(self, x: Tensor) -> Tensor:
+            return x / (self.rows.sqrt() + self.eps).unsqueeze(1)
+
+        def project_out(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    class DiagonalSoap(KlSoapV3):
+        PreconditionerCls = Diagonal
+
+    p = nn.Parameter(torch.zeros(2, 3, 4))  # a batch of two
+    optimizer = DiagonalSoap([p], lr=0.1)
+    p.grad = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), -0.2 * p.grad.sign())
+    torch.testing.assert_close(optimizer.state[p]["rows"], p.grad.square().mean(dim=2))
+    resumed = DiagonalSoap([nn.Parameter(p.detach().clone())], lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    L, R = TensorPair(torch.ones(1), torch.zeros(2))
+    assert (len(L), len(R)) == (1, 2)
+    state = KlSoapPreconditioner.init_state((2, 3), torch.device("cpu"))
+    one = KlSoapPreconditioner(state, 1e-8)
+    del state["exp_avg"]
+    with pytest.raises(KeyError, match="the state has no exp_avg"):
+        one.rebind_state(state)
+
+
 # ---- options as attributes ------------------------------------------------------------------------------------------
 
 

@@ -269,7 +269,14 @@ def load(path: str):
         "contrib.row_norm:row_norm_fn",
         "legacy_soap.tp_rekls:all_gather_grad_and_kronecker_factors_tp",
         "package_info:__version__",
+        "shampoo.soap_v3:KlSoapPreconditioner",
+        "shampoo.soap_v3:ReklsPreconditioner",
         "shampoo.soap_v3:SoapBase",
+        *(
+            f"shampoo.{module}:{name}"
+            for module in ("shampoo_base", "precond_base")
+            for name in ("ShampooPreconditionerProtocol", "SoapPreconditionerProtocol", "TensorPair")
+        ),
         "scalar_optimizers:SingleMomentumOptimizer",
         "scalar_optimizers.base:SingleMomentumOptimizer",
         "scalar_optimizers.base:TwoMomentsOptimizer",
