@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import Phase, Rule, Scalars, Step
-from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
 from emerging_optimizers.soap.functions import update_kl_factors
 from emerging_optimizers.soap.soap import DEFAULT_RELATIVE_FLOOR
+from emerging_optimizers.utils.eig import eigh_with_fallback
 
 
 @dataclass
@@ -165,7 +165,7 @@ class KlSoapPreconditioner:
 
     def _follow(self, factor: Tensor, basis: Tensor) -> Tensor:
         first = torch.equal(basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device))
-        return eigh_descending(factor)[1] if first or self._eigh else orthogonal_iteration(factor, basis, 1)
+        return eigh_with_fallback(factor)[1] if first or self._eigh else orthogonal_iteration(factor, basis, 1)
 
     def project_in(self, x: Tensor) -> Tensor:
         """Q_L^T X Q_R."""

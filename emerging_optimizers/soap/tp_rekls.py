@@ -27,10 +27,10 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.validate import one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
 from emerging_optimizers.utils import get_pg_rank, get_pg_size
+from emerging_optimizers.utils.eig import eigh_with_fallback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class TpReklsRule(SOAPRule):
         for side in ("L", "R"):
             if side in saved:
                 factor = saved[side] if self.processes == 1 else _gather(saved[side], -2, self.tp_group)
-                saved[f"Q_{side}"] = self._rows(eigh_descending(factor)[1])
+                saved[f"Q_{side}"] = self._rows(eigh_with_fallback(factor)[1])
         return saved
 
     def _rows(self, x: Tensor | None) -> Tensor | None:
