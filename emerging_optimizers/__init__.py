@@ -38,7 +38,18 @@ if TYPE_CHECKING:
         SimplifiedAdEMAMix,
     )
     from emerging_optimizers.shampoo import Shampoo
-    from emerging_optimizers.soap import MOSO, REKLS, SOAP, KlMSoap, KLShampoo, KlSoapV3, ReklsV3, SOAPMuon, StackedSoap
+    from emerging_optimizers.soap import (
+        MOSO,
+        REKLS,
+        SOAP,
+        KlMSoap,
+        KLShampoo,
+        KlSoapV3,
+        ReklsV3,
+        SOAPMuon,
+        StackedSoap,
+        TpRekls,
+    )
 
 _HOMES = {
     "AdEMAMix": "scalar_optimizers",
@@ -75,6 +86,7 @@ _HOMES = {
     "Spel": "orthogonalized_optimizers",
     "SpikeWatch": "engine",
     "StackedSoap": "soap",
+    "TpRekls": "soap",
     "create_optimizer": "routing",
     "estimate": "cost",
     "plan_parameters": "routing",
@@ -115,6 +127,7 @@ __all__ = [
     "Spel",
     "SpikeWatch",
     "StackedSoap",
+    "TpRekls",
     "__version__",
     "create_optimizer",
     "estimate",

@@ -202,6 +202,11 @@ OPTIMIZERS: dict[str, Entry] = {
         description="SOAP with KL factors that a stack of matrices shares",
         paper="NVIDIA 2026, Emerging-Optimizers; Vyas et al. 2024, arXiv 2409.11321",
     ),
+    "tp_rekls": Entry(
+        path="emerging_optimizers.soap.tp_rekls:TpRekls",
+        description="REKLS on matrices whose rows or columns lie on several processes",
+        paper="Lin et al. 2025, arXiv 2509.03378; NVIDIA 2026, Emerging-Optimizers",
+    ),
 }
 
 
@@ -254,7 +259,7 @@ def register_optimizer(name: str) -> Callable[[ClassT], ClassT]:
         >>> @register_optimizer("tiger")
         ... class Tiger(Lion):
         ...     "Lion, with stripes."
-        >>> list_optimizers("t*", with_description=True)
+        >>> list_optimizers("ti*", with_description=True)
         [('tiger', 'Lion, with stripes')]
         >>> _ = OPTIMIZERS.pop("tiger")
     """

@@ -275,6 +275,8 @@ CASES: list[OptimizerCase] = [
     # By another name soap_kl and rekls.
     *_rows("kl_soap", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
     *_rows("rekls_v3", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
+    # Shards are in tests/compat/test_tp_rekls.py; alone it is rekls.
+    *_rows("tp_rekls", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
     *_rows("kl_m_soap", {"lr": 0.1}, {"": {}, "l2": _DECAY["l2"]}, state=_SOAP, batched=1e-3),
     *_rows(
         "soap_muon",

@@ -18,19 +18,11 @@ def state_by_parameter(
         return None
     state = state_dict["state"]
     return {
-        p: _without_lists(state[saved_id])
+        p: state[saved_id]
         for ids, ps in zip(saved, parameters, strict=True)
         for saved_id, p in zip(ids, ps, strict=True)
         if state.get(saved_id)
     }
-
-
-def _without_lists(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A list, as the published PSGD has of its factors, by index: {"Q": [a, b]} is {"Q_0": a, "Q_1": b}."""
-    flat: dict[str, Any] = {}
-    for key, value in saved.items():
-        flat |= {f"{key}_{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {key: value}
-    return flat
 
 
 def check_format(state_dict: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ and :math:`f_t G_t` is what enters momentum, factors and moments. A unit whose n
 and every part of its state, its step count included, stay as they are. All of it is decided on the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,8 +23,15 @@ NonfiniteT = Literal["skip", "raise", "propagate"]
 DECAY = 0.95
 
 
-def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any]) -> Tensor | None:
+def decide(
+    bucket: Bucket,
+    members: Sequence[int],
+    group: Mapping[str, Any],
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
     """By what the gradient of each unit is multiplied, 0: not at all; None: every member's by one.
+
+    `total` sums over the processes among which a unit is spread.
 
     Updates the running means and the counters of the bucket. On the CPU, where looking is free, nothing to do is None.
     """
@@ -32,6 +39,8 @@ def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any]) -> 
     if threshold is None and not skips:
         return None
     norm = _unit_norms(bucket, members)
+    if total is not None:
+        norm = total(norm.double().square()).sqrt().to(norm.dtype)
     finite = norm.isfinite()
     everywhere = len(members) == len(bucket.parameters)
     if threshold is None and everywhere and bucket.on_host and bool(finite.all()):

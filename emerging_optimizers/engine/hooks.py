@@ -22,21 +22,27 @@ References:
     Cesista 2025, Fast, Numerically Stable, and Auto-Differentiable Spectral Clipping via Newton-Schulz Iteration.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from functools import partial
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from emerging_optimizers.linalg.spectral_clipping import spectral_clipped_weight_decay, spectral_hardcap
 
+HookStateT = TypeVar("HookStateT")
 
-class WeightUpdateHook(ABC):
-    """A law by which a weight moves. Pure, reads no value on the host.
+
+class WeightUpdateHook(Generic[HookStateT]):
+    """A law by which a weight moves: another direction, and where the new weight is taken afterwards.
+
+    A law of your own is written in one of two ways. Either as pure functions of stacks, whose first axis runs over what
+    has a norm of its own: `direct` and `retract`, or `move` for all of it; they read no value on the host. Or as the
+    published library has it, `pre_weight_update_inplace` and `post_weight_update_inplace`, which are called with one
+    parameter after the other and modify it; any object that has these two will do. They cannot be compiled, and a
+    checkpoint does not hold them.
 
     Attributes:
         matrices_only: it is about singular values, and an element-wise optimizer cannot follow it.
@@ -44,13 +50,55 @@ class WeightUpdateHook(ABC):
 
     matrices_only: ClassVar[bool] = False
 
-    @abstractmethod
+    def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        """What the learning rate multiplies; `decayed` is the old weight after weight decay."""
+        return update
+
+    def retract(self, free: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        """The new weight, of what `decayed - lr * direction` is."""
+        return free
+
     def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
-        """The new weights of a stack; its first axis runs over what has a norm of its own."""
+        """The new weights of a stack."""
+        decayed = weight * keep
+        return self.retract(decayed - lr * self.direct(update, weight, decayed), weight, decayed)
+
+    def pre_weight_update_inplace(self, p: Tensor, update: Tensor) -> HookStateT:
+        """Turn one parameter's update into a direction, in place; returns what the other method is to be given."""
+        update.copy_(self.direct(_one(update), _one(p), _one(p))[0])
+        before: Any = p.detach().clone()
+        return before
+
+    def post_weight_update_inplace(self, p: Tensor, pre_update_state: HookStateT) -> None:
+        """Take one parameter, decayed and moved, to where it belongs, in place."""
+        before: Any = pre_update_state
+        old = _one(p if before is None else before)
+        p.copy_(self.retract(_one(p), old, old)[0])
+
+
+class NoOpWeightUpdateHook(WeightUpdateHook[Any]):
+    """The ordinary update; a group holds it as `weight_update_hook=None`."""
+
+
+class InPlaceLaw:
+    """A law that is two functions of one parameter: the engine hands over the parameter itself, not a stack."""
+
+    matrices_only = False
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def step(self, p: Tensor, update: Tensor, keep: Any, lr: Any) -> None:
+        """Decay, and the update between the two functions."""
+        p.mul_(keep)
+        update = update.clone()  # which may be the momentum itself
+        before = self.hook.pre_weight_update_inplace(p, update)
+        p.sub_(update * lr)
+        self.hook.post_weight_update_inplace(p, before)
 
 
 @dataclass(frozen=True)
-class HyperballHook(WeightUpdateHook):
+class HyperballHook(WeightUpdateHook[Any]):
     """Keep the weight on a sphere; the learning rate is the angle of a step, nearly.
 
     A zero weight has no sphere of its own: with `radius=None` it stays zero.
@@ -68,14 +116,18 @@ class HyperballHook(WeightUpdateHook):
         if self.radius is not None and not self.eps <= self.radius < float("inf"):
             raise ValueError(f"radius={self.radius!r} is not allowed; give None or a finite number >= eps={self.eps}")
 
-    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
-        radius = _norm(weight) if self.radius is None else self.radius
-        unit = partial(_unit, eps=self.eps)
-        return radius * unit(weight * keep - lr * radius * unit(update))
+    def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        return self._of(old) * _unit(update, self.eps)
+
+    def retract(self, free: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        return self._of(old) * _unit(free, self.eps)
+
+    def _of(self, old: Tensor) -> Any:
+        return _norm(old) if self.radius is None else self.radius
 
 
 @dataclass(frozen=True)
-class RadialBrakeHook(WeightUpdateHook):
+class RadialBrakeHook(WeightUpdateHook[Any]):
     """Let only a share of each change of the weight's norm happen; its direction moves as ever.
 
     Args:
@@ -94,17 +146,16 @@ class RadialBrakeHook(WeightUpdateHook):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; give a number in [0, 1]")
 
-    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
-        decayed = weight * keep
-        free = decayed - lr * update
+    def retract(self, free: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
         before, after = _norm(decayed), _norm(free)
         change = after - before
         kept = torch.where(change > 0, self.outward_scale * change, self.inward_scale * change)
+        kept = torch.where(change.abs() < self.eps, 0, kept)
         return (before + kept) * _unit(free, self.eps)
 
 
 @dataclass(frozen=True)
-class RelativeUpdateHook(WeightUpdateHook):
+class RelativeUpdateHook(WeightUpdateHook[Any]):
     """Make the learning rate the relative change of the weight: the update gets the weight's norm.
 
     A zero weight stays zero.
@@ -118,13 +169,13 @@ class RelativeUpdateHook(WeightUpdateHook):
     def __post_init__(self) -> None:
         _check_eps(self.eps)
 
-    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
-        decayed = weight * keep
-        return decayed - lr * _norm(decayed) * _unit(update, self.eps)
+    def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        norm = _norm(decayed)
+        return torch.where(norm < self.eps, 0, norm * _unit(update, self.eps))
 
 
 @dataclass(frozen=True)
-class SpectralClipHook(WeightUpdateHook):
+class SpectralClipHook(WeightUpdateHook[Any]):
     """Bound the singular values of the update.
 
     Args:
@@ -137,12 +188,12 @@ class SpectralClipHook(WeightUpdateHook):
     def __post_init__(self) -> None:
         _check_beta(self.beta)
 
-    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
-        return weight * keep - lr * spectral_hardcap(update, self.beta)
+    def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        return spectral_hardcap(update, self.beta)
 
 
 @dataclass(frozen=True)
-class SpectralWeightDecayHook(WeightUpdateHook):
+class SpectralWeightDecayHook(WeightUpdateHook[Any]):
     """Decay only what the weight's singular values have above a bound; c = 1 keeps the weight in the spectral ball.
 
     The optimizer's own weight decay goes on; set it to 0 to have this one alone.
@@ -161,20 +212,19 @@ class SpectralWeightDecayHook(WeightUpdateHook):
         if not 0 <= self.c <= 1:
             raise ValueError(f"c={self.c!r} is not allowed; give a number in [0, 1]")
 
-    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
-        return spectral_clipped_weight_decay(weight * keep - lr * update, self.beta, self.c)
+    def retract(self, free: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        return spectral_clipped_weight_decay(free, self.beta, self.c)
 
 
-class KeepNorm(WeightUpdateHook):
+class KeepNorm(WeightUpdateHook[Any]):
     """Give every parameter the Frobenius norm that it had before the step, weight decay undone (0 if it became 0)."""
 
-    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
-        free = weight * keep - lr * update
-        return _norm(weight) * _unit(free, torch.finfo(free.dtype).tiny)
+    def retract(self, free: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        return _norm(old) * _unit(free, torch.finfo(free.dtype).tiny)
 
 
 # The names under which parameter groups, and with them checkpoints, hold a hook as plain data: (name, *arguments).
-HOOKS: Mapping[str, type[WeightUpdateHook]] = {
+HOOKS: Mapping[str, type[WeightUpdateHook[Any]]] = {
     "hyperball": HyperballHook,
     "radial_brake": RadialBrakeHook,
     "relative_update": RelativeUpdateHook,
@@ -182,10 +232,11 @@ HOOKS: Mapping[str, type[WeightUpdateHook]] = {
     "spectral_weight_decay": SpectralWeightDecayHook,
 }
 _NAMES = {cls: name for name, cls in HOOKS.items()}
-WeightUpdateHookT = WeightUpdateHook | str | tuple[Any, ...] | None
+WeightUpdateHookT = WeightUpdateHook[Any] | str | tuple[Any, ...] | None
+Law = WeightUpdateHook[Any] | InPlaceLaw
 
 
-def make_hook(value: WeightUpdateHookT) -> WeightUpdateHook | None:
+def make_hook(value: WeightUpdateHookT) -> Law | None:
     """A hook from its name, its plain data, or itself; None: the ordinary update.
 
     Raises:
@@ -195,7 +246,11 @@ def make_hook(value: WeightUpdateHookT) -> WeightUpdateHook | None:
         >>> make_hook(("hyperball", 5.0))
         HyperballHook(radius=5.0, eps=1e-15)
     """
-    if value is None or isinstance(value, WeightUpdateHook):
+    if value is None or type(value) is NoOpWeightUpdateHook:
+        return None
+    if _is_in_place(value):
+        return InPlaceLaw(value)
+    if isinstance(value, WeightUpdateHook):
         return value
     name, *arguments = (value,) if isinstance(value, str) else value
     if name not in HOOKS:
@@ -206,10 +261,25 @@ def make_hook(value: WeightUpdateHookT) -> WeightUpdateHook | None:
         raise ValueError(f"weight_update_hook={value!r}: {wrong}") from None
 
 
-def plain_hook(hook: WeightUpdateHook) -> Any:
+def _is_in_place(value: Any) -> bool:
+    """Whether it has published methods of its own, which it may without being a `WeightUpdateHook`."""
+    names = ("pre_weight_update_inplace", "post_weight_update_inplace")
+    return all(hasattr(value, name) for name in names) and any(
+        getattr(type(value), name, None) is not getattr(WeightUpdateHook, name) for name in names
+    )
+
+
+def plain_hook(hook: WeightUpdateHook[Any]) -> Any:
     """What a checkpoint can hold of a hook: (name, *arguments); a class of the user's own stays as it is."""
+    if type(hook) is NoOpWeightUpdateHook:
+        return None
     name = _NAMES.get(type(hook))
     return hook if name is None else (name, *astuple(hook))  # type: ignore[call-overload]  # every hook is a dataclass
+
+
+def _one(x: Tensor) -> Tensor:
+    """One parameter as a stack, in at least float32."""
+    return (x if x.dtype == torch.float64 else x.float()).unsqueeze(0)
 
 
 def _norm(stack: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from torch import Tensor
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.guard import DECAY
 from emerging_optimizers.engine.matrix_view import Block, blocks
+from emerging_optimizers.engine.momenta import momentum_of
 from emerging_optimizers.engine.optimizer import RuleOptimizer
 from emerging_optimizers.engine.rule import Phase
 from emerging_optimizers.engine.transit import Transit
@@ -96,18 +97,6 @@ THRESHOLDS: Mapping[str, Threshold] = {
         4.0, 3, "one direction rules the factor; look for a gradient spike in the steps before"
     ),
 }  # fmt: skip
-
-# Where an average of gradients stands in the state, and with which weight the newest entered it; by the class's name.
-# LaProp and RMSprop are missing on purpose: what they average is not the gradient.
-MOMENTUM: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
-    "Adam": ("exp_avg", lambda group: 1 - group["betas"][0]),
-    "AdamW": ("exp_avg", lambda group: 1 - group["betas"][0]),
-    "SOAP": ("exp_avg", lambda group: 1 - group["betas"][0]),
-    "Lion": ("exp_avg", lambda group: 1 - group["betas"][1]),
-    "OrthogonalizedOptimizer": ("momentum_buffer", lambda group: 1 - group["momentum"]),
-    "Muon": ("momentum_buffer", lambda group: 1 - group["momentum"]),
-    "SGD": ("momentum_buffer", lambda group: 1 - group["dampening"]),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,12 +388,15 @@ spike_guard=2.0 scales such gradients down.
             "alignment": _ratio(_dot(update, grad), update_norm * grad_norm),
         }
         bases = {key: states(key).reshape(len(stack), -1, n, n)
-                 for key, n in zip(("Q_L", "Q_R"), item, strict=False) if key in kept}  # fmt: skip
-        average = next((MOMENTUM[c.__name__] for c in self._class(group).__mro__ if c.__name__ in MOMENTUM), None)
-        if average is not None and average[0] in kept:
-            heard = project_in(_guarded(grad, [m.limit for m in stack]), bases.get("Q_L"), bases.get("Q_R"))
-            momentum = stacked(m.block.restack(self._state(m)[average[0]]) for m in stack)
-            found["momentum_share"] = average[1](group) * _ratio(_dot(heard, momentum), _dot(momentum, momentum))
+                 for key, n in zip(("Q_L", "Q_R"), item, strict=False)
+                 if key in kept and self._state(stack[0])[key].shape[-2:] == (n, n)}  # fmt: skip
+        average = momentum_of(self._class(group))
+        if average is not None and average.key in kept:
+            heard = _guarded(grad, [m.limit for m in stack])
+            if average.rotated:
+                heard = project_in(heard, bases.get("Q_L"), bases.get("Q_R"))
+            momentum = stacked(m.block.restack(self._state(m)[average.key]) for m in stack)
+            found["momentum_share"] = average.weight(group) * _ratio(_dot(heard, momentum), _dot(momentum, momentum))
         if item:
             unit = _ratio(update, torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True))
             found["stable_rank"] = _stable_rank(unit).amin(dim=1)

@@ -8,7 +8,7 @@ them, written to the parameters. Whatever can raise does so before the first wei
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from operator import is_
-from typing import Any, ClassVar, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment, fill_buckets
 from emerging_optimizers.engine.executors import Execution, call
 from emerging_optimizers.engine.guard import NonfiniteT, decide
-from emerging_optimizers.engine.hooks import WeightUpdateHook, WeightUpdateHookT, make_hook
+from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
 from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import make_scalars
@@ -67,7 +67,8 @@ class EngineOptions(TypedDict, total=False):
             Default "auto".
         weight_update_hook: the law by which the weight moves: a name of `engine/hooks.py` ("hyperball", "radial_brake",
             "relative_update", "spectral_clip", "spectral_weight_decay"), (name, its arguments), or a
-            `WeightUpdateHook`. Per group. Default None: W <- keep W - lr U.
+            `WeightUpdateHook`, which may be two functions of a parameter as published. Per group. Default None:
+            W <- keep W - lr U.
         execution: "stacked" (default: matrices of one shape in one call), "per_matrix" (one matrix a call, the
             definition of correct) or "compiled" (the rule through torch.compile).
     """
@@ -135,6 +136,23 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _name(self) -> str:
         return type(self).__name__
 
+    if not TYPE_CHECKING:  # where a misspelled attribute is an error
+
+        def __getattr__(self, name: str) -> Any:
+            """An option, as groups that do not set it have it."""
+            try:
+                return self.__dict__["defaults"][name]
+            except KeyError:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Anything; an option is set in every group."""
+            if "param_groups" in self.__dict__ and (name in self.ranges or name in self._common_ranges):
+                for group in (self.defaults, *self.param_groups):
+                    group[name] = value
+            else:
+                super().__setattr__(name, value)
+
     # ---- what a subclass may say about a group ------------------------------------------------------------------
 
     def _algorithm(self, group: Mapping[str, Any]) -> "type[RuleOptimizer]":
@@ -190,7 +208,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         algorithm._check_choice(group)
         rule = self._make_rule(group)
         self._check_hook(rule, group, algorithm.__name__)
-        if self.execution == "compiled" and rule.reads_parameters:
+        law = self._law(rule, group)
+        if self.execution == "compiled" and (rule.reads_parameters or isinstance(law, InPlaceLaw)):
             raise ValueError(
                 f"{self._name}: execution='compiled' cannot run a rule that is given by a Python function of one "
                 "parameter; use execution='stacked' or 'per_matrix'"
@@ -201,6 +220,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"{algorithm.__name__}: {label(group, i, p)}: {obstacle}")
         self._rules[index] = (values, rule)
         return rule
+
+    def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
+        """The law by which the weights of a group move, if it is not the ordinary one."""
+        return rule.hook or make_hook(group["weight_update_hook"])
 
     @staticmethod
     def _check_hook(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
@@ -307,7 +330,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, loadable with `weights_only=True`. The state's tensors are views of the live stacks."""
-        return {**super().state_dict(), "format": checkpoint.FORMAT}
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            hook = group["weight_update_hook"]
+            if not (hook is None or isinstance(hook, (str, tuple))):  # code, which whoever resumes brings along
+                del group["weight_update_hook"]
+        return {**packed, "format": checkpoint.FORMAT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its own dtype (torch casts it to the parameter's).
@@ -316,23 +344,33 @@ class RuleOptimizer(torch.optim.Optimizer):
             ValueError: the checkpoint does not belong to this optimizer; nothing has changed.
         """
         staged: list[tuple[int, list[Bucket]]] = []
+        hooks: list[WeightUpdateHookT] = []
 
         def stage(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check_format(incoming)
             self._check_route(incoming["param_groups"])
             saved = checkpoint.state_by_parameter([g["params"] for g in self.param_groups], incoming)
-            if saved is not None:  # else torch says what does not correspond
-                for index, (mine, theirs) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=True)):
-                    group = {**self.defaults, **theirs, "params": mine["params"]}
-                    members = [(i, p) for i, p in enumerate(mine["params"]) if p in saved]
-                    staged.append((index, fill_buckets(members, group, self._make_rule(group), saved)))
-            return {**incoming, "state": {}}
+            if saved is None:  # torch says what does not correspond
+                return incoming
+            # What an older or a published checkpoint does not say, and what is code, stays as it is here.
+            pairs = list(zip(self.param_groups, incoming["param_groups"], strict=True))
+            groups = [{**mine, **theirs, "params": theirs["params"]} for mine, theirs in pairs]
+            hooks.extend(theirs.get("weight_update_hook", mine["weight_update_hook"]) for mine, theirs in pairs)
+            for index, (mine, group) in enumerate(zip(self.param_groups, groups, strict=True)):
+                members = [(i, p) for i, p in enumerate(mine["params"]) if p in saved]
+                told = {**group, "params": mine["params"]}
+                rule = self._make_rule(told)
+                states = {p: rule.translate(saved[p]) for _, p in members}
+                staged.append((index, fill_buckets(members, told, rule, states)))
+            return {**incoming, "state": {}, "param_groups": groups}
 
         def install(_: Any) -> None:
             self._forget_stacks()
             self.state.clear()
             for index, buckets in staged:
                 self._install(index, buckets)
+            for group, hook in zip(self.param_groups, hooks, strict=True):
+                group["weight_update_hook"] = hook  # itself; torch has copied it
 
         # Registered for this call alone, so that it sees what the user's own hooks have made of the checkpoint.
         before = self.register_load_state_dict_pre_hook(stage)
@@ -427,10 +465,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         gradients = {i: g for i, p in enumerate(bucket.parameters) if (g := p.grad) is not None}
         if not gradients:
             return
-        hook = rule.hook or make_hook(group["weight_update_hook"])
+        hook = self._law(rule, group)
         execution = self.execution
         # A hook needs the norm of a whole parameter, which chunks of an element-wise rule cut.
-        if rule.reads_parameters or (hook and rule.elementwise and execution == "stacked"):
+        in_place = isinstance(hook, InPlaceLaw)
+        if rule.reads_parameters or in_place or (hook and rule.elementwise and execution == "stacked"):
             execution = "per_matrix"
         if group["spike_guard"] is not None and not bucket.guard:
             bucket.start_guard()
@@ -438,12 +477,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         active = list(gradients)
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: it is asked whether it is
         # finite, and the guard is called when it is not. Until then every factor was one.
-        lazy = bucket.on_host and group["spike_guard"] is None and group["nonfinite"] == "skip"
+        lazy = bucket.on_host and group["spike_guard"] is None and group["nonfinite"] == "skip" and not rule.total
         if lazy:
             long = [gradients[i] for i in active if execution == "stacked" and bucket.cuts(i)]
-            factor = None if all(map(_is_finite, long)) else decide(bucket, active, group)
+            factor = None if all(map(_is_finite, long)) else decide(bucket, active, group, rule.total)
         else:
-            factor = decide(bucket, active, group)
+            factor = decide(bucket, active, group, rule.total)
         for (phase, count), segments in self._by_phase(bucket, rule, gradients).items():
             members: Mapping[int, Tensor] = gradients
             if segments is not bucket.whole:
@@ -453,7 +492,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for chunk in bucket.chunks(segments, execution):
                 grad = bucket.stack(chunk, members)
                 if lazy and factor is None and not _is_finite(grad):
-                    factor = decide(bucket, active, group)
+                    factor = decide(bucket, active, group, rule.total)
                 self._run(bucket, chunk, grad, members, factor, rule, hook, phase, count, group, execution)
         bucket.count(active, factor)
         if (lost := rule.lost(bucket.state)) is not None:
@@ -486,7 +525,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         gradients: Mapping[int, Tensor],
         factor: Tensor | None,
         rule: Rule,
-        hook: WeightUpdateHook | None,
+        hook: Law | None,
         phase: Phase,
         count: int,
         group: Mapping[str, Any],
@@ -536,7 +575,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         members: Container[int],
         live: Tensor | None,
         out: Step,
-        hook: WeightUpdateHook | None,
+        hook: Law | None,
         group: Mapping[str, Any],
     ) -> None:
         """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype."""
@@ -550,6 +589,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(wide, directions, alpha=-lr)
             if wide is not parts:
                 torch._foreach_copy_(parts, wide)
+            return
+        if isinstance(hook, InPlaceLaw):
+            assert out.direction is not None
+            if live is None or bool(live.any()):  # one parameter, or one matrix of it
+                p = bucket.parameters[chunk[0].row]
+                for part, direction in zip(*bucket.targets(chunk, out.direction, members), strict=True):
+                    hook.step(p if part.shape == p.shape else part, direction.view(part.shape), keep, lr)
             return
         old = bucket.stack(chunk, {row: bucket.parameters[row] for row, _, _ in chunk})
         if out.direction is None:

@@ -7,7 +7,7 @@ Names of tensors end in their shape: B matrices of a stack, M rows, N columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -76,6 +76,7 @@ class Rule(ABC):
         handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
         starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
+        derived: keys of other releases' checkpoints that follow from the rest; they are not loaded.
     """
 
     scalars: ClassVar[tuple[str, ...]] = ()
@@ -85,6 +86,7 @@ class Rule(ABC):
     reads_parameters: ClassVar[bool] = False
     rewrites_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
+    derived: ClassVar[tuple[str, ...]] = ()
 
     @property
     def matmul_precision(self) -> FP32MatmulPrecT:
@@ -92,12 +94,20 @@ class Rule(ABC):
         return "highest"
 
     @property
-    def hook(self) -> WeightUpdateHook | None:
+    def hook(self) -> WeightUpdateHook[Any] | None:
         """The law by which the weight moves, where that is part of the rule."""
         return None
 
     def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why `update` cannot run for parameters of a dtype on a device, and what helps; None: it can."""
+        return None
+
+    @property
+    def total(self) -> Callable[[Tensor], Tensor] | None:
+        """A sum over the processes among which each matrix is spread; None: each has whole matrices.
+
+        The guard takes norms with it, so that every process decides the same.
+        """
         return None
 
     @property
@@ -130,6 +140,10 @@ class Rule(ABC):
 
         A field's name is its key in checkpoints; its first axis is the first axis of `shape`.
         """
+
+    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The saved state of one parameter under this rule's keys, where another release wrote it under others."""
+        return {key: value for key, value in saved.items() if key not in self.derived}
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
         """The state before the first step where it follows from the weight, for a rule that `starts_from_weight`.

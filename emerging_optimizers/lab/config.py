@@ -50,6 +50,7 @@ TUNED: dict[str, Arm] = {
     "rekls": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
     "kl_soap": Arm(lr=9e-3, companion_lr=4e-3),
     "rekls_v3": Arm(lr=9e-3, companion_lr=4e-3),
+    "tp_rekls": Arm(lr=9e-3, companion_lr=4e-3, options={"fp32_matmul_prec": "highest"}),
     "kl_m_soap": Arm(lr=9e-3, companion_lr=4e-3),
     "psgd_pro": Arm(lr=1e-3, companion_lr=4e-3, options={"damping_noise_scale": 1e-3}),
     "soap_muon": Arm(lr=4e-3, companion_lr=4e-3),

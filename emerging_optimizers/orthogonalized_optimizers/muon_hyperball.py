@@ -37,6 +37,7 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import Orthogo
 class MuonHyperballRule(MuonRule):
     """Muon, and the sphere."""
 
+    derived = ("hyperball_R",)  # June 2026 keeps the norm of the last step
     hyperball_eps: float = 1e-8
     hyperball_radius: float | None = None
 

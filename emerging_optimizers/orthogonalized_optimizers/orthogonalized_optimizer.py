@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import FLAG, FRACTION, one_of, suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -90,7 +91,8 @@ class OrthogonalizedOptimizer(RuleOptimizer):
 
     Three ways to give the map: `scaled_orthogonalize_fn`; a subclass that overrides `orthogonalize` (to split a
     fused matrix, say); or a subclass that names its own `OrthogonalizedRule`, which is the only one that works on
-    stacks and compiles. The first two are called matrix by matrix.
+    stacks and compiles. The first two are called matrix by matrix. An override finds the optimizer's own map, scale
+    included, in `scaled_orthogonalize_fn`.
 
     Args:
         params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
@@ -128,7 +130,8 @@ class OrthogonalizedOptimizer(RuleOptimizer):
     # Options of the rule beyond this constructor's, for a subclass that calls this one past its own class's, as
     # Megatron-LM's adaptive Muon does: it may set them afterwards, as attributes or in the groups.
     set_later: ClassVar[Mapping[str, Any]] = {}
-    _kept = ("execution", "scaled_orthogonalize_fn", "_later")
+    _kept = ("execution", "_function", "_later")
+    _group: Mapping[str, Any] | None = None  # whose matrix `orthogonalize` is working on
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         scaled_orthogonalize_fn: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.scaled_orthogonalize_fn = scaled_orthogonalize_fn
+        self._function = scaled_orthogonalize_fn
         if scaled_orthogonalize_fn is None and not self._overrides and self.rule is OrthogonalizedRule:
             warnings.warn(
                 "OrthogonalizedOptimizer without scaled_orthogonalize_fn is SGD with momentum: the update is the "
@@ -185,13 +188,17 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         return type(self).orthogonalize is not OrthogonalizedOptimizer.orthogonalize
 
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
-        if self.scaled_orthogonalize_fn is None and not self._overrides:
+        if self._function is None and not self._overrides:
             return super()._make_rule(group)
 
         def function(p: Tensor, x_MN: Tensor) -> Tensor:
             # Read now: an entry of the group may be set at any time.
             options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-            return self.orthogonalize(p, x_MN, **options)
+            self._group = options
+            try:
+                return self.orthogonalize(p, x_MN, **options)
+            finally:
+                self._group = None
 
         return _with_function(type(self).rule).from_group({**group, "function": function})
 
@@ -208,7 +215,56 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         """
         if grad.ndim != 2:
             raise ValueError(f"orthogonalize takes one matrix; given is a tensor of shape {tuple(grad.shape)}")
-        if self.scaled_orthogonalize_fn is not None:
-            return self.scaled_orthogonalize_fn(grad)
-        rule = type(self).rule.from_group(kwargs)
-        return rule.orthogonalize(grad[None], make_scalars(rule.scalars, kwargs, {}))[0]
+        return self.scaled_orthogonalize_fn(grad)
+
+    @property
+    def scaled_orthogonalize_fn(self) -> Callable[..., Tensor]:
+        """The map O with its scale: the function that was given, else the optimizer's own.
+
+        The optimizer's own takes one matrix or a stack of them, in float32. It follows the options of the group whose
+        matrix `orthogonalize` is called for; outside a step, those that a group without options of its own has.
+        """
+        return self._map if self._function is None else self._function
+
+    @scaled_orthogonalize_fn.setter
+    def scaled_orthogonalize_fn(self, function: Callable[..., Tensor] | None) -> None:
+        self._function = function
+        self._forget_stacks()
+
+    def pre_weight_update_fn_inplace(self, p: Tensor, update: Tensor) -> None:
+        """What happens to one parameter, decayed already, and its update before W <- W - lr U; override it."""
+
+    def post_weight_update_fn_inplace(self, p: Tensor) -> None:
+        """What happens to one parameter after that; override it."""
+
+    def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
+        law = super()._law(rule, group)
+        names = ("pre_weight_update_fn_inplace", "post_weight_update_fn_inplace")
+        if all(getattr(type(self), name) is getattr(OrthogonalizedOptimizer, name) for name in names):
+            return law
+        if rule.hook is not None or rule.rewrites_weight:
+            raise ValueError(
+                f"{self._name} has a law of its own for the weight; override neither {' nor '.join(names)}"
+            )
+        return InPlaceLaw(_Around(self, law.hook if isinstance(law, InPlaceLaw) else law or NoOpWeightUpdateHook()))
+
+    def _map(self, x: Tensor) -> Tensor:
+        options = self.defaults if self._group is None else self._group
+        rule = type(self).rule.from_group(options)
+        stack = x if x.ndim == 3 else x[None]
+        return rule.orthogonalize(stack, make_scalars(rule.scalars, options, {})).view(x.shape)
+
+
+class _Around:
+    """A subclass's functions outside those of its hook."""
+
+    def __init__(self, optimizer: OrthogonalizedOptimizer, hook: Any) -> None:
+        self.optimizer, self.hook = optimizer, hook
+
+    def pre_weight_update_inplace(self, p: Tensor, update: Tensor) -> Any:
+        self.optimizer.pre_weight_update_fn_inplace(p, update)
+        return self.hook.pre_weight_update_inplace(p, update)
+
+    def post_weight_update_inplace(self, p: Tensor, pre_update_state: Any) -> None:
+        self.optimizer.post_weight_update_fn_inplace(p)
+        self.hook.post_weight_update_inplace(p, pre_update_state)

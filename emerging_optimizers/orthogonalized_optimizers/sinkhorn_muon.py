@@ -39,7 +39,7 @@ SinkhornLawT = Literal["logarithmic", "published"]
 
 
 @dataclass(frozen=True)
-class SinkhornHook(WeightUpdateHook):
+class SinkhornHook(WeightUpdateHook[Any]):
     """The map as the last arrow of a step."""
 
     matrices_only = True

@@ -34,7 +34,7 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
 
 
 @dataclass(frozen=True)
-class Retraction(WeightUpdateHook):
+class Retraction(WeightUpdateHook[Any]):
     """The polar factor of where the ordinary update would go."""
 
     matrices_only = True

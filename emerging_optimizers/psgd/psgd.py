@@ -32,6 +32,7 @@ References:
         dQ = Q^0.5 E Q^1.5 with Procrustes steps.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
@@ -80,6 +81,11 @@ class PSGDRule(Rule):
         )
         L_0, L_1 = torch.ones(2, B, dtype=dtype, device=device)
         return PSGDState(torch.zeros(shape, dtype=dtype, device=device), Q_0, Q_1, L_0, L_1)
+
+    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The published lists of factors and bounds by index: {"Q": [a, b]} is {"Q_0": a, "Q_1": b}."""
+        lists = {f"{key}_{i}": x for key in ("Q", "L") for i, x in enumerate(saved.get(key, ()))}
+        return {**{key: value for key, value in saved.items() if key not in ("Q", "L")}, **lists}
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

@@ -36,7 +36,7 @@ _RANGES = {"dim": one_of(0, 1, -2, -1), "eps": POSITIVE}
 
 
 @dataclass(frozen=True)
-class ObliqueHook(WeightUpdateHook):
+class ObliqueHook(WeightUpdateHook[Any]):
     """A step along the spheres of the columns (`dim` 0) or rows (1), and back onto them."""
 
     matrices_only = True

@@ -91,6 +91,11 @@ def create_optimizer(
                 f"the plan gives {route.name} to {route.optimizer!r}; this call is for {name!r} with companion="
                 f"{companion!r}: name the plan's optimizers, or plan again"
             )
+    if kwargs.get("tp_group") is not None:
+        raise ValueError(
+            "tp_group is not possible for a model: how each parameter is sharded is not known; give TpRekls groups of "
+            "parameters with their partition_dim"
+        )
     # A law for the weights of matrices would be wrong for gains and biases.
     shared = EngineOptions.__annotations__.keys() - {"weight_update_hook"}
     engine = {key: kwargs.pop(key) for key in shared if key in kwargs}

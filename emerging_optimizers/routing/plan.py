@@ -121,7 +121,8 @@ def plan_parameters(
 
     Hidden matrices go to the matrix optimizer `name`. To the companion go embeddings, output heads (found through
     the module graph: tied to an embedding, named by the model's `get_output_embeddings()`, as wide as an embedding
-    has rows, or the last linear layer of a model without embeddings), vectors and scalars. Only
+    has rows, or the last linear layer of a model without embeddings), vectors and scalars, also the stacked biases of
+    experts. Only
     Spectron knows the factors of a `LowRankLinear`; under another name they go to the companion, and under "spectron"
     what was left dense beside them does, since Spectron would truncate it. An element-wise `name` takes every
     parameter. Nothing is changed.
@@ -175,7 +176,8 @@ def plan_parameters(
     for parameter_name, p in model.named_parameters():
         owner = owners[id(p)]
         factors = owner if isinstance(owner, LowRankLinear) and p is owner.factors else None
-        chosen, reason, fallback = _choose(p, owner, main.elementwise, name, companion, special.get(id(p)))
+        experts = _experts_of_a_bias(owner, parameter_name.rpartition(".")[2], p)
+        chosen, reason, fallback = _choose(p, owner, main.elementwise, name, companion, special.get(id(p)), experts)
         if chosen == "spectron" and factorized and factors is None:
             chosen, reason, fallback = (
                 companion,
@@ -200,6 +202,8 @@ def plan_parameters(
                 )
         one_piece = factors is not None or registry.entry(chosen).elementwise
         view, how = ("auto", "") if one_piece else layout(model, parameter_name, p)
+        if chosen == "stacked_soap" and p.ndim == 3:
+            view, how = "auto", "as one, so that they share their factors"
         if not p.requires_grad:
             chosen, reason, fallback = FROZEN, "does not require a gradient", False
         routes.append(
@@ -208,7 +212,7 @@ def plan_parameters(
                 shape=tuple(p.shape),
                 optimizer=chosen,
                 lr=lrs.get(chosen),
-                decays=p.ndim >= 2,
+                decays=p.ndim >= 2 and not experts,
                 reason=f"{reason}; {how}" if how and chosen != FROZEN else reason,
                 fallback=fallback,
                 view=view,
@@ -241,15 +245,15 @@ def _choose(
     name: str,
     companion: str,
     special: tuple[str, bool] | None,
+    experts: int,
 ) -> tuple[str, str, bool]:
-    """Optimizer, reason, and whether that is a fallback."""
+    """Optimizer, reason, and whether that is a fallback; `experts`: of how many this parameter is the biases."""
+    vectors = p.ndim < 2 or experts > 0
     if elementwise:
-        return (
-            name,
-            "element-wise: takes any shape" if p.ndim >= 2 else "element-wise; vector, no weight decay",
-            False,
-        )
-    if p.ndim < 2:
+        return name, "element-wise; vector, no weight decay" if vectors else "element-wise: takes any shape", False
+    if experts:
+        return companion, f"biases of {experts} experts, one vector each", False
+    if vectors:
         return companion, "scalar" if p.ndim == 0 else "vector", False
     if hasattr(p, "low_rank_factors"):
         if name == "spectron":
@@ -267,6 +271,17 @@ def _choose(
     if p.ndim == 3:
         return name, f"batch of {p.shape[0]} matrices", False
     return name, "hidden matrix", False
+
+
+def _experts_of_a_bias(owner: nn.Module, own: str, p: Tensor) -> int:
+    """How many experts a 2-D parameter holds the biases of: (E, out) beside a stack of weights (E, ..., out, ...).
+
+    gpt-oss has `gate_up_proj_bias` beside `gate_up_proj`. 0: it is no such parameter.
+    """
+    if p.ndim != 2 or not own.endswith("bias"):
+        return 0
+    stacks = (w.shape for w in owner.parameters(recurse=False) if w.ndim == 3)
+    return p.shape[0] if any(p.shape[0] == s[0] and p.shape[1] in s[1:] for s in stacks) else 0
 
 
 def _embeddings_and_heads(model: nn.Module) -> dict[int, tuple[str, bool]]:

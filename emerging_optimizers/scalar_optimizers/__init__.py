@@ -5,6 +5,7 @@ Layer 2: imports the engine and linalg. The element-wise steps that matrix optim
 
 from emerging_optimizers.scalar_optimizers.adamw import AdamW
 from emerging_optimizers.scalar_optimizers.ademamix import AdEMAMix
+from emerging_optimizers.scalar_optimizers.base import SingleMomentumOptimizer, TwoMomentsOptimizer
 from emerging_optimizers.scalar_optimizers.laprop import LaProp
 from emerging_optimizers.scalar_optimizers.lion import Lion
 from emerging_optimizers.scalar_optimizers.madam import MAdam
@@ -31,6 +32,8 @@ __all__ = [
     "RMSProp",
     "Signum",
     "SimplifiedAdEMAMix",
+    "SingleMomentumOptimizer",
+    "TwoMomentsOptimizer",
     "calculate_adam_update",
     "calculate_ademamix_update",
     "calculate_laprop_update",

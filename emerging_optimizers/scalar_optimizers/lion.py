@@ -36,6 +36,7 @@ class LionRule(Rule):
 
     scalars = ("betas",)
     elementwise = True
+    derived = ("step",)  # August 2026 counts, and never reads it
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LionState:
         """Zero momentum."""

@@ -10,5 +10,6 @@ from emerging_optimizers.soap.rekls import REKLS
 from emerging_optimizers.soap.soap import SOAP
 from emerging_optimizers.soap.soap_muon import SOAPMuon
 from emerging_optimizers.soap.stacked_soap import StackedSoap
+from emerging_optimizers.soap.tp_rekls import TpRekls
 
-__all__ = ["MOSO", "REKLS", "SOAP", "KLShampoo", "KlMSoap", "KlSoapV3", "ReklsV3", "SOAPMuon", "StackedSoap"]
+__all__ = ["MOSO", "REKLS", "SOAP", "KLShampoo", "KlMSoap", "KlSoapV3", "ReklsV3", "SOAPMuon", "StackedSoap", "TpRekls"]

@@ -17,21 +17,132 @@ References:
     Vyas et al. 2024, SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Scalars
+from emerging_optimizers.engine import EngineOptions, Rule, Scalars
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direction
+from emerging_optimizers.scalar_optimizers.update_functions import calculate_adam_update, calculate_madam_update
+from emerging_optimizers.soap.preconditioners import (
+    KlSoapPreconditioner,
+    PreconditionerRule,
+    ReklsPreconditioner,
+    SoapPreconditionerProtocol,
+)
 from emerging_optimizers.soap.soap import SOAP, SOAPRule
 
 
-class KlSoapV3(SOAP):
+@dataclass(frozen=True, kw_only=True)
+class ScalarUpdateRule(SOAPRule):
+    """SOAP with a function of one matrix and its moments in the eigenbasis."""
+
+    reads_parameters = True  # matrix by matrix
+    function: Callable[..., Tensor]
+
+    def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
+        """The function, which writes the moments."""
+        new = AdamState(*(x.clone() for x in moments))
+        updates = [
+            self.function(grad, m, v, betas=t.betas, step=int(step))
+            for grad, m, v, step in zip(rotated_BMN, *new, t.step.flatten(), strict=True)
+        ]
+        return torch.stack(updates), new
+
+
+class SoapBase(SOAP):
+    """The base of KL-SOAP with an element-wise step of your own in the eigenbasis: override `_scalar_update`.
+
+    A subclass may also set `PreconditionerCls`, and keep factors and bases otherwise (`soap.preconditioners`).
+
+    Args:
+        params: as in `KlSoapV3`.
+        lr: learning rate, >= 0.
+        betas: what `_scalar_update` gets, each in [0, 1).
+        shampoo_beta: decay of the factors, in [0, 1).
+        eps: the floor of the eigenvalues; > 0.
+        weight_decay: >= 0.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        stream_list: has no effect, and a warning says so.
+        **engine: see `EngineOptions`.
+
+    Raises:
+        ValueError: a value out of its range, or a parameter with fewer than two dimensions.
+        NotImplementedError: `_scalar_update` is not overridden.
+
+    Example:
+        >>> class SignSoap(SoapBase):
+        ...     def _scalar_update(self, grad, exp_avg, exp_avg_sq, *, betas, step):
+        ...         exp_avg_sq.lerp_(grad.square(), 1 - betas[1])  # by which the start knows that a gradient was seen
+        ...         return exp_avg.lerp_(grad, 1 - betas[0]).sign()
+        >>> w = torch.nn.Parameter(torch.zeros(4, 2))
+        >>> w.grad = torch.ones(4, 2)
+        >>> SignSoap([w], lr=0.1).step()
+        >>> w[0]
+        tensor([-0.1000, -0.1000], grad_fn=<SelectBackward0>)
+    """
+
+    PreconditionerCls: ClassVar[type[SoapPreconditionerProtocol]] = KlSoapPreconditioner
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: WeightDecayT = "decoupled",
+        stream_list: Sequence[Any] | None = None,
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            shampoo_beta,
+            eps,
+            weight_decay,
+            weight_decay_method=weight_decay_method,
+            use_eigh=self.PreconditionerCls is ReklsPreconditioner,
+            use_kl_shampoo=True,
+            stream_list=stream_list,
+            **engine,
+        )
+
+    def _make_rule(self, group: Mapping[str, Any]) -> Rule:
+        if self.PreconditionerCls not in (KlSoapPreconditioner, ReklsPreconditioner):
+            return PreconditionerRule(cls=self.PreconditionerCls, function=self._scalar_update)
+        owner = next(cls for cls in type(self).__mro__ if "_scalar_update" in vars(cls))
+        if owner in (KlSoapV3, KlMSoap):
+            return super()._make_rule(group)
+        if owner is SoapBase:
+            raise NotImplementedError(f"{self._name} has no _scalar_update; override it, or use KlSoapV3")
+        return ScalarUpdateRule.from_group({**group, "function": self._scalar_update})
+
+    def _scalar_update(
+        self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], step: int
+    ) -> Tensor:
+        """The update of one matrix in the eigenbasis; writes both moments, which are carried from basis to basis.
+
+        Args:
+            grad: (M, N), float32, rotated into the eigenbasis.
+            exp_avg: the first moment, changed in place.
+            exp_avg_sq: the second moment, >= 0, changed in place.
+            betas: the group's.
+            step: counts from 1.
+        """
+        raise NotImplementedError
+
+
+class KlSoapV3(SoapBase):
     """SOAP with KL factors; `SOAP` has the other options.
 
     Args:
@@ -59,33 +170,19 @@ class KlSoapV3(SOAP):
         tensor([-0.1000, -0.1000], grad_fn=<SelectBackward0>)
     """
 
-    _eigh: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.95),
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        stream_list: Sequence[Any] | None = None,
-        **engine: Unpack[EngineOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            shampoo_beta,
-            eps,
-            weight_decay,
-            weight_decay_method=weight_decay_method,
-            use_eigh=self._eigh,
-            use_kl_shampoo=True,
-            stream_list=stream_list,
-            **engine,
+    def _scalar_update(
+        self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], step: int
+    ) -> Tensor:
+        """Adam, for overrides that build on it; the optimizer itself works on stacks."""
+        return calculate_adam_update(
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            betas=betas,
+            eps=self.defaults["eps"],
+            correct_bias=True,
+            nesterov=False,
+            step=step,
         )
 
 
@@ -113,7 +210,7 @@ class ReklsV3(KlSoapV3):
         True
     """
 
-    _eigh = True
+    PreconditionerCls = ReklsPreconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +227,7 @@ class KlMSoapRule(SOAPRule):
         return direction, AdamState(*new)
 
 
-class KlMSoap(KlSoapV3):
+class KlMSoap(SoapBase):
     """SOAP with KL factors and MAdam in the eigenbasis; the equations are in this module's docstring.
 
     Args:
@@ -158,3 +255,11 @@ class KlMSoap(KlSoapV3):
     """
 
     rule = KlMSoapRule
+
+    def _scalar_update(
+        self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], step: int
+    ) -> Tensor:
+        """MAdam, for overrides that build on it; the optimizer itself works on stacks."""
+        return calculate_madam_update(
+            grad, exp_avg, exp_avg_sq, betas=betas, correct_bias=True, step=step, scale_log2=KlMSoapRule.scale_log2
+        )

@@ -116,6 +116,7 @@ class EigenbasisRule(Rule):
     """What SOAP and its relatives share: Kronecker factors of the gradient, and their eigenbases."""
 
     counts_steps = True
+    derived = ("eigvals_L", "eigvals_R")  # August 2026 keeps what a basis makes of its factor
     use_eigh: bool = False
     power_iter_steps: int = 1
     precondition_frequency: int = 1

@@ -2,6 +2,7 @@
 
 from emerging_optimizers.engine.hooks import (
     HyperballHook,
+    NoOpWeightUpdateHook,
     RadialBrakeHook,
     RelativeUpdateHook,
     SpectralClipHook,
@@ -11,6 +12,7 @@ from emerging_optimizers.engine.hooks import (
 
 __all__ = [
     "HyperballHook",
+    "NoOpWeightUpdateHook",
     "RadialBrakeHook",
     "RelativeUpdateHook",
     "SpectralClipHook",

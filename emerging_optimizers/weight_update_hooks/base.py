@@ -1,5 +1,5 @@
 """A published path of `weight_update_hooks`."""
 
-from emerging_optimizers.engine.hooks import WeightUpdateHook
+from emerging_optimizers.engine.hooks import NoOpWeightUpdateHook, WeightUpdateHook
 
-__all__ = ["WeightUpdateHook"]
+__all__ = ["NoOpWeightUpdateHook", "WeightUpdateHook"]

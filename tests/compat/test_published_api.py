@@ -136,6 +136,10 @@ SIGNATURES = {
         {"params": REQUIRED, "lr": REQUIRED, "betas": BETAS, "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01},
         {"weight_decay_method": "decoupled"},
     ),
+    "legacy_soap.tp_rekls:TpRekls": (
+        {"params": REQUIRED, "lr": REQUIRED, "betas": BETAS, "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01},
+        {"weight_decay_method": "decoupled", "tp_group": None, "fp32_matmul_prec": "high"},
+    ),
     "legacy_soap.stacked_soap:StackedSoap": (
         {"params": REQUIRED, "lr": REQUIRED, "betas": BETAS, "shampoo_beta": 0.95, "eps": 1e-8, "weight_decay": 0.01},
         {},
@@ -263,6 +267,21 @@ def load(path: str):
         "orthogonalized_optimizers.mop:polar_via_svd",
         "orthogonalized_optimizers.spectral_clipping_utils:spectral_clipped_weight_decay",
         "contrib.row_norm:row_norm_fn",
+        "legacy_soap.tp_rekls:all_gather_grad_and_kronecker_factors_tp",
+        "package_info:__version__",
+        "shampoo.soap_v3:KlSoapPreconditioner",
+        "shampoo.soap_v3:ReklsPreconditioner",
+        "shampoo.soap_v3:SoapBase",
+        *(
+            f"shampoo.{module}:{name}"
+            for module in ("shampoo_base", "precond_base")
+            for name in ("ShampooPreconditionerProtocol", "SoapPreconditionerProtocol", "TensorPair")
+        ),
+        "scalar_optimizers:SingleMomentumOptimizer",
+        "scalar_optimizers.base:SingleMomentumOptimizer",
+        "scalar_optimizers.base:TwoMomentsOptimizer",
+        "weight_update_hooks:NoOpWeightUpdateHook",
+        "weight_update_hooks.base:NoOpWeightUpdateHook",
         "weight_update_hooks:HyperballHook",
         "weight_update_hooks:RadialBrakeHook",
         "weight_update_hooks:RelativeUpdateHook",

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from emerging_optimizers import REKLS, SOAP, AdamW, LaProp, Lion, Muon, SpikeWatch, create_optimizer
 from emerging_optimizers.engine import Alarm
+from emerging_optimizers.engine.momenta import MOMENTUM, momentum_of
 from emerging_optimizers.engine.transit import Transit
+from emerging_optimizers.linalg.kronecker import project_out
+from emerging_optimizers.registry import OPTIMIZERS, entry
+from tests.cases import CASES
 
 NAMES = ("a", "b", "c")
 SHAPES = ((8, 6), (8, 6), (5, 7))
@@ -149,6 +153,28 @@ def test_what_does_not_apply_is_absent() -> None:
         assert ("momentum_share" in latest["w"]) == (make is Lion)
         assert "stable_rank" in latest["w"]
         assert "stable_rank" not in latest["v"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_table_of_momenta_knows_every_optimizer_and_its_weight(name: str) -> None:
+    """What a momentum has beyond the newest gradient, times its weight, is the momentum before."""
+    cls = entry(name).load()
+    assert any(c.__name__ in MOMENTUM for c in cls.__mro__), "name it there, or say why not"
+    average = momentum_of(cls)
+    p = nn.Parameter(torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    case = next(case for case in CASES if case.optimizer == name)
+    optimizer = cls([p], **case.kwargs)
+    averages = []
+    for t in range(1, 5):
+        step(optimizer, t)
+        if average is not None:
+            state = optimizer.state[p]
+            x = state[average.key].clone()
+            averages.append(project_out(x, state.get("Q_L"), state.get("Q_R")) if average.rotated else x)
+    if average is None:
+        return
+    rest = averages[-1] - average.weight(optimizer.param_groups[0]) * p.grad
+    assert cosine(rest, averages[-2]) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_routed_optimizer() -> None:

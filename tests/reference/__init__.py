@@ -78,6 +78,7 @@ REFERENCES: dict[str, Callable[..., Reference]] = {
     "signum": ReferenceSignum,
     "sim_ademamix": ReferenceSimplifiedAdEMAMix,
     "soap": ReferenceSOAP,
+    "tp_rekls": ReferenceREKLS,
     "soap_muon": ReferenceSOAPMuon,
     "spectron": ReferenceSpectron,
     "stacked_soap": partial(ReferenceSOAP, use_kl_shampoo=True),  # of a 2-D parameter

@@ -141,6 +141,55 @@ def test_a_known_layer_gets_its_view_and_the_reason_says_so(family: str) -> None
     assert {name: groups[f"b.{name}"] for name in views} == views
 
 
+def gpt_oss() -> nn.Module:
+    """With the biases that its experts have: (E, out), which is the shape of a matrix."""
+    stack = experts("GptOssExperts", (3, D, 12), (3, 6, D))
+    stack.gate_up_proj_bias = nn.Parameter(torch.randn(3, 12))
+    stack.down_proj_bias = nn.Parameter(torch.randn(3, D))
+    stack.scale = nn.Parameter(torch.randn(3, D))
+    return nn.ModuleDict({"a": nn.Embedding(50, D), "b": Block(experts=stack, router=linear(3)), "c": linear(50)})
+
+
+def test_the_biases_of_stacked_experts_are_vectors() -> None:
+    plan = plan_parameters(gpt_oss(), "muon", strict=True)
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        route = plan[f"b.experts.{name}"]
+        assert (route.optimizer, route.decays, route.view) == ("adamw", False, "auto")
+        assert route.reason == "biases of 3 experts, one vector each"
+    assert plan["b.experts.scale"].optimizer == plan["b.router.weight"].optimizer == "muon"  # no bias by name
+    assert not plan_parameters(gpt_oss(), "lion")["b.experts.down_proj_bias"].decays
+    asked = plan_parameters(gpt_oss(), "muon", overrides={"*down_proj_bias": "muon"})["b.experts.down_proj_bias"]
+    assert (asked.optimizer, asked.reason) == ("muon", "override '*down_proj_bias'")
+
+
+def test_a_matrix_that_is_called_bias_stays_one_without_a_stack_beside_it() -> None:
+    """A relative position bias is a table of its own, and a stack of another number of experts says nothing."""
+    block = Block(experts=experts("Experts", (4, 12, D), (4, D, 6)))
+    block.relative_bias = nn.Parameter(torch.randn(6, 6))
+    block.experts.other_bias = nn.Parameter(torch.randn(3, 12))
+    plan = plan_parameters(nn.ModuleList([nn.Embedding(50, D), block]), "muon")
+    assert plan["1.relative_bias"].optimizer == plan["1.experts.other_bias"].optimizer == "muon"
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Llama 4", "gpt-oss"])
+def test_stacked_soap_keeps_a_stack_of_experts_as_one(family: str) -> None:
+    """What it is for; gate and up are apart under every other optimizer."""
+    layer = LAYERS[family][0]
+    model = nn.ModuleDict({"a": nn.Embedding(50, D), "b": layer, "c": linear(50)})
+    optimizer = create_optimizer("stacked_soap", model, lr=0.01)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name in ("gate_up_proj", "down_proj"):
+        p = getattr(layer.experts, name)
+        short, long = sorted(p.shape[1:])
+        sides = {optimizer.state[p][key].shape[0] for key in ("L", "R")}
+        assert sides == {long, 3 * short}, name
+        assert optimizer.plan[f"b.experts.{name}"].reason == (
+            "batch of 3 matrices; as one, so that they share their factors"
+        )
+
+
 def test_heads_that_are_not_known_are_said_to_be_so() -> None:
     route = plan_parameters(LAYERS["heads that are not known"][0], "muon", overrides={"*": "muon"})[
         "query_key_value.weight"

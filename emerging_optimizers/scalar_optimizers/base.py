@@ -1,0 +1,159 @@
+"""Element-wise optimizers out of a function of the gradient and its moments, as published.
+
+A subclass gives the function and names the options that it takes; one of `update_functions` will do. It is called
+parameter by parameter. A `Rule` is called once for many parameters and compiles: see `lion.py` for how short it is.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+
+__all__ = ["SingleMomentumOptimizer", "TwoMomentsOptimizer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateFunctionRule(Rule):
+    """One parameter, its buffers and its step count, to an update; the buffers are written in place."""
+
+    elementwise = True
+    counts_steps = True
+    reads_parameters = True
+    state_keys: tuple[str, ...]
+    function: Callable[..., Tensor]
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        """Zeros."""
+        return self._state(torch.zeros(shape, dtype=dtype, device=device) for _ in self.state_keys)
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """The function, on the parameter's own shape."""
+        shape = t.parameters[0].shape
+        buffers = [x.clone().view(shape) for x in state]
+        update = self.function(grad.view(shape), *buffers, step=t.step)
+        return Step(update.reshape(grad.shape), self._state(x.view(grad.shape) for x in buffers))
+
+    def _state(self, buffers: Any) -> Any:
+        return namedtuple("State", self.state_keys)(*buffers)
+
+
+class _FunctionOptimizer(RuleOptimizer):
+    rule = UpdateFunctionRule
+    state_keys: ClassVar[tuple[str, ...]]
+    _kept = ("execution", "update_fn", "update_kwarg_names")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        update_fn: Callable[..., Tensor],
+        update_kwarg_names: tuple[str, ...],
+        weight_decay_method: WeightDecayT = "decoupled",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        if missing := set(update_kwarg_names) - defaults.keys():
+            raise ValueError(
+                f"{self._name}: update_kwarg_names has {', '.join(map(repr, sorted(missing)))}, which defaults has "
+                f"not; it has {', '.join(map(repr, defaults))}"
+            )
+        self.update_fn = update_fn
+        self.update_kwarg_names = update_kwarg_names
+        super().__init__(params, {**defaults, "weight_decay_method": weight_decay_method}, **engine)
+
+    def _make_rule(self, group: Mapping[str, Any]) -> Rule:
+        def function(grad: Tensor, *buffers: Tensor, step: Any) -> Tensor:
+            return self.update_fn(grad, *buffers, **{n: group[n] for n in self.update_kwarg_names}, step=step)
+
+        return UpdateFunctionRule(state_keys=self.state_keys, function=function)
+
+    def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
+        law = super()._law(rule, group)
+        base = _FunctionOptimizer
+        if (
+            type(self).pre_step_inplace is base.pre_step_inplace
+            and type(self).post_step_inplace is base.post_step_inplace
+        ):
+            return law
+        return _Around(self, group, law.hook if isinstance(law, InPlaceLaw) else law or NoOpWeightUpdateHook())
+
+    def pre_step_inplace(self, p: Tensor, group: dict[str, Any]) -> Any:
+        """What happens to one parameter before weight decay; returns what the other method is to be given."""
+
+    def post_step_inplace(self, p: Tensor, group: dict[str, Any], ctx: Any) -> None:
+        """What happens to it afterwards."""
+
+
+class _Around(InPlaceLaw):
+    """A subclass's functions around decay and update."""
+
+    def __init__(self, optimizer: _FunctionOptimizer, group: Any, hook: Any) -> None:
+        super().__init__(hook)
+        self.optimizer, self.group = optimizer, group
+
+    def step(self, p: Tensor, update: Tensor, keep: Any, lr: Any) -> None:
+        before = self.optimizer.pre_step_inplace(p, self.group)
+        super().step(p, update, keep, lr)
+        self.optimizer.post_step_inplace(p, self.group, before)
+
+
+class SingleMomentumOptimizer(_FunctionOptimizer):
+    """The base of an optimizer with one moment, `exp_avg`.
+
+    Args:
+        params: tensors of any shape, (name, tensor) pairs, or groups.
+        defaults: the options of a group that does not set them, `lr` and `weight_decay` among them.
+        update_fn: `update_fn(grad, exp_avg, *, step, ...)` updates the moment in place and returns the update, shaped
+            like the parameter; `step` counts from 1. Gradient and moment are float32 (float64 for float64 parameters).
+        update_kwarg_names: the options that it takes beside `step`.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        **engine: see `EngineOptions`. `execution="compiled"` is refused.
+
+    Raises:
+        ValueError: a name that `defaults` has not, or a value out of its range.
+
+    Example:
+        >>> from emerging_optimizers.scalar_optimizers import calculate_lion_update
+        >>> class Tiger(SingleMomentumOptimizer):
+        ...     def __init__(self, params, lr):
+        ...         options = {"lr": lr, "betas": (0.9, 0.99), "weight_decay": 0.0}
+        ...         super().__init__(
+        ...             params, options, update_fn=calculate_lion_update, update_kwarg_names=("betas",)
+        ...         )
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> w.grad = torch.tensor([0.5, -3.0])
+        >>> Tiger([w], lr=0.1).step()
+        >>> w
+        Parameter containing:
+        tensor([-0.1000,  0.1000], requires_grad=True)
+    """
+
+    state_keys = ("exp_avg",)
+
+
+class TwoMomentsOptimizer(_FunctionOptimizer):
+    """The base of an optimizer with two moments, `exp_avg` and `exp_avg_sq`; otherwise as `SingleMomentumOptimizer`.
+
+    Example:
+        >>> from emerging_optimizers.scalar_optimizers import calculate_laprop_update
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "correct_bias": True}
+        >>> optimizer = TwoMomentsOptimizer(
+        ...     [w], options, update_fn=calculate_laprop_update, update_kwarg_names=("betas", "eps", "correct_bias")
+        ... )
+        >>> w.grad = torch.tensor([0.5, -3.0])
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([-0.1000,  0.1000], requires_grad=True)
+    """
+
+    state_keys = ("exp_avg", "exp_avg_sq")

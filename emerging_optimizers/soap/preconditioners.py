@@ -1,0 +1,223 @@
+"""Factors and bases of one parameter, as `SoapBase.PreconditionerCls` wants them: for those who keep them otherwise.
+
+`KlSoapPreconditioner` and `ReklsPreconditioner` do for one matrix what `SOAPRule` does for a stack, which is what runs
+where they are not changed; the equations are in `soap.soap`. A class of your own may derive from them, or have the
+methods of `SoapPreconditionerProtocol`; it is called matrix by matrix.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.engine import Phase, Rule, Scalars, Step
+from emerging_optimizers.linalg.kronecker import conjugate_diagonal
+from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
+from emerging_optimizers.linalg.precision import fp32_matmul_precision
+from emerging_optimizers.soap.functions import update_kl_factors
+from emerging_optimizers.soap.soap import DEFAULT_RELATIVE_FLOOR
+from emerging_optimizers.utils.eig import eigh_with_fallback
+
+
+@dataclass
+class TensorPair:
+    """What belongs to the rows and what to the columns; unpacks as `L, R = pair`."""
+
+    L: Tensor
+    R: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """L, then R."""
+        return iter((self.L, self.R))
+
+
+class _PreconditionerProtocol(Protocol):
+    """Made anew in every step, around the state of one matrix."""
+
+    def __init__(self, state: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> None:
+        """Take the state up; `SoapBase` also hands over its `eps`."""
+
+    @staticmethod
+    def init_state(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+        """The state before the first step, whose keys are those of the checkpoint."""
+
+    def init_step(self, grad: Tensor, shampoo_beta: float, /) -> None:
+        """Take the first gradient in."""
+
+    def update_kronecker_factors(self, grad: Tensor, shampoo_beta: float, /) -> None:
+        """Take a gradient into the factors."""
+
+    def step(self, grad: Tensor, shampoo_beta: float, /) -> None:
+        """Take any later gradient in."""
+
+    def rebind_state(self, state: dict[str, Tensor], /) -> None:
+        """Put the tensors back that are not changed in place."""
+
+
+class SoapPreconditionerProtocol(_PreconditionerProtocol, Protocol):
+    """What `SoapBase` asks of its `PreconditionerCls`."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    def project_in(self, x: Tensor, /) -> Tensor:
+        """Into the bases."""
+
+    def project_out(self, x: Tensor, /) -> Tensor:
+        """Out of them."""
+
+
+class ShampooPreconditionerProtocol(_PreconditionerProtocol, Protocol):
+    """The same without bases."""
+
+    def precondition(self, x: Tensor, /) -> Tensor:
+        """Between the factors' roots."""
+
+
+class KlSoapPreconditioner:
+    """KL factors, and bases that follow them by orthogonal iteration.
+
+    Args:
+        state: of one (M, N) matrix, as `init_state` makes it.
+        eps: smaller eigenvalues count as this, and as 1 % of their mean.
+
+    Example:
+        >>> state = KlSoapPreconditioner.init_state((2, 3), torch.device("cpu"))
+        >>> one = KlSoapPreconditioner(state, eps=1e-8)
+        >>> one.init_step(torch.ones(2, 3), 0.0)
+        >>> one.rebind_state(state)
+        >>> state["L"].round(decimals=3)
+        tensor([[1., 1.],
+                [1., 1.]])
+    """
+
+    _eigh: ClassVar[bool] = False
+
+    def __init__(self, state: dict[str, Tensor], eps: float) -> None:
+        self.kronecker_factor_pair = TensorPair(state["L"], state["R"])
+        self.eigenbasis_pair = TensorPair(state["Q_L"], state["Q_R"])
+        self.eigvals_pair = TensorPair(state["eigvals_L"], state["eigvals_R"])
+        self.exp_avg, self.exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+        self.eps = eps
+
+    @staticmethod
+    def init_state(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+        """Zero moments, factors and eigenvalues, identity bases.
+
+        Raises:
+            ValueError: `shape` is not that of a matrix.
+        """
+        if len(shape) != 2:
+            raise ValueError(f"KlSoapPreconditioner takes one matrix (M, N); given is a shape of {tuple(shape)}")
+        M, N = shape
+        return {
+            "exp_avg": torch.zeros(M, N, device=device),
+            "exp_avg_sq": torch.zeros(M, N, device=device),
+            "L": torch.zeros(M, M, device=device),
+            "R": torch.zeros(N, N, device=device),
+            "Q_L": torch.eye(M, device=device),
+            "Q_R": torch.eye(N, device=device),
+            "eigvals_L": torch.zeros(M, device=device),
+            "eigvals_R": torch.zeros(N, device=device),
+        }
+
+    def rebind_state(self, state: dict[str, Tensor]) -> None:
+        """Put every tensor back under its key.
+
+        Raises:
+            KeyError: the state lacks a key.
+        """
+        pairs = {"": self.kronecker_factor_pair, "Q_": self.eigenbasis_pair, "eigvals_": self.eigvals_pair}
+        mine = {prefix + side: getattr(pair, side) for prefix, pair in pairs.items() for side in ("L", "R")}
+        mine |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        if missing := mine.keys() - state.keys():
+            raise KeyError(f"rebind_state: the state has no {', '.join(sorted(missing))}; make it with init_state")
+        state.update(mine)
+
+    def init_step(self, grad: Tensor, shampoo_beta: float) -> None:
+        """The factors see the first gradient; the bases stay, so that it is not rotated by itself."""
+        self.update_kronecker_factors(grad, shampoo_beta)
+        self.eigvals_pair = TensorPair(*map(conjugate_diagonal, self.kronecker_factor_pair, self.eigenbasis_pair))
+
+    def update_kronecker_factors(self, grad: Tensor, shampoo_beta: float) -> None:
+        """Each factor takes the gradient in, whitened by the other one as it was."""
+        rms = grad.square().mean().sqrt()
+        values = [torch.where(v.mean() == 0, rms, v) for v in self.eigvals_pair]  # empty: at the gradient's scale
+        floored = [torch.maximum(v, (v.mean() * DEFAULT_RELATIVE_FLOOR).clamp_min(self.eps)) for v in values]
+        update_kl_factors(
+            self.kronecker_factor_pair, grad, shampoo_beta, self.eigenbasis_pair, floored, self.eps, power=-1.0
+        )
+
+    def step(self, grad: Tensor, shampoo_beta: float) -> None:
+        """The factors take the gradient in, the bases follow, and both moments are carried into them."""
+        self.update_kronecker_factors(grad, shampoo_beta)
+        pairs = list(zip(self.kronecker_factor_pair, self.eigenbasis_pair, strict=True))
+        L, R = (self._follow(factor, basis) for factor, basis in pairs)
+        with fp32_matmul_precision("highest"):
+            T_L, T_R = (old.mT @ new for old, new in zip(self.eigenbasis_pair, (L, R), strict=True))
+            self.eigvals_pair = TensorPair(*map(conjugate_diagonal, self.kronecker_factor_pair, (L, R)))
+        self.exp_avg = T_L.mT @ self.exp_avg @ T_R
+        self.exp_avg_sq = T_L.square().mT @ self.exp_avg_sq @ T_R.square()
+        self.eigenbasis_pair = TensorPair(L, R)
+
+    def _follow(self, factor: Tensor, basis: Tensor) -> Tensor:
+        first = torch.equal(basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device))
+        return eigh_with_fallback(factor)[1] if first or self._eigh else orthogonal_iteration(factor, basis, 1)
+
+    def project_in(self, x: Tensor) -> Tensor:
+        """Q_L^T X Q_R."""
+        return self.eigenbasis_pair.L.mT @ x @ self.eigenbasis_pair.R
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """Q_L X Q_R^T."""
+        return self.eigenbasis_pair.L @ x @ self.eigenbasis_pair.R.mT
+
+
+class ReklsPreconditioner(KlSoapPreconditioner):
+    """The same with a fresh eigh in every step."""
+
+    _eigh = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreconditionerRule(Rule):
+    """A preconditioner of the user's, matrix by matrix, and a function in its bases."""
+
+    scalars = ("betas", "shampoo_beta", "eps")
+    counts_steps = True
+    reads_parameters = True
+    cls: type[SoapPreconditionerProtocol]
+    function: Callable[..., Tensor]
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        """What the class begins with, for each matrix."""
+        one = self.cls.init_state(shape[1:], device)
+        return self._state({key: x.to(dtype).repeat(shape[0], *(1 for _ in x.shape)) for key, x in one.items()})
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """The published loop."""
+        updates, states = [], []
+        for i, (grad_MN, count) in enumerate(zip(grad, t.step.flatten(), strict=True)):
+            step = int(count)
+            one = {key: x[i].clone() for key, x in state._asdict().items()}
+            preconditioner = self.cls(one, t.eps)
+            beta = 1 - (1 - t.shampoo_beta) / (1 - t.shampoo_beta**step)
+            (preconditioner.init_step if step == 1 else preconditioner.step)(grad_MN, beta)
+            inner = self.function(
+                preconditioner.project_in(grad_MN),
+                preconditioner.exp_avg,
+                preconditioner.exp_avg_sq,
+                betas=t.betas,
+                step=step,
+            )
+            updates.append(preconditioner.project_out(inner))
+            preconditioner.rebind_state(one)
+            states.append(one)
+        new = {key: torch.stack([one[key] for one in states]) for key in states[0]}
+        return Step(torch.stack(updates), self._state(new))
+
+    def _state(self, tensors: Mapping[str, Tensor]) -> Any:
+        return namedtuple("State", tensors)(**tensors)

@@ -1,0 +1,223 @@
+r"""TpRekls: REKLS on matrices whose rows or columns lie on several processes.
+
+The equations are those of `soap.soap` with `use_kl_shampoo=True` and `use_eigh=True`, on the whole matrix. Each process
+of a tensor-parallel group has a shard of the weight and of its gradient. It gathers the gradient, forms the whole
+update as every other process does, and moves its own shard. Factors and bases are kept by rows, 1 / P of them on each
+of P processes, and gathered too: a step moves the matrix once and M^2 + N^2 numbers twice.
+
+The result is that of `REKLS` on the whole matrix. The guard sees the norm of the whole gradient, so that every process
+skips a matrix, or none does.
+
+State of an M x N matrix on each process: 2 MN + 2 (M^2 + N^2) / P numbers.
+
+References:
+    Lin et al. 2025, Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization, arXiv 2509.03378.
+    NVIDIA 2026, Emerging-Optimizers, tensor-parallel REKLS.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Unpack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine.validate import one_of
+from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
+from emerging_optimizers.utils import get_pg_rank, get_pg_size
+from emerging_optimizers.utils.eig import eigh_with_fallback
+
+
+@dataclass(frozen=True, kw_only=True)
+class TpReklsRule(SOAPRule):
+    """REKLS on the whole of what this process has a shard of."""
+
+    handles_l2 = False  # the shard gets the term before it is gathered, as published
+    use_eigh: bool = True
+    use_kl_shampoo: bool = True
+    fp32_matmul_prec: FP32MatmulPrecT = "high"
+    partition_dim: int | None = None
+    tp_group: Any = None
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> "TpReklsRule":
+        """The rule of a group, which has no place for processes; l2 decay is the engine's."""
+        return super().from_group({"tp_group": None, **group, "weight_decay_method": "decoupled"})
+
+    @property
+    def processes(self) -> int:
+        """Over how many processes a matrix is spread."""
+        return 1 if self.partition_dim is None else get_pg_size(self.tp_group)
+
+    @property
+    def total(self) -> Callable[[Tensor], Tensor] | None:
+        """Sums over those processes."""
+        return None if self.processes == 1 else self._sum
+
+    def _sum(self, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=self.tp_group)
+        return total
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The matrix of which a shard ends in `shape`."""
+        M, N = shape[-2:]
+        return M * (self.processes if self.partition_dim == 0 else 1), N * (
+            self.processes if self.partition_dim == 1 else 1
+        )
+
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SOAPState:
+        """Moments of the whole matrix; of factors and bases this process's rows."""
+        moments_and_sides = super().init((shape[0], *self.whole(shape)), dtype, device)
+        return SOAPState(*moments_and_sides[:2], *map(self._rows, moments_and_sides[2:]))
+
+    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+        """See the module's equations."""
+        if self.processes == 1:
+            return super().update(grad, state, t, phase)
+        assert self.partition_dim is not None
+        dim = self.partition_dim - 2
+        sides = (None if x is None else _gather(x, -2, self.tp_group) for x in state[2:])
+        whole = super().update(_gather(grad, dim, self.tp_group), SOAPState(*state[:2], *sides), t, phase)
+        assert whole.direction is not None
+        shard = whole.direction.chunk(self.processes, dim)[get_pg_rank(self.tp_group)]
+        return Step(shard, SOAPState(*whole.state[:2], *map(self._rows, whole.state[2:])))
+
+    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The published state has no bases: they are made of the factors again, by all processes at once."""
+        saved = dict(super().translate(saved))
+        if saved.keys() & {"Q_L", "Q_R"}:
+            return saved
+        for side in ("L", "R"):
+            if side in saved:
+                factor = saved[side] if self.processes == 1 else _gather(saved[side], -2, self.tp_group)
+                saved[f"Q_{side}"] = self._rows(eigh_with_fallback(factor)[1])
+        return saved
+
+    def _rows(self, x: Tensor | None) -> Tensor | None:
+        if x is None or self.processes == 1:
+            return x
+        count = x.size(-2) // self.processes
+        return x.narrow(-2, get_pg_rank(self.tp_group) * count, count).contiguous()
+
+
+class TpRekls(RuleOptimizer):
+    """REKLS over a tensor-parallel group; the equations are in this module's docstring.
+
+    Args:
+        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. A group's `partition_dim` says
+            along which axis of a matrix its parameters are sharded, 0 or 1; None, the default: not sharded. Groups
+            may also set the options of `REKLS` that have no argument here.
+        lr: learning rate, >= 0.
+        betas: decay of Adam's moments, each in [0, 1).
+        shampoo_beta: decay of the factors, in [0, 1).
+        eps: added to the root of the second moment, and the floor of the eigenvalues; > 0.
+        weight_decay: >= 0.
+        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        tp_group: the processes among which the shards lie, in order; None: this process alone. Each makes the same
+            optimizer, steps and loads checkpoints at the same time, and has a gradient for the same parameters.
+        fp32_matmul_prec: float32 matmul precision of factors and projections; eigenvalues and rotations are always
+            formed in full float32.
+        **engine: see `EngineOptions`. `nonfinite="raise"` is refused for shards, as only one process may see it.
+
+    Raises:
+        ValueError: a value out of its range, a parameter with fewer than two dimensions, or a sharded matrix with a
+            side that is no multiple of the number of processes.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(4, 2))
+        >>> optimizer = TpRekls([{"params": [w], "partition_dim": 0}], lr=0.1, tp_group=None)
+        >>> w.grad = torch.ones(4, 2)
+        >>> optimizer.step()
+        >>> w[0]
+        tensor([-0.1000, -0.1000], grad_fn=<SelectBackward0>)
+    """
+
+    rule = TpReklsRule
+    ranges = {**SOAP.ranges, "partition_dim": one_of(None, 0, 1)}
+    _kept = ("execution", "tp_group")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: WeightDecayT = "decoupled",
+        tp_group: dist.ProcessGroup | None = None,
+        fp32_matmul_prec: FP32MatmulPrecT = "high",
+        **engine: Unpack[EngineOptions],
+    ) -> None:
+        self.tp_group = tp_group
+        rest = {field.name: field.default for field in fields(TpReklsRule) if field.name != "tp_group"}
+        defaults = {
+            **rest,
+            "lr": lr,
+            "betas": betas,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "fp32_matmul_prec": fp32_matmul_prec,
+        }
+        super().__init__(params, defaults, **engine)
+
+    def _make_rule(self, group: Mapping[str, Any]) -> Rule:
+        rule = TpReklsRule.from_group({**group, "tp_group": self.tp_group})
+        refused = {"execution": self.execution == "compiled", "nonfinite": group["nonfinite"] == "raise"}
+        for name, asked in refused.items():
+            if asked and rule.processes > 1:
+                value = self.execution if name == "execution" else group[name]
+                raise ValueError(
+                    f"TpRekls: {name}={value!r} is not possible with partition_dim={rule.partition_dim} over "
+                    f"{rule.processes} processes: it would leave them waiting for one another; leave {name!r} out"
+                )
+        return rule
+
+    @staticmethod
+    def _check_parameter(p: Tensor, rule: Rule, label: str, owner: str) -> None:
+        RuleOptimizer._check_parameter(p, rule, label, owner)
+        assert isinstance(rule, TpReklsRule)
+        rows = p.shape[-2] if p.ndim == 3 else p.shape[0]
+        whole = rule.whole((rows, p.numel() // max(1, rows) // (p.shape[0] if p.ndim == 3 else 1)))
+        if any(size % rule.processes for size in whole):
+            raise ValueError(
+                f"{owner}: {label} is a shard of a {whole[0]} x {whole[1]} matrix, whose factors are kept by rows: "
+                f"both sides have to be multiples of the {rule.processes} processes of tp_group. Give such parameters "
+                "to an element-wise optimizer, or replicate them (partition_dim=None)"
+            )
+
+
+def all_gather_grad_and_kronecker_factors_tp(
+    kronecker_factor_list: list[Tensor], grad: Tensor, partition_dim: int, tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The whole gradient of a shard, and the whole of each factor that is kept by rows.
+
+    Args:
+        kronecker_factor_list: rows of factors.
+        grad: a shard of a matrix.
+        partition_dim: the axis along which it is one.
+        tp_group: the processes that have the others; None: this is all of it.
+
+    Example:
+        >>> G, (L,) = all_gather_grad_and_kronecker_factors_tp([torch.eye(2)], torch.ones(2, 3), 0, None)
+        >>> G.shape, L.shape
+        (torch.Size([2, 3]), torch.Size([2, 2]))
+    """
+    if get_pg_size(tp_group) == 1:
+        return grad, list(kronecker_factor_list)
+    return _gather(grad, partition_dim, tp_group), [_gather(factor, 0, tp_group) for factor in kronecker_factor_list]
+
+
+def _gather(x: Tensor, dim: int, group: Any) -> Tensor:
+    shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(get_pg_size(group))]
+    dist.all_gather(shards, x.contiguous(), group=group)
+    return torch.cat(shards, dim=dim)
