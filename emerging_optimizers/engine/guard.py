@@ -26,7 +26,7 @@ DECAY = 0.95
 def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any]) -> Tensor | None:
     """By what the gradient of each unit is multiplied, 0: not at all; None: every member's by one.
 
-    Updates the running means and the counters of the bucket. On the CPU, where looking is free, nothing to do is None.
+    Updates the running means and the counters of the bucket. Where looking is free, on the CPU, nothing to do is None.
     """
     threshold, skips = group["spike_guard"], group["nonfinite"] == "skip"
     if threshold is None and not skips:
@@ -34,7 +34,7 @@ def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any]) -> 
     norm = _unit_norms(bucket, members)
     finite = norm.isfinite()
     everywhere = len(members) == len(bucket.parameters)
-    if threshold is None and everywhere and bucket.on_host and bool(finite.all()):
+    if threshold is None and everywhere and bucket.looks and bool(finite.all()):
         return None
 
     factor = torch.ones_like(norm)
@@ -52,7 +52,7 @@ def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any]) -> 
     if skips:
         factor = torch.where(finite, factor, 0)
         bucket.skipped[index] += ~finite
-    if bucket.on_host and bool((factor == 1).all()):
+    if bucket.looks and bool((factor == 1).all()):
         return None
     if everywhere:
         return factor
