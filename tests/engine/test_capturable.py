@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from emerging_optimizers import SOAP, AdamW, Muon, create_optimizer
 from emerging_optimizers.engine import optimizer as engine
+from emerging_optimizers.linalg.kernels import routes
 from tests.cases import CASES, OptimizerCase, distance, parameters, run, set_gradients
 
 # These ask the host, and say so.
@@ -106,6 +107,11 @@ def test_a_recorded_step_repeated_is_the_run(case: OptimizerCase, missing: Calla
     assert not names & set(HOST)
     plain, _ = run(case, 7, dtype=torch.float64, missing=missing, schedule=lambda t: rate / t, **options)
     assert distance(ps, plain, start) < 1e-7
+
+
+def test_a_basis_by_cholesky_asks_the_host_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(routes.ORTHONORMALIZERS, "cpu", "cholesky")
+    test_a_recorded_step_repeated_is_the_run(next(case for case in CASES if case.name == "soap"), without_the_second)
 
 
 @pytest.mark.parametrize("execution", ["stacked", "per_matrix"])
