@@ -1,7 +1,7 @@
 """The implementations, as data. A new arm is one entry in `ARMS`; a new library also one in `PEERS`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.step.floors import Cost, Eigenbasis, NewtonSchulz, Traffic
@@ -240,6 +240,12 @@ _PO_SOAP = "pytorch_optimizer:SOAP"
 
 _SOAP = (
     _soap("SOAP", _OUR_SOAP, "ours", "published SOAP"),
+    # Its test of the result is SOAP's own in float64: whichever way the basis is made orthonormal, it is the same.
+    replace(
+        _soap("SOAP, Cholesky QR", _OUR_SOAP, "ours", "published SOAP"),
+        setup={"emerging_optimizers.linalg.kernels.routes:ORTHONORMALIZERS": {"cuda": "cholesky"}},
+        devices=("cuda",),
+    ),
     _soap("published SOAP", _EO_SOAP, "published", "published SOAP"),
     _soap("pytorch-optimizer SOAP", _PO_SOAP, "pytorch_optimizer", "published SOAP", precondition_frequency=1),
     _soap("heavyball SOAP, eager", "heavyball:SOAP", "heavyball", "published SOAP", precondition_frequency=1),

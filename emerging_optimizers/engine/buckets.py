@@ -52,6 +52,16 @@ class Chunk(list[Segment]):
         return [segment.row for segment in self]
 
     @cached_property
+    def row_indices(self) -> Tensor:
+        """`rows` on the device; made once, as a copy from the host is no part of a CUDA graph."""
+        return torch.tensor(self.rows, device=self._bucket.device)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """How many items each segment has, on the device."""
+        return torch.tensor([stop - start for _, start, stop in self], device=self._bucket.device)
+
+    @cached_property
     def gathers(self) -> bool:
         """Whether these are whole parameters as they are, several of them: one call moves them all."""
         plain = (self._bucket.blocks[i].window is None and not self._bucket.blocks[i].joined for i in self.rows)
@@ -99,6 +109,10 @@ class Bucket:
         self.turns = [0] * len(parameters)
         self.whole = Chunk(self, (Segment(i, 0, self.items(i)) for i in range(len(parameters))))
         self._whole_chunks: dict[str, list[Chunk]] = {}
+        # What was asked for last, which is mostly what is asked for next, with tensors on the device.
+        self._part_chunks: tuple[Any, list[Chunk]] = (None, [])
+        self._units_of: tuple[Any, Tensor | None] = (None, None)
+        self.capturable = False
         # What is counted and guarded by itself: a matrix, or a parameter of an element-wise rule.
         self.units = self.offsets[-1] if item else len(parameters)
         self.step = torch.zeros(self.units if rule.counts_steps else 0, dtype=torch.float32, device=self.device)
@@ -128,8 +142,13 @@ class Bucket:
 
     @property
     def on_host(self) -> bool:
-        """Whether looking at a value waits for nothing."""
+        """Whether the numbers are in the host's memory."""
         return self.device.type == "cpu"
+
+    @property
+    def looks(self) -> bool:
+        """Whether the host may look at a value: it waits for nothing, and no graph is to repeat the step without it."""
+        return self.on_host and not self.capturable
 
     def unit_view(self, i: int, stack: Tensor) -> Tensor:
         """What a stack over units holds for row i: (b,) for a batch of b matrices, else 0-D."""
@@ -166,7 +185,10 @@ class Bucket:
     def chunks(self, segments: Sequence[Segment], execution: str) -> list[Chunk]:
         """Cut some segments into the calls of the rule."""
         if segments is not self.whole:
-            return list(self._chunks(segments, execution))
+            asked = (execution, tuple(segments))
+            if self._part_chunks[0] != asked:
+                self._part_chunks = (asked, list(self._chunks(segments, execution)))
+            return self._part_chunks[1]
         if execution not in self._whole_chunks:
             self._whole_chunks[execution] = list(self._chunks(segments, execution))
         return self._whole_chunks[execution]
@@ -279,8 +301,12 @@ class Bucket:
 
     def units_of(self, members: Sequence[int]) -> Tensor:
         """The indices of the units of some parameters."""
-        ranges = [range(self.offsets[i], self.offsets[i + 1]) if self.item else range(i, i + 1) for i in members]
-        return torch.tensor([unit for indices in ranges for unit in indices], device=self.device)
+        asked, units = tuple(members), self._units_of[1]
+        if units is None or self._units_of[0] != asked:
+            ranges = [range(self.offsets[i], self.offsets[i + 1]) if self.item else range(i, i + 1) for i in members]
+            units = torch.tensor([unit for indices in ranges for unit in indices], device=self.device)
+            self._units_of = (asked, units)
+        return units
 
     def by_unit(self, chunk: Chunk, stack: Tensor) -> list[Tensor]:
         """A stack over a chunk as stacks whose first axis runs over units; no segment may cut a parameter."""
@@ -294,10 +320,9 @@ class Bucket:
             return torch.cat([stack[a:b] for a, b in chunk.runs]).view(-1, *(1 for _ in self.item))
         if len(chunk) == 1:
             return stack[chunk[0].row]
-        rows, lengths = zip(*((i, stop - start) for i, start, stop in chunk), strict=True)
         # With its size known, the result is allocated without waiting for the device.
-        repeats = torch.tensor(lengths, device=self.device)
-        return stack[list(rows)].repeat_interleave(repeats, output_size=sum(lengths))
+        total = sum(stop - start for _, start, stop in chunk)
+        return stack[chunk.row_indices].repeat_interleave(chunk.lengths, output_size=total)
 
     # ---- counting and adopting ----------------------------------------------------------------------------------
 
@@ -305,7 +330,7 @@ class Bucket:
         """One more update of the parameters `members`, but not of the units whose factor is 0."""
         if factor is not None:
             live = factor > 0
-            if self.on_host:
+            if self.looks:
                 members = [i for i in members if self.unit_view(i, live).any()]
             if self.step.numel():
                 self.step += live

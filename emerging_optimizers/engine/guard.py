@@ -33,7 +33,7 @@ def decide(
 
     `total` sums over the processes among which a unit is spread.
 
-    Updates the running means and the counters of the bucket. On the CPU, where looking is free, nothing to do is None.
+    Updates the running means and the counters of the bucket. Where looking is free, on the CPU, nothing to do is None.
     """
     threshold, skips = group["spike_guard"], group["nonfinite"] == "skip"
     if threshold is None and not skips:
@@ -43,7 +43,7 @@ def decide(
         norm = total(norm.double().square()).sqrt().to(norm.dtype)
     finite = norm.isfinite()
     everywhere = len(members) == len(bucket.parameters)
-    if threshold is None and everywhere and bucket.on_host and bool(finite.all()):
+    if threshold is None and everywhere and bucket.looks and bool(finite.all()):
         return None
 
     factor = torch.ones_like(norm)
@@ -61,7 +61,7 @@ def decide(
     if skips:
         factor = torch.where(finite, factor, 0)
         bucket.skipped[index] += ~finite
-    if bucket.on_host and bool((factor == 1).all()):
+    if bucket.looks and bool((factor == 1).all()):
         return None
     if everywhere:
         return factor

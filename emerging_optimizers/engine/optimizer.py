@@ -6,7 +6,7 @@ them, written to the parameters. Whatever can raise does so before the first wei
 """
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, get_args
 
@@ -69,6 +69,10 @@ class EngineOptions(TypedDict, total=False):
             "relative_update", "spectral_clip", "spectral_weight_decay"), (name, its arguments), or a
             `WeightUpdateHook`, which may be two functions of a parameter as published. Per group. Default None:
             W <- keep W - lr U.
+        capturable: steps can be recorded in a CUDA graph: the learning rate becomes a tensor on the parameters' device
+            (fill it, as schedulers do; a number set later is taken over by the next step outside of a graph), and the
+            host looks at nothing. Every step but the first few, which have to be taken before, is then the same; what
+            needs the host is refused. Per group. Default False.
         execution: "stacked" (default: matrices of one shape in one call), "per_matrix" (one matrix a call, the
             definition of correct) or "compiled" (the rule through torch.compile).
     """
@@ -78,6 +82,7 @@ class EngineOptions(TypedDict, total=False):
     nonfinite: NonfiniteT
     matrix_view: MatrixViewT
     weight_update_hook: WeightUpdateHookT
+    capturable: bool
     execution: Execution
 
 
@@ -106,6 +111,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         "nonfinite": one_of(*get_args(NonfiniteT)),
         "matrix_view": Check(is_view, ALLOWED),
         "weight_update_hook": HOOK,
+        "capturable": FLAG,
     }
     # Attributes beside torch's that a pickle or a copy keeps.
     _kept: ClassVar[tuple[str, ...]] = ("execution",)
@@ -125,6 +131,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             "nonfinite": engine.pop("nonfinite", "skip"),
             "matrix_view": engine.pop("matrix_view", "auto"),
             "weight_update_hook": engine.pop("weight_update_hook", None),
+            "capturable": engine.pop("capturable", False),
         }
         if engine:
             name = next(iter(engine))
@@ -200,7 +207,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         algorithm = self._algorithm(group)
         ranges = {**self._common_ranges, **algorithm.ranges}
-        values = tuple(id(v) if isinstance(v, Tensor) else v for v in map(group.__getitem__, ranges))
+        values = _identities(group, ranges)
         known = self._rules.get(index)
         if known is not None and known[0] == values:
             return known[1]
@@ -216,14 +223,49 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         if known is None or known[1] != rule:
             for i, p in enumerate(group["params"]):
-                if obstacle := rule.obstacle(p.dtype, p.device):
+                if p.numel() and (obstacle := rule.obstacle(p.dtype, p.device)):
                     raise ValueError(f"{algorithm.__name__}: {label(group, i, p)}: {obstacle}")
+        if group["capturable"]:
+            self._make_capturable(rule, group, f"{algorithm.__name__}: param_groups[{index}]")
+            values = _identities(group, ranges)
         self._rules[index] = (values, rule)
         return rule
 
     def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
         """The law by which the weights of a group move, if it is not the ordinary one."""
         return rule.hook or make_hook(group["weight_update_hook"])
+
+    @staticmethod
+    def _make_capturable(rule: Rule, group: dict[str, Any], owner: str) -> None:
+        """Put the learning rate where a graph finds it, or raise ValueError."""
+        if rule.needs_host:
+            raise ValueError(f"{owner}: capturable=True is not possible: {rule.needs_host}")
+        if group["nonfinite"] == "raise":
+            raise ValueError(
+                f"{owner}: capturable=True is not possible with nonfinite='raise', which reads the gradients on the "
+                "host; give nonfinite='skip'"
+            )
+        lr, devices = group["lr"], {p.device for p in group["params"] if p.numel()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"{owner} has parameters on {', '.join(sorted(map(str, devices)))}, and with capturable=True the "
+                "learning rate is on one device; make a group for each"
+            )
+        for device in devices:
+            if isinstance(lr, Tensor):
+                if lr.device != device:
+                    raise ValueError(
+                        f"{owner}: lr is a tensor on {lr.device} and the parameters are on {device}, and with "
+                        "capturable=True nothing is copied between them in a step; give lr.to(device), or a number"
+                    )
+            elif _is_capturing():
+                raise ValueError(
+                    f"{owner}: lr={lr!r} is a number, which the CUDA graph that is recorded would keep for ever; it "
+                    "was set after the last step. Take a step before the capture, or fill the tensor in place: "
+                    "group['lr'].fill_(...)"
+                )
+            else:  # in float64, so that it is the number
+                group["lr"] = torch.full((), lr, dtype=torch.float64, device=device)
 
     @staticmethod
     def _check_hook(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
@@ -404,6 +446,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         rules = [self._checked_rule(index) for index in range(len(self.param_groups))]
         self._check_gradients()
         self._follow_user()
+        if _is_capturing():
+            self._check_capture(rules)
         for index, rule in enumerate(rules):
             self._bind(index, rule)
         for index, bucket in self._buckets:
@@ -412,6 +456,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         for index, bucket in self._buckets:
             self._step_bucket(bucket, rules[index], self.param_groups[index])
         return loss
+
+    def _check_capture(self, rules: Sequence[Rule]) -> None:
+        """Raise for a step that is recorded in a CUDA graph and that those which repeat it would not equal."""
+        for index, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
+            where = f"{self._name}: this step is recorded in a CUDA graph, and "
+            if not group["capturable"]:
+                raise ValueError(f"{where}param_groups[{index}] has capturable=False; make the optimizer with True")
+            for i, p in enumerate(group["params"]):
+                homes = self._homes.get(p, [])
+                count = min((bucket.counts[row] for bucket, row in homes), default=0)
+                settled = count > 0 and rule.phase(count + 1) is rule.phase(count + 2)
+                guarded = group["spike_guard"] is None or all(bucket.guard for bucket, _ in homes)
+                if p.grad is not None and p.numel() and not (settled and guarded):
+                    raise ValueError(
+                        f"{where}the next step of {label(group, i, p)}, its {count + 1}., differs from the later "
+                        "ones, as it makes state; take three steps outside of a graph first"
+                    )
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -466,7 +527,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not gradients:
             return
         hook = self._law(rule, group)
-        execution = self.execution
+        execution, bucket.capturable = self.execution, group["capturable"]
         # A hook needs the norm of a whole parameter, which chunks of an element-wise rule cut.
         in_place = isinstance(hook, InPlaceLaw)
         if rule.reads_parameters or in_place or (hook and rule.elementwise and execution == "stacked"):
@@ -477,7 +538,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         active = list(gradients)
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: it is asked whether it is
         # finite, and the guard is called when it is not. Until then every factor was one.
-        lazy = bucket.on_host and group["spike_guard"] is None and group["nonfinite"] == "skip" and not rule.total
+        lazy = bucket.looks and group["spike_guard"] is None and group["nonfinite"] == "skip" and not rule.total
         if lazy:
             long = [gradients[i] for i in active if execution == "stacked" and bucket.cuts(i)]
             factor = None if all(map(_is_finite, long)) else decide(bucket, active, group, rule.total)
@@ -503,7 +564,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         bucket: Bucket, rule: Rule, gradients: Mapping[int, Tensor]
     ) -> dict[tuple[Phase, int], Sequence[Segment]]:
         """What runs together: a phase; pieces of vectors also share their step count, so that it is a number."""
-        shared = rule.counts_steps and rule.elementwise
+        shared = rule.counts_steps and rule.elementwise and not bucket.capturable
         if rule.period == 1 and len(gradients) == len(bucket.parameters) and min(bucket.counts) == max(bucket.counts):
             count = bucket.counts[0] + 1
             return {(rule.phase(count), count if shared else 0): bucket.whole}
@@ -538,7 +599,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         live = None
         if any(i not in gradients for i in chunk.rows):
             members = torch.zeros(bucket.units, device=bucket.device)
-            members[bucket.units_of(list(gradients))] = 1
+            members.index_fill_(0, bucket.units_of(list(gradients)), 1)
             factor = members if factor is None else factor * members
         if factor is not None:
             scale = bucket.spread(chunk, factor)
@@ -557,8 +618,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rule.reads_parameters:
             extra["parameters"] = [bucket.parameters[segment.row] for segment in chunk]
         if rule.counts_steps:
-            # A number where the host knows it: not on an accelerator that may have skipped a unit.
-            known = rule.elementwise and (factor is None or bucket.on_host)
+            # A number where the host knows it: not on an accelerator that may have skipped a unit, nor in a graph.
+            known = rule.elementwise and not bucket.capturable and (factor is None or bucket.on_host)
             extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
         state = bucket.read(chunk)
         out = call(rule, grad, state, make_scalars(rule.scalars, group, extra), phase, execution)
@@ -609,6 +670,16 @@ class RuleOptimizer(torch.optim.Optimizer):
             new = moved[0] if len(moved) == 1 else torch.cat(moved)
         new = new if live is None else torch.where(live, new, old)
         torch._foreach_copy_(*bucket.targets(chunk, new, members))
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _identities(group: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+    """Values of a group as they compare; a tensor, which is not read, by which one it is."""
+    return tuple(id(v) if isinstance(v, Tensor) else v for v in map(group.__getitem__, names))
 
 
 def _is_finite(x: Tensor) -> bool:

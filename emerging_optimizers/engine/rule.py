@@ -111,6 +111,13 @@ class Rule(ABC):
         return None
 
     @property
+    def needs_host(self) -> str | None:
+        """What keeps a CUDA graph from repeating a step (`capturable`), and what helps; None: nothing does."""
+        if self.period > 1:
+            return f"the host says whose turn it is in a period of {self.period} steps; give precondition_frequency=1"
+        return None
+
+    @property
     def takes_vectors(self) -> bool:
         """Whether a matrix rule also updates vectors and scalars, as matrices of one column."""
         return False

@@ -43,6 +43,11 @@ class MOPRule(OrthogonalizedRule):
     scalars = ("momentum", "extra_scale_factor")
     scale_mode: MopScaleT = "nuclear_norm"
 
+    @property
+    def needs_host(self) -> str | None:
+        """The singular value decomposition does."""
+        return "the host checks the success of a singular value decomposition; use PolarGrad(orthogonalizer='qdwh')"
+
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
         """s U V'."""
         polar_BMN = polar_svd(x_BMN)

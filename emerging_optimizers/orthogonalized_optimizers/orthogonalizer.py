@@ -82,6 +82,13 @@ class PolarRule(OrthogonalizedRule):
         wide = torch.float64 if dtype == torch.float64 else torch.float32  # of the state
         return no_syrk(device, self._compute_dtype(wide) or wide) if self.use_syrk else None
 
+    @property
+    def needs_host(self) -> str | None:
+        """The singular value decomposition does."""
+        if self.orthogonalizer == "svd":
+            return "the host checks the success of orthogonalizer='svd'; give 'qdwh', which is as exact"
+        return super().needs_host
+
     def _compute_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         return torch.bfloat16 if self.fp32_matmul_prec == "medium" and dtype == torch.float32 else None
 

@@ -143,6 +143,11 @@ class SpectronRule(Rule):
         A, B, u_A, u_B, _ = factors
         return SpectronState(A, B, torch.zeros_like(A), torch.zeros_like(B), u_A, u_B)
 
+    @property
+    def needs_host(self) -> str | None:
+        """To factorise a weight that someone else has written."""
+        return "the host factorises a weight anew that was written by someone else; use low-rank layers (factor_groups)"
+
     def lost(self, state: Any) -> Tensor | None:
         """Matrices whose weight was written by someone else."""
         return ~state.u_A.any(dim=-1)
@@ -223,6 +228,11 @@ class FactorRule(SpectronRule):
             )
         A, B = self._split(weight)
         return FactorState(torch.zeros_like(weight), torch.cat([leading_left(A), leading_left(B)], dim=-1))
+
+    @property
+    def needs_host(self) -> str | None:
+        """Nothing."""
+        return None
 
     def lost(self, state: Any) -> Tensor | None:
         """The factors are the weight: nothing follows from it."""

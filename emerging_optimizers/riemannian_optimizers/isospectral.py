@@ -61,7 +61,8 @@ def _polar(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
 def _cayley(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
     half_BMM = 0.5 * (d_BMK @ x_BMK.mT - x_BMK @ d_BMK.mT)
     eye_MM = torch.eye(x_BMK.size(-2), dtype=x_BMK.dtype, device=x_BMK.device)
-    return torch.linalg.solve(eye_MM - half_BMM, x_BMK + half_BMM @ x_BMK)
+    # I minus a skew matrix is never singular, so nobody need wait for the device to say that it is not.
+    return torch.linalg.solve_ex(eye_MM - half_BMM, x_BMK + half_BMM @ x_BMK).result
 
 
 RETRACTIONS: Mapping[RetractionT, Callable[[Tensor, Tensor], Tensor]] = {"qr": _qr, "polar": _polar, "cayley": _cayley}
@@ -93,6 +94,13 @@ class IsoRule(Rule):
     def matmul_precision(self) -> FP32MatmulPrecT:
         """Of all products."""
         return self.fp32_matmul_prec
+
+    @property
+    def needs_host(self) -> str | None:
+        """The polar retraction does."""
+        if self.retraction == "polar":
+            return "the host checks the success of a singular value decomposition; give retraction='qr' or 'cayley'"
+        return super().needs_host
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> IsoState:
         """Room for what `start` makes."""

@@ -53,6 +53,11 @@ class ShampooRule(Rule):
     counts_steps = True
     p_root_inv: int = 4
 
+    @property
+    def needs_host(self) -> str | None:
+        """The inverse roots do."""
+        return "the host checks the success of an eigh in every step; use SOAP"
+
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ShampooState:
         """Zeros."""
         B, M, N = shape

@@ -150,6 +150,13 @@ class EigenbasisRule(Rule):
         """Steps from one refresh of a basis to the next."""
         return self.precondition_frequency
 
+    @property
+    def needs_host(self) -> str | None:
+        """Also an eigh at every refresh."""
+        if self.use_eigh:
+            return "use_eigh=True takes an eigh in every refresh, whose success the host checks; give use_eigh=False"
+        return super().needs_host
+
     def phase(self, step: int, turn: int = 0) -> Phase:
         """FIRST makes the first basis: in the second step, or with the published start in the first.
 

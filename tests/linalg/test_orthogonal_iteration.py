@@ -3,7 +3,11 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.linalg.eigh import eigh_descending
+from emerging_optimizers.linalg.emulation import emulate_tf32
+from emerging_optimizers.linalg.kernels import routes
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
+from emerging_optimizers.linalg.precision import fp32_matmul_precision
+from tests.cases import CASES, distance, parameters, run
 
 
 def rotation(n: int, seed: int = 0) -> Tensor:
@@ -59,3 +63,101 @@ def test_a_row_that_is_not_finite_leaves_the_other_rows_exact():
     expected = orthogonal_iteration(k, q)
     k[1, 0, 0] = torch.nan
     assert torch.equal(orthogonal_iteration(k, q)[[0, 2]], expected[[0, 2]])
+
+
+# ---- by Cholesky factorizations -------------------------------------------------------------------------------------
+
+
+def spectra(n: int) -> dict[str, Tensor]:
+    place = torch.linspace(0, 1, n, dtype=torch.float64)
+    low = (torch.arange(n) < min(8, n // 2)).double()
+    noise = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return {
+        **{f"condition_1e{power}": 10 ** (-power * place) for power in (0, 2, 4, 6, 8, 10, 12)},
+        "low_rank": low,
+        "low_rank_and_noise": low + 1e-7 * noise,
+        "low_rank_and_negative_noise": low + 1e-4 * (noise - 0.5),
+        "spike": torch.where(place == 0, 1e10, 1.0),
+        "tiny": 1e-30 * 10 ** (-6 * place),
+        "huge": 1e30 * 10 ** (-6 * place),
+        "zero": 0 * place,
+    }
+
+
+DEFICIENT = ("low_rank", "low_rank_and_noise", "low_rank_and_negative_noise", "spike")  # in float32
+
+
+def sorted_basis(k: Tensor, q: Tensor) -> Tensor:
+    order = (q.mT @ k @ q).diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+    return q.gather(-1, order.unsqueeze(-2).expand_as(q))
+
+
+def misfit(k: Tensor, q: Tensor) -> float:
+    """How far Q is from an eigenbasis of K."""
+    seen = q.double().mT @ k.double() @ q.double()
+    return float((seen - torch.diag_embed(seen.diagonal(dim1=-2, dim2=-1))).norm() / seen.norm().clamp_min(1e-300))
+
+
+@pytest.mark.parametrize("start", ["tracks", "random"])
+@pytest.mark.parametrize("kind", spectra(16))
+@pytest.mark.parametrize("n", [2, 16, 64, 300])
+def test_cholesky_is_orthogonal_and_as_close_as_householder(n: int, kind: str, start: str) -> None:
+    k = with_spectrum(spectra(n)[kind]).float()
+    k = (k + k.mT) / 2
+    q = rotation(n, seed=0 if start == "tracks" else 1).float()[None]
+    out, householder = (orthogonal_iteration(k, q, 1, name) for name in ("cholesky", "householder"))
+    assert (out.mT.double() @ out.double() - torch.eye(n)).abs().max() < 5e-6
+    # Where K has no rank the damping keeps 1e-6 of the old direction; the next step squares that.
+    assert misfit(k, out) <= 1.001 * misfit(k, householder) + (2e-4 if kind in DEFICIENT else 1e-6)
+    twice = [orthogonal_iteration(k, q, 2, name) for name in ("cholesky", "householder")]
+    assert misfit(k, twice[0]) <= 1.1 * misfit(k, twice[1]) + 1e-6
+
+
+def test_cholesky_is_householder_but_for_signs_that_follow_the_old_basis():
+    k = with_spectrum(torch.logspace(0, -3, 40, dtype=torch.float64))
+    q = rotation(40, seed=1)[None]
+    out, householder = (orthogonal_iteration(k, q, 1, name) for name in ("cholesky", "householder"))
+    signs = torch.sum(out * householder, dim=-2, keepdim=True).sign()
+    torch.testing.assert_close(out, householder * signs, rtol=0, atol=1e-9)
+    diagonal = (out.mT @ (k @ sorted_basis(k, q))).diagonal(dim1=-2, dim2=-1)
+    assert (diagonal > 0).all()
+
+
+def test_cholesky_of_a_zero_matrix_keeps_the_basis():
+    q = rotation(12).float()[None]
+    torch.testing.assert_close(orthogonal_iteration(torch.zeros(1, 12, 12), q, 1, "cholesky"), q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_cholesky_keeps_the_basis_of_a_row_that_is_not_finite_and_leaves_the_others_exact(bad):
+    k = torch.cat([with_spectrum(torch.linspace(0.1, 1, 5, dtype=torch.float64), seed) for seed in range(3)])
+    q = rotation(5).repeat(3, 1, 1)
+    expected = orthogonal_iteration(k, q, 1, "cholesky")
+    k[1, 0, 0] = bad
+    out = orthogonal_iteration(k, q, 1, "cholesky")
+    assert torch.equal(out[[0, 2]], expected[[0, 2]])
+    torch.testing.assert_close(out[1].mT @ out[1], torch.eye(5, dtype=torch.float64))
+
+
+def test_cholesky_does_not_read_the_caller_s_precision():
+    k, q = with_spectrum(torch.logspace(0, -8, 64, dtype=torch.float64)).float(), rotation(64).float()[None]
+    with emulate_tf32(), fp32_matmul_precision("high"):
+        out = orthogonal_iteration(k, q, 1, "cholesky")
+    assert (out.mT @ out - torch.eye(64)).abs().max() < 5e-6
+
+
+def test_soap_trains_as_well_by_cholesky(monkeypatch):
+    case = next(case for case in CASES if case.name == "soap_kl")
+    plain, _ = run(case, 12, dtype=torch.float64)
+    monkeypatch.setitem(routes.ORTHONORMALIZERS, "cpu", "cholesky")
+    found, _ = run(case, 12, dtype=torch.float64)
+    assert 0 < distance(found, plain, parameters(case, torch.float64)) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [64, 768])
+def test_cholesky_on_the_device(n):
+    k = torch.cat([with_spectrum(s).float() for s in spectra(n).values()]).cuda()
+    q = rotation(n, seed=1).float().repeat(len(k), 1, 1).cuda()
+    out = orthogonal_iteration(k, q, 1, "cholesky")
+    assert (out.mT.double() @ out.double() - torch.eye(n, device="cuda")).abs().max() < 1e-5

@@ -1,10 +1,11 @@
-"""The routes of Newton-Schulz: how many matrices in a call, which steps on the small Gram matrix, whose products.
+"""The routes of Newton-Schulz and of orthogonal iteration: how many matrices in a call, which steps on the small Gram
+matrix, whose symmetric products, whose QR.
 
 What a table does not name takes the plain path. Measured by `make bench` (docs/performance.md) and, for the accuracy,
 by tests/linalg/test_kernels.py.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,3 +123,21 @@ def calls(x_BMN: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (x_BMN,)
     size = x_BMN.size(-2) * x_BMN.size(-1) * dtype.itemsize
     return torch.split(x_BMN, max(1, CPU_CALL_BYTES // max(1, size)))
+
+
+OrthonormalizerT = Literal["householder", "cholesky"]
+# How orthogonal iteration makes its columns orthonormal, by device; Householder's QR where nothing is said. On a CPU
+# `cholesky_qr` takes 2.8 to 4.3 times as long (64 to 1024, one and several). On CUDA devices, where QR is a loop over
+# matrices and `cholesky_qr` is mostly products, nothing has been measured: `make bench-gpu ARGS="--arm SOAP --arm
+# 'SOAP, Cholesky QR'"`, on workloads of many small matrices and of few large ones.
+ORTHONORMALIZERS: dict[str, OrthonormalizerT] = {}
+
+
+def orthonormalizer(x_BNN: Tensor) -> OrthonormalizerT:
+    """The one for these matrices. In a compiled graph Householder's: there the precision of products cannot be raised.
+
+    Example:
+        >>> orthonormalizer(torch.empty(1, 64, 64))
+        'householder'
+    """
+    return "householder" if torch.compiler.is_compiling() else ORTHONORMALIZERS.get(x_BNN.device.type, "householder")
