@@ -30,6 +30,11 @@ class UpdateFunctionRule(Rule):
     state_keys: tuple[str, ...]
     function: Callable[..., Tensor]
 
+    @property
+    def needs_host(self) -> str | None:
+        """For the step count that the function is given."""
+        return "update_fn gets the step count as a number; write a Rule, which gets a tensor (lion.py is one)"
+
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """Zeros."""
         return self._state(torch.zeros(shape, dtype=dtype, device=device) for _ in self.state_keys)

@@ -46,6 +46,11 @@ class ScalarUpdateRule(SOAPRule):
     reads_parameters = True  # matrix by matrix
     function: Callable[..., Tensor]
 
+    @property
+    def needs_host(self) -> str | None:
+        """For the step count that the function is given."""
+        return "_scalar_update gets the step count as a number; override SOAPRule.inner, which gets a tensor"
+
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
         """The function, which writes the moments."""
         new = AdamState(*(x.clone() for x in moments))

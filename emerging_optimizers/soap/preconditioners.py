@@ -192,6 +192,11 @@ class PreconditionerRule(Rule):
     cls: type[SoapPreconditionerProtocol]
     function: Callable[..., Tensor]
 
+    @property
+    def needs_host(self) -> str | None:
+        """For the step count that the function is given."""
+        return "a PreconditionerCls of one's own gets the step count as a number; leave capturable False"
+
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """What the class begins with, for each matrix."""
         one = self.cls.init_state(shape[1:], device)
