@@ -301,10 +301,14 @@ _ELEMENTWISE = (
     _elementwise("torch AdamW, foreach", "torch.optim:AdamW", "torch", "AdamW", check="adamw", foreach=True),
     _elementwise("heavyball AdamW, eager", "heavyball:AdamW", "heavyball", "AdamW"),
     _elementwise("LaProp", f"{_SCALAR}.laprop:LaProp", "ours", "LaProp", check="laprop"),
+    _elementwise(
+        "LaProp, compiled", f"{_SCALAR}.laprop:LaProp", "ours", "LaProp", check="laprop", execution="compiled"
+    ),
     _elementwise("published LaProp", f"{_EO_SCALAR}:LaProp", "published", "LaProp", check="laprop"),
     _elementwise("pytorch-optimizer LaProp", "pytorch_optimizer:LaProp", "pytorch_optimizer", "LaProp"),
     _elementwise("heavyball LaProp, eager", "heavyball:LaProp", "heavyball", "LaProp"),
     _elementwise("Lion", f"{_SCALAR}.lion:Lion", "ours", "Lion", check="lion"),
+    _elementwise("Lion, compiled", f"{_SCALAR}.lion:Lion", "ours", "Lion", check="lion", execution="compiled"),
     _elementwise("published Lion", f"{_EO_SCALAR}:Lion", "published", "Lion", check="lion"),
     _elementwise("pytorch-optimizer Lion", "pytorch_optimizer:Lion", "pytorch_optimizer", "Lion", check="lion"),
     _elementwise("AdEMAMix", f"{_SCALAR}.ademamix:AdEMAMix", "ours", "AdEMAMix", check="float64"),

@@ -8,6 +8,7 @@ between many small matrices in one call, one expert stack in several, and cache-
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 from weakref import proxy
 
@@ -26,9 +27,12 @@ from emerging_optimizers.engine.validate import label
 # at a time (`estimate`). Accelerators, not measured yet, fill up later.
 CPU_CHUNK_BYTES = 2**20
 CHUNK_BYTES = 64 * 2**20
-# Elements in one call of an element-wise rule: its temporaries stay in the cache (measured: 0.55 to 0.6 of the
-# time of one pass over everything; below 64 K elements dispatch takes over).
-ELEMENT_CHUNK = 256 * 2**10
+# Elements in one call of an element-wise rule on a CPU: its temporaries stay in the cache, and are so small that the C
+# library keeps their memory. (With 256 K it gives it back, and faults on new pages make LaProp's passes take 1.4 to
+# 1.6 times as long; with 32 K calls begin to count, 1.2.)
+ELEMENT_CHUNK = 128 * 2**10
+# The same for a kernel that makes no temporaries: what is looked at is still in the cache when the kernel comes.
+FUSED_CHUNK = 8 * ELEMENT_CHUNK
 
 
 class Segment(NamedTuple):
@@ -66,6 +70,41 @@ class Chunk(list[Segment]):
         """Whether these are whole parameters as they are, several of them: one call moves them all."""
         plain = (self._bucket.blocks[i].window is None and not self._bucket.blocks[i].joined for i in self.rows)
         return len(self) > 1 and all(plain) and all(b - a == self._bucket.items(i) for i, a, b in self)
+
+    @cached_property
+    def opens(self) -> list[int]:
+        """Rows of which only the first part is here."""
+        return [i for i, start, stop in self if not start and stop < self._bucket.items(i)]
+
+    @cached_property
+    def has_wholes(self) -> bool:
+        """Whether some rows are here as a whole."""
+        return any(stop - start == self._bucket.items(i) for i, start, stop in self)
+
+    @cached_property
+    def views(self) -> Any:
+        """The state where the items are adjacent: views of the stacks."""
+        if len(self.runs) > 1:
+            return None
+        ((a, b),) = self.runs
+        state = self._bucket.state
+        return type(state)(*(None if stack is None else stack[a:b] for stack in state))
+
+    @cached_property
+    def parts(self) -> Any:
+        """The state of each segment, shaped as `targets` has them: a `NamedTuple` of lists of views."""
+        bucket = self._bucket
+        first = [bucket.offsets[i] + start for i, start, _ in self]
+        shapes = [
+            bucket.parameters[i].shape if stop - start == bucket.items(i) else (stop - start,)
+            for i, start, stop in self
+        ]
+        return type(bucket.state)(
+            *(
+                [stack[a : a + prod(shape)].view(shape) for a, shape in zip(first, shapes, strict=True)]
+                for stack in bucket.state
+            )
+        )
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:
@@ -167,10 +206,8 @@ class Bucket:
 
     def fits(self) -> bool:
         """Whether every parameter still is what its stacks were made for."""
-        return all(
-            p.dtype == self.param_dtype and p.device == self.device and p.shape == shape
-            for p, shape in zip(self.parameters, self.shapes, strict=True)
-        )
+        kinds = {(p.dtype, p.device) for p in self.parameters}
+        return kinds == {(self.param_dtype, self.device)} and [p.shape for p in self.parameters] == self.shapes
 
     # ---- choosing what a call works on --------------------------------------------------------------------------
 
@@ -203,26 +240,27 @@ class Bucket:
                 yield from (Chunk(self, [Segment(i, k, k + step)]) for k in range(start, stop, step))
             return
         size = torch.Size(self.item).numel() * self.dtype.itemsize
-        cap = max(1, (CPU_CHUNK_BYTES if self.on_host else CHUNK_BYTES) // size) if self.item else ELEMENT_CHUNK
+        cap = max(1, (CPU_CHUNK_BYTES if self.on_host else CHUNK_BYTES) // size)
+        if self.on_host and not self.item:
+            cap = FUSED_CHUNK if execution == "fused" else ELEMENT_CHUNK
         chunk: list[Segment] = []
         room = cap
         for i, start, end in segments:
             # A vector whose memory is not in its own order can only be written whole.
-            piece = cap if self.item or self.parameters[i].is_contiguous() else end - start
+            whole = execution == "elements" or not (self.item or self.parameters[i].is_contiguous())
+            piece = end - start if whole else cap
             while start < end:
-                if chunk and min(end - start, piece) > room:
+                stop = min(end, start + piece)
+                # Half a chunk of elements is one by itself: a view costs less than gathering and scattering.
+                alone = not self.item and execution != "fused" and 2 * (stop - start) >= cap
+                if chunk and (alone or stop - start > room):
                     yield Chunk(self, chunk)
                     chunk, room = [], cap
-                stop = min(end, start + piece)
                 chunk.append(Segment(i, start, stop))
-                room -= stop - start
+                room = 0 if alone else room - (stop - start)
                 start = stop
         if chunk:
             yield Chunk(self, chunk)
-
-    def cuts(self, i: int) -> bool:
-        """Whether a stacked call may see less than a unit of row i."""
-        return not self.item and self.items(i) > ELEMENT_CHUNK
 
     def items(self, i: int) -> int:
         """How many items row i owns."""
@@ -232,24 +270,19 @@ class Bucket:
 
     def read(self, chunk: Chunk) -> Any:
         """The chunk's state: views of the stacks where its items are adjacent, else copies."""
-        runs = chunk.runs
-
-        def part(stack: Tensor | None) -> Tensor | None:
-            if stack is None:
-                return None
-            pieces = [stack[a:b] for a, b in runs]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-        return type(self.state)(*map(part, self.state))
+        if chunk.views is not None:
+            return chunk.views
+        cat = [None if x is None else torch.cat([x[a:b] for a, b in chunk.runs]) for x in self.state]
+        return type(self.state)(*cat)
 
     def write(self, chunk: Chunk, state: Any) -> None:
         """Copy a chunk's new state into the stacks, in place."""
-        runs = chunk.runs
-        for stack, new in zip(self.state, state, strict=True):
-            if stack is None:
+        views = chunk.views or [None] * len(state)
+        for stack, new, view in zip(self.state, state, views, strict=True):
+            if stack is None or new is view:
                 continue
             row = 0
-            for a, b in runs:
+            for a, b in chunk.runs:
                 piece = new[row : row + b - a]
                 if not _is_same(piece, target := stack[a:b]):
                     target.copy_(piece)
@@ -298,6 +331,15 @@ class Bucket:
                 parts.append((block if self.item else block.view(-1))[start:stop])
                 values.append(piece.reshape(parts[-1].shape))
         return parts, values
+
+    def is_plain(self, gradients: Iterable[Tensor]) -> bool:
+        """Whether parameters and gradients are where torch's fused kernels work, and in the state's order in memory."""
+        return self.device.type in ("cpu", "cuda") and all(x.is_contiguous() for x in (*self.parameters, *gradients))
+
+    def piece(self, segment: Segment, x: Tensor) -> Tensor:
+        """A segment of a contiguous tensor shaped like its parameter: all of it, or elements in a row."""
+        i, start, stop = segment
+        return x if stop - start == self.items(i) else x.view(-1)[start:stop]
 
     def units_of(self, members: Sequence[int]) -> Tensor:
         """The indices of the units of some parameters."""

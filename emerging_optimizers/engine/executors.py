@@ -1,6 +1,6 @@
 """How a rule is called. `stacked` and `per_matrix` differ in the chunks that buckets cut, not here."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal
 
@@ -14,15 +14,66 @@ from emerging_optimizers.linalg.precision import fp32_matmul_precision
 Execution = Literal["stacked", "per_matrix", "compiled"]
 
 
+def many_graphs(execution: Execution) -> AbstractContextManager[Any]:
+    """Around the calls of a step: one graph for each (rule, phase, shape) may be more than dynamo takes for right."""
+    if execution != "compiled":
+        return nullcontext()
+    return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=65536)
+
+
 def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: Execution) -> Step:
     """One update of a chunk."""
     with nullcontext() if rule.elementwise else fp32_matmul_precision(rule.matmul_precision):
         if execution != "compiled":
             return rule.update(grad, state, t, phase)
-        # One graph for each (rule, phase, shape): a known number, which may exceed what dynamo takes for a mistake.
-        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=65536):
-            step: Step = _compiled(rule, phase)(grad, state, as_tensors(t, grad.device))
+        step: Step = _compiled(rule, phase)(grad, state, as_tensors(t, grad.device))
         return step
+
+
+def step_elements(
+    rule: Rule, grad: Tensor, state: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool
+) -> None:
+    """The whole step of an element-wise rule on flat tensors in one compiled pass: state and weight are written.
+
+    Args:
+        rule: An element-wise rule that neither reads nor rewrites the weight.
+        grad: (K,), in the state's dtype.
+        state: Of K elements each.
+        weight: (K,), in its own dtype.
+        scale: What the gradient is multiplied by, 0: neither state nor weight moves; None: by one.
+        t: The rule's scalars; also `lr`, `keep`, and `l2`, by which the weight joins the gradient, or None.
+        maximize: Follow the gradient up.
+    """
+    # `data` is no view: of one, dynamo would also see the base, whose length it compares with others.
+    state = type(state)(*(x.data for x in state))
+    _compiled_elements(rule)(grad.data, state, weight.data, scale, t, maximize)
+
+
+@cache
+def _compiled_elements(rule: Rule) -> Any:
+    def step(grad: Tensor, state: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool) -> None:
+        old = weight.to(grad.dtype)
+        own = state
+        live = None
+        if scale is not None:
+            live = scale > 0
+            grad = torch.where(live, grad * scale, 0)
+            own = type(state)(*(x.clone() for x in state))  # in a graph a copy that takes no memory
+        if maximize:
+            grad = -grad
+        if t.l2 is not None:
+            grad = grad + old * t.l2
+        out = rule.update(grad, own, t, Phase.REUSE)
+        assert out.direction is not None
+        # Not `add_(direction, alpha=-lr)`: compiled, an alpha can be lost, and a number freezes at its second value
+        # (torch 2.13). Every number comes as a 0-D tensor.
+        new = old * t.keep - out.direction * t.lr
+        for x, y in zip((*state, weight), (*out.state, new), strict=True):
+            if x is not y:
+                x.copy_(y if live is None else torch.where(live, y, x))
+
+    # For any length: one graph serves all parameters, and the same where some have no gradient.
+    return torch.compile(step, fullgraph=True, dynamic=True)
 
 
 @cache

@@ -7,21 +7,23 @@ them, written to the parameters. Whatever can raise does so before the first wei
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment, fill_buckets
-from emerging_optimizers.engine.executors import Execution, call
+from emerging_optimizers.engine.executors import Execution, call, many_graphs, step_elements
 from emerging_optimizers.engine.guard import NonfiniteT, decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
-from emerging_optimizers.engine.rule import Phase, Rule, Step
-from emerging_optimizers.engine.scalars import make_scalars
+from emerging_optimizers.engine.rule import Fused, Phase, Rule, Step
+from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.validate import (
     FLAG,
     HOOK,
@@ -307,6 +309,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._rules: dict[int, tuple[tuple[Any, ...], Rule]] = {}
         self._buckets: list[tuple[int, Bucket]] = []
         self._homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
+        self._seen: tuple[list[str], list[int]] | None = None
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create the state of a group's parameters now instead of in the first step."""
@@ -316,10 +319,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _bind(self, index: int, rule: Rule, only_trainable: bool = True) -> None:
         """Give every parameter of a group a place in a stack, and adopt the state that it already has."""
         group = self.param_groups[index]
+        homes = self._homes
         new = [
             (i, p)
             for i, p in enumerate(group["params"])
-            if p not in self._homes
+            if p not in homes
             and p.numel()
             and (p.requires_grad or p.grad is not None or p in self.state or not only_trainable)
         ]
@@ -347,11 +351,17 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _follow_user(self) -> None:
         """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
-        if not all(bucket.fits() for _, bucket in self._buckets) or not all(map(self.state.get, self._homes)):
+        states: list[dict[str, Any]] = [self.state.get(p, {}) for p in self._homes]
+        if not all(bucket.fits() for _, bucket in self._buckets) or not all(states):
             self._forget_stacks()
             for index in range(len(self.param_groups)):  # the rule may not run where its parameters are now
                 self._checked_rule(index)
             return
+        # Keys and tensors of all parameters as two lists: nearly always those of the last step.
+        seen = [*chain.from_iterable(states)], [*map(id, chain.from_iterable(map(dict.values, states)))]
+        if seen == self._seen:
+            return
+        self._seen = seen
         for p, home in self._homes.items():
             state, views = self.state[p], self._views(p)
             if len(state) == len(views) and all(map(is_, map(state.get, views), views.values())):
@@ -359,6 +369,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for bucket, row in home:
                 bucket.adopt(row, state, f"a parameter of shape {tuple(p.shape)}")
             self.state[p] = {**views}
+            self._seen = None  # the user's tensors may go, and others come under their ids
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
@@ -453,8 +464,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         for index, bucket in self._buckets:
             if rules[index].starts_from_weight:
                 self._start(bucket, rules[index], self.param_groups[index])
-        for index, bucket in self._buckets:
-            self._step_bucket(bucket, rules[index], self.param_groups[index])
+        with many_graphs(self.execution):
+            for index, bucket in self._buckets:
+                self._step_bucket(bucket, rules[index], self.param_groups[index])
         return loss
 
     def _check_capture(self, rules: Sequence[Rule]) -> None:
@@ -476,17 +488,18 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
+            raises = group["nonfinite"] == "raise"
             for i, p in enumerate(group["params"]):
-                if p.grad is None:
+                if (grad := p.grad) is None or (grad.layout is torch.strided and not raises):
                     continue
-                if group["nonfinite"] == "raise" and not bool(p.grad.isfinite().all()):
+                if raises and not bool(grad.isfinite().all()):
                     raise ValueError(
                         f"{self._name}: the gradient of {label(group, i, p)} is not finite, and its group says "
                         "nonfinite='raise'; nothing has moved. nonfinite='skip' lets it sit the step out"
                     )
-                if p.grad.layout != torch.strided:
+                if grad.layout != torch.strided:
                     raise ValueError(
-                        f"{self._name}: the gradient of {label(group, i, p)} has layout {p.grad.layout}; only "
+                        f"{self._name}: the gradient of {label(group, i, p)} has layout {grad.layout}; only "
                         "dense gradients can be used (nn.Embedding(sparse=False))"
                     )
 
@@ -532,6 +545,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         in_place = isinstance(hook, InPlaceLaw)
         if rule.reads_parameters or in_place or (hook and rule.elementwise and execution == "stacked"):
             execution = "per_matrix"
+        simple = rule.elementwise and not (hook or rule.reads_weight or rule.reads_parameters or rule.rewrites_weight)
+        one_pass = simple and execution == "compiled" and not bucket.capturable
+        plain = simple and execution != "compiled" and not isinstance(group["lr"], Tensor)
+        plain = plain and bucket.is_plain(gradients.values())
+        kernel = rule.fused if plain else None
+        cut = "elements" if one_pass else "fused" if kernel else execution
         if group["spike_guard"] is not None and not bucket.guard:
             bucket.start_guard()
             self._publish(bucket)
@@ -539,22 +558,30 @@ class RuleOptimizer(torch.optim.Optimizer):
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: it is asked whether it is
         # finite, and the guard is called when it is not. Until then every factor was one.
         lazy = bucket.looks and group["spike_guard"] is None and group["nonfinite"] == "skip" and not rule.total
-        if lazy:
-            long = [gradients[i] for i in active if execution == "stacked" and bucket.cuts(i)]
-            factor = None if all(map(_is_finite, long)) else decide(bucket, active, group, rule.total)
-        else:
-            factor = decide(bucket, active, group, rule.total)
+        factor = None if lazy else decide(bucket, active, group, rule.total)
         for (phase, count), segments in self._by_phase(bucket, rule, gradients).items():
             members: Mapping[int, Tensor] = gradients
             if segments is not bucket.whole:
                 members = {segment.row: gradients[segment.row] for segment in segments}
-                if execution == "compiled" and rule.period == 1:  # others are masked: no new graph when they come
+                if cut == "compiled" and rule.period == 1:  # others are masked: no new graph when they come
                     segments = bucket.whole
-            for chunk in bucket.chunks(segments, execution):
+            t = self._element_scalars(bucket, rule, count, group) if one_pass else None
+            for chunk in bucket.chunks(segments, cut):
+                if plain and factor is None and (kernel or len(chunk) == 1):
+                    grads = [bucket.piece(segment, members[segment.row]).to(bucket.dtype) for segment in chunk]
+                    whole = grads if chunk.has_wholes else []
+                    if not lazy or _are_finite([*whole, *(members[i] for i in chunk.opens)]):
+                        self._run_plain(bucket, chunk, grads, rule, kernel, phase, count, group)
+                        continue
                 grad = bucket.stack(chunk, members)
-                if lazy and factor is None and not _is_finite(grad):
-                    factor = decide(bucket, active, group, rule.total)
-                self._run(bucket, chunk, grad, members, factor, rule, hook, phase, count, group, execution)
+                if lazy and factor is None:
+                    # A parameter that is cut is looked at as a whole before its first piece moves.
+                    seen = [grad] * chunk.has_wholes + [members[i] for i in chunk.opens]
+                    factor = None if all(map(_is_finite, seen)) else decide(bucket, active, group, rule.total)
+                if one_pass:
+                    self._run_compiled(bucket, chunk, grad, members, factor, rule, t, group)
+                else:
+                    self._run(bucket, chunk, grad, members, factor, rule, hook, phase, count, group, execution)
         bucket.count(active, factor)
         if (lost := rule.lost(bucket.state)) is not None:
             bucket.post(lost)
@@ -597,7 +624,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         `factor` scales the gradients of units; where it is 0, neither weight nor state moves.
         """
         live = None
-        if any(i not in gradients for i in chunk.rows):
+        if len(gradients) < len(bucket.parameters) and any(i not in gradients for i in chunk.rows):
             members = torch.zeros(bucket.units, device=bucket.device)
             members.index_fill_(0, bucket.units_of(list(gradients)), 1)
             factor = members if factor is None else factor * members
@@ -621,13 +648,83 @@ class RuleOptimizer(torch.optim.Optimizer):
             # A number where the host knows it: not on an accelerator that may have skipped a unit, nor in a graph.
             known = rule.elementwise and not bucket.capturable and (factor is None or bucket.on_host)
             extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
+        t = make_scalars(rule.scalars, group, extra)
         state = bucket.read(chunk)
-        out = call(rule, grad, state, make_scalars(rule.scalars, group, extra), phase, execution)
+        own = type(state)(*(x.clone() for x in state)) if rule.works_in_place and live is not None else state
+        out = call(rule, grad, own, t, phase, execution)
         new_state = out.state
         if live is not None:
             new_state = type(state)(*(_where(live, new, old) for old, new in zip(state, out.state, strict=True)))
         bucket.write(chunk, new_state)
         self._move(bucket, chunk, gradients, live, out, hook, group)
+
+    @staticmethod
+    def _run_compiled(
+        bucket: Bucket,
+        chunk: Chunk,
+        grad: Tensor,
+        members: Container[int],
+        factor: Tensor | None,
+        rule: Rule,
+        t: Any,
+        group: Mapping[str, Any],
+    ) -> None:
+        """`_run` for an element-wise rule: one compiled pass over gradient, state and weight."""
+        scale = None if factor is None else bucket.spread(chunk, factor)
+        if rule.counts_steps and scale is not None and not bucket.on_host:
+            t = t._replace(step=bucket.spread(chunk, bucket.step.double() + 1))
+        parts, _ = bucket.targets(chunk, grad, members)
+        in_place = len(parts) == 1 and parts[0].is_contiguous()
+        weight = parts[0].view(-1) if in_place else torch.cat([p.reshape(-1) for p in parts])
+        state = bucket.read(chunk)
+        step_elements(rule, grad.contiguous(), state, weight, scale, t, group["maximize"])
+        bucket.write(chunk, state)
+        if not in_place:
+            torch._foreach_copy_(*bucket.targets(chunk, weight, members))
+
+    @staticmethod
+    def _element_scalars(bucket: Bucket, rule: Rule, count: int, group: Mapping[str, Any]) -> Any:
+        """What `step_elements` takes, the same for all chunks of a step."""
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
+        adds_l2 = group["weight_decay_method"] == "l2" and group["weight_decay"] != 0
+        extra = {"lr": lr, "keep": keep, "l2": group["weight_decay"] if adds_l2 else None, "step": count}
+        return as_tensors(make_scalars(rule.scalars, group, extra), bucket.device)
+
+    @staticmethod
+    def _run_plain(
+        bucket: Bucket,
+        chunk: Chunk,
+        grads: list[Tensor],
+        rule: Rule,
+        kernel: Fused | None,
+        phase: Phase,
+        count: int,
+        group: Mapping[str, Any],
+    ) -> None:
+        """`_run` for an element-wise rule where nothing is masked and nothing has to be gathered.
+
+        It is given the parameters' pieces as they are: one, or any number for a kernel of torch's.
+        """
+        parts = [bucket.piece(segment, bucket.parameters[segment.row]) for segment in chunk]
+        wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
+        lr, decay, method = group["lr"], group["weight_decay"], group["weight_decay_method"]
+        if group["maximize"]:
+            grads = list(torch._foreach_neg(grads))
+        if method == "l2" and decay != 0:
+            grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, decay)))
+        t, keep = make_scalars(rule.scalars, group, {"step": count}), keep_factor(method, lr, decay)
+        if kernel is not None:
+            kernel(wide, grads, chunk.parts, t, lr, keep)
+        else:
+            out = rule.update(grads[0].view(-1), bucket.read(chunk), t, phase)
+            assert out.direction is not None
+            bucket.write(chunk, out.state)
+            if keep != 1:
+                wide[0].mul_(keep)
+            wide[0].add_(out.direction.view(wide[0].shape), alpha=-lr)
+        if wide is not parts:
+            torch._foreach_copy_(parts, wide)
 
     @staticmethod
     def _move(
@@ -685,6 +782,13 @@ def _identities(group: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ..
 def _is_finite(x: Tensor) -> bool:
     """A sum is finite only if all of its terms are; one that overflows is looked at again by who asks."""
     return math.isfinite(x.sum())
+
+
+def _are_finite(tensors: list[Tensor]) -> bool:
+    """`_is_finite` of many, for which small ones are gathered."""
+    small = [x for x in tensors if x.numel() < 2**14]
+    gathered = [_flatten_dense_tensors(small)] if small else []  # type: ignore[no-untyped-call]  # untyped in torch
+    return all(map(_is_finite, (*gathered, *(x for x in tensors if x.numel() >= 2**14))))
 
 
 def _where(live: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:

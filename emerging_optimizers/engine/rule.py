@@ -60,6 +60,15 @@ class Step(NamedTuple):
     parameter: Tensor | None = None
 
 
+class Fused(Protocol):
+    """Updates weights and state, a `NamedTuple` of lists, in place; all tensors are contiguous, of one dtype."""
+
+    def __call__(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> None:
+        """W <- keep W - lr direction; `t.step` is a number."""
+
+
 RuleT = TypeVar("RuleT", bound="Rule")
 
 
@@ -74,6 +83,8 @@ class Rule(ABC):
         elementwise: the rule acts on each element by itself; its state has the gradient's shape.
         counts_steps: `update` reads `t.step`; the count is saved as `step`.
         handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
+        works_in_place: `update` writes the new state into the tensors of `state`; the engine gives it copies where old
+            values have to survive. For element-wise rules, whose cost is passes over memory.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
         starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
         derived: keys of other releases' checkpoints that follow from the rest; they are not loaded.
@@ -84,6 +95,7 @@ class Rule(ABC):
     counts_steps: ClassVar[bool] = False
     handles_l2: ClassVar[bool] = False
     reads_parameters: ClassVar[bool] = False
+    works_in_place: ClassVar[bool] = False
     rewrites_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
     derived: ClassVar[tuple[str, ...]] = ()
@@ -127,6 +139,11 @@ class Rule(ABC):
         """Whether `update` reads `t.weight`."""
         return False
 
+    @property
+    def fused(self) -> Fused | None:
+        """torch's own kernel for the whole step, where it has one; it equals `update` within rounding."""
+        return None
+
     @classmethod
     def from_group(cls: type[RuleT], group: Mapping[str, Any]) -> RuleT:
         """The rule that a parameter group asks for."""
@@ -165,4 +182,4 @@ class Rule(ABC):
 
     @abstractmethod
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
-        """One step. Pure: modifies nothing, reads no value on the host, does not branch on the device."""
+        """One step. Pure (see `works_in_place`): reads no value on the host, does not branch on the device."""

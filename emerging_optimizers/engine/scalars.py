@@ -16,12 +16,43 @@ def debias(beta: Any, step: Any, like: Tensor) -> Any:
     `like`, or as a number if both are numbers.
     """
     share = 1 - beta**step
-    return share.to(like.dtype) if isinstance(share, Tensor) else share
+    if not isinstance(share, Tensor):
+        return share
+    share = share.to(like.dtype)
+    # Asking for its strides makes inductor compute it once, not again for every element that it is used for.
+    return share.as_strided((), ()) if torch.compiler.is_compiling() and not share.ndim else share
 
 
 def lerp(old: Tensor, new: Tensor, share: Any) -> Tensor:
     """old + share (new - old), where the share is a number or a tensor of any floating dtype."""
-    return torch.lerp(old, new, share.to(old.dtype) if isinstance(share, Tensor) else share)
+    return torch.lerp(old, new, _weight(share, old))
+
+
+def lerp_(old: Tensor, new: Tensor, share: Any) -> Tensor:
+    """`lerp` in the memory of `old`."""
+    return old.lerp_(new, _weight(share, old))
+
+
+def _weight(share: Any, old: Tensor) -> Any:
+    # On a CPU torch has vector instructions for a weight that is a tensor only (2.13: 37 against 54 us for 128 K).
+    if isinstance(share, Tensor):
+        return share.to(old.dtype)
+    return torch.tensor(share, dtype=old.dtype) if old.device.type == "cpu" else share
+
+
+def add_(x: Tensor, a: Tensor, value: Any) -> Tensor:
+    """x + value a in the memory of `x`; the value is a number or a tensor of any floating dtype."""
+    return x.add_(a * value) if isinstance(value, Tensor) else x.add_(a, alpha=value)
+
+
+def addcmul_(x: Tensor, a: Tensor, b: Tensor, value: Any) -> Tensor:
+    """x + value a b in the memory of `x`; the value is a number or a tensor of any floating dtype."""
+    return x.add_(a * b * value) if isinstance(value, Tensor) else x.addcmul_(a, b, value=value)
+
+
+def addcdiv_(x: Tensor, a: Tensor, b: Tensor, value: Any) -> Tensor:
+    """x + value a / b in the memory of `x`; the value is a number or a tensor of any floating dtype."""
+    return x.add_(a / b * value) if isinstance(value, Tensor) else x.addcdiv_(a, b, value=value)
 
 
 @cache

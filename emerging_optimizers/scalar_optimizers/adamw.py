@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -67,6 +68,11 @@ class AdamWRule(Rule):
     correct_bias: bool = True
     nesterov: bool = False
 
+    @property
+    def fused(self) -> Fused | None:
+        """torch's AdamW, which reads and writes every number once."""
+        return _torch_adamw if self.correct_bias and not self.nesterov else None
+
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
         """Zero moments."""
         return AdamState.zeros(shape, dtype, device)
@@ -74,6 +80,27 @@ class AdamWRule(Rule):
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
         return Step(*adam_direction(grad, state, t, correct_bias=self.correct_bias, nesterov=self.nesterov))
+
+
+def _torch_adamw(weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+    # The kernel knows decoupled decay only, 1 - lr weight_decay, which can say any `keep` unless lr is 0.
+    if not lr and keep != 1:
+        torch._foreach_mul_(weights, keep)
+    torch._fused_adamw_(
+        weights,
+        grads,
+        state.exp_avg,
+        state.exp_avg_sq,
+        [],
+        [torch.full((), t.step, dtype=torch.float32, device=weights[0].device)] * len(weights),
+        lr=lr,
+        beta1=t.betas[0],
+        beta2=t.betas[1],
+        weight_decay=(1 - keep) / lr if lr else 0.0,
+        eps=t.eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class AdamW(RuleOptimizer):

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.scalars import add_, addcmul_, lerp_
 from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, NON_NEGATIVE, Check, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -74,6 +75,7 @@ class AdEMAMixRule(Rule):
 
     scalars = ("betas", "eps", "alpha")
     elementwise = True
+    works_in_place = True
     counts_steps = True
     correct_bias: bool = True
     num_beta_slow_warmup_steps: int | None = None
@@ -88,14 +90,16 @@ class AdEMAMixRule(Rule):
         beta_fast, beta2, beta_slow = t.betas
         beta_slow = half_life_warmup(t.step, beta_fast, beta_slow, self.num_beta_slow_warmup_steps)
         alpha = t.alpha * warmup(t.step, self.num_alpha_warmup_steps)
-        fast = lerp(state.exp_avg_fast, grad, 1 - beta_fast)
-        slow = lerp(state.exp_avg_slow, grad, 1 - beta_slow)
-        v = lerp(state.exp_avg_sq, grad.square(), 1 - beta2)
+        fast = lerp_(state.exp_avg_fast, grad, 1 - beta_fast)
+        slow = lerp_(state.exp_avg_slow, grad, 1 - beta_slow)
+        v = addcmul_(state.exp_avg_sq.mul_(beta2), grad, grad, 1 - beta2)
 
         bias_fast = debias(beta_fast, t.step, grad) if self.correct_bias else 1.0
         bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
-        numerator = (fast / bias_fast).add_(slow * alpha)
-        return Step(numerator / (v / bias2).sqrt_().add_(t.eps), AdEMAMixState(fast, slow, v))
+        # Numerator and denominator both times the root of bias2, which then takes no pass of its own.
+        root2 = bias2**0.5
+        numerator = add_(fast * (root2 / bias_fast), slow, root2 * alpha)
+        return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdEMAMixState(fast, slow, v))
 
 
 class AdEMAMix(RuleOptimizer):

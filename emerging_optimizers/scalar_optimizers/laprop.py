@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.hooks import KeepNorm
+from emerging_optimizers.engine.scalars import addcdiv_, addcmul_
 from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
@@ -33,6 +34,7 @@ class LaPropRule(Rule):
 
     scalars = ("betas", "eps")
     elementwise = True
+    works_in_place = True
     counts_steps = True
     correct_bias: bool = True
     frob_normalize: bool = False
@@ -51,10 +53,11 @@ class LaPropRule(Rule):
         beta1, beta2 = t.betas
         bias1 = debias(beta1, t.step, grad) if self.correct_bias else 1.0
         bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
-        v = lerp(state.exp_avg_sq, grad.square(), 1 - beta2)
-        normalized = grad / (v / bias2).sqrt_().add_(t.eps)
-        m = lerp(state.exp_avg, normalized, 1 - beta1)
-        return Step(m / bias1, AdamState(m, v))
+        v = addcmul_(state.exp_avg_sq.mul_(beta2), grad, grad, 1 - beta2)
+        # G / (sqrt(v / bias2) + eps) with the root of bias2 taken out: a pass less.
+        root2 = bias2**0.5
+        m = addcdiv_(state.exp_avg.mul_(beta1), grad, v.sqrt().add_(t.eps * root2), (1 - beta1) * root2)
+        return Step(m * (1 / bias1), AdamState(m, v))
 
 
 class LaProp(RuleOptimizer):

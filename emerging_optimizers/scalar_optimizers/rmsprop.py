@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine.scalars import addcmul_
 from emerging_optimizers.engine.validate import FRACTION, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -35,6 +36,7 @@ class RMSPropRule(Rule):
 
     scalars = ("alpha", "eps")
     elementwise = True
+    works_in_place = True
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> RMSPropState:
         """Zero."""
@@ -42,7 +44,7 @@ class RMSPropRule(Rule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        v = lerp(state.exp_avg_sq, grad.square(), 1 - t.alpha)
+        v = addcmul_(state.exp_avg_sq.mul_(t.alpha), grad, grad, 1 - t.alpha)
         return Step(grad / v.sqrt().add_(t.eps), RMSPropState(v))
 
 

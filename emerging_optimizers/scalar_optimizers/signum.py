@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.scalars import lerp_
 from emerging_optimizers.engine.validate import FLAG, FRACTION
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -38,6 +39,7 @@ class SignumRule(Rule):
 
     scalars = ("momentum",)
     counts_steps = True
+    works_in_place = True
     correct_bias: bool = True
     nesterov: bool = False
     use_shape_scaling: bool = False
@@ -53,14 +55,16 @@ class SignumRule(Rule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        m = lerp(state.exp_avg, grad, 1 - t.momentum)
+        m = lerp_(state.exp_avg, grad, 1 - t.momentum)
         ahead = m
         if self.nesterov:
             bias = debias(t.momentum, t.step, grad) if self.correct_bias else 1.0
             bias_ahead = debias(t.momentum, t.step + 1, grad) if self.correct_bias else 1.0
             ahead = m * (t.momentum / bias_ahead) + grad * ((1 - t.momentum) / bias)
-        scale = 2 / sum(grad.shape[-2:]) if self.use_shape_scaling else 1.0
-        return Step(ahead.sign() * scale, SignumState(m))
+        direction = ahead.sign()
+        if self.use_shape_scaling:
+            direction.mul_(2 / sum(grad.shape[-2:]))
+        return Step(direction, SignumState(m))
 
 
 class Signum(RuleOptimizer):

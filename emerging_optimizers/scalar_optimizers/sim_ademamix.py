@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.scalars import add_, addcmul_
 from emerging_optimizers.engine.validate import BETAS, COUNT, FLAG, FRACTION, NON_NEGATIVE, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
@@ -35,6 +36,7 @@ class SimplifiedAdEMAMixRule(Rule):
 
     scalars = ("betas", "eps", "alpha", "min_beta_fast")
     elementwise = True
+    works_in_place = True
     counts_steps = True
     correct_bias: bool = True
     num_beta_fast_warmup_steps: int | None = None
@@ -49,11 +51,13 @@ class SimplifiedAdEMAMixRule(Rule):
         beta1 = half_life_warmup(t.step, t.min_beta_fast, beta1, self.num_beta_fast_warmup_steps)
         bias1 = debias(beta1, t.step, grad) / (1 - beta1) if self.correct_bias else 1.0
         bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
-        # Step counts that differ from element to element make beta1 a float64 stack.
-        m = (state.exp_avg * beta1).to(grad.dtype).add_(grad)
-        v = lerp(state.exp_avg_sq, grad.square(), 1 - beta2)
-        numerator = (m / bias1).to(grad.dtype).add_(grad * t.alpha)
-        return Step(numerator / (v / bias2).sqrt_().add_(t.eps), AdamState(m, v))
+        m = state.exp_avg.mul_(beta1).add_(grad)
+        v = addcmul_(state.exp_avg_sq.mul_(beta2), grad, grad, 1 - beta2)
+        # Numerator and denominator both times the root of bias2, which then takes no pass of its own. Step counts
+        # that differ from element to element make bias1 a float64 stack.
+        root2 = bias2**0.5
+        numerator = add_((m * (root2 / bias1)).to(grad.dtype), grad, root2 * t.alpha)
+        return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdamState(m, v))
 
 
 class SimplifiedAdEMAMix(RuleOptimizer):
