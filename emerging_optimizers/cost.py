@@ -28,6 +28,8 @@ LONGEST_PERIOD = 50
 # Operations of LAPACK's routines for a matrix (m, n) with m >= n; Golub and Van Loan, Matrix Computations.
 FACTORIZATIONS: Mapping[str, Callable[[int, int], float]] = {
     "linalg_qr": lambda m, n: 4 * (m * n**2 - n**3 / 3),
+    "geqrf": lambda m, n: 2 * (m * n**2 - n**3 / 3),
+    "linalg_householder_product": lambda m, n: 2 * (m * n**2 - n**3 / 3),
     "_linalg_eigh": lambda m, n: 9 * n**3,
     "_linalg_svd": lambda m, n: 14 * m * n**2 + 8 * n**3,
     "linalg_cholesky_ex": lambda m, n: n**3 / 3,

@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment, fill_buckets
-from emerging_optimizers.engine.executors import Execution, call, many_graphs, step_elements
+from emerging_optimizers.engine.executors import Execution, call, copied, many_graphs, step_elements
 from emerging_optimizers.engine.guard import NonfiniteT, decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
@@ -650,7 +650,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
         t = make_scalars(rule.scalars, group, extra)
         state = bucket.read(chunk)
-        own = type(state)(*(x.clone() for x in state)) if rule.works_in_place and live is not None else state
+        own = copied(state) if rule.works_in_place and live is not None else state
         out = call(rule, grad, own, t, phase, execution)
         new_state = out.state
         if live is not None:

@@ -84,7 +84,7 @@ class Rule(ABC):
         counts_steps: `update` reads `t.step`; the count is saved as `step`.
         handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
         works_in_place: `update` writes the new state into the tensors of `state`; the engine gives it copies where old
-            values have to survive. For element-wise rules, whose cost is passes over memory.
+            values have to survive, which elsewhere saves two passes over memory.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
         starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
         derived: keys of other releases' checkpoints that follow from the rest; they are not loaded.

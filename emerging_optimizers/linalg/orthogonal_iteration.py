@@ -35,8 +35,13 @@ def orthogonal_iteration(
         q_BNN = q_BNN.gather(-1, order)
     for step in range(steps):
         product = k_BNN @ q_BNN if step else product
-        q_BNN = cholesky_qr(product, q_BNN) if by_cholesky else torch.linalg.qr(product).Q
+        q_BNN = cholesky_qr(product, q_BNN) if by_cholesky else _householder_qr(product)
     return q_BNN
+
+
+def _householder_qr(x_BNN: Tensor) -> Tensor:
+    # linalg.qr also copies R out of the reflectors, which takes an eighth of its time.
+    return torch.linalg.householder_product(*torch.geqrf(x_BNN))
 
 
 # K + d I has the eigenvectors of K and a condition of at most 1 / d: no rank is too low, and a zero matrix leaves Q as

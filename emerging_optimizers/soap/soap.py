@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp_
 from emerging_optimizers.engine.validate import (
     BETAS,
     COUNT,
@@ -116,6 +116,7 @@ class EigenbasisRule(Rule):
     """What SOAP and its relatives share: Kronecker factors of the gradient, and their eigenbases."""
 
     counts_steps = True
+    works_in_place = True  # the factors
     derived = ("eigvals_L", "eigvals_R")  # August 2026 keeps what a basis makes of its factor
     use_eigh: bool = False
     power_iter_steps: int = 1
@@ -195,8 +196,8 @@ class EigenbasisRule(Rule):
         share = 1 - t.shampoo_beta
         if self.corrects_factors:
             share = share / debias(t.shampoo_beta, t.step, grad)
-        L = None if s.L is None else lerp(s.L, gram(left_BMN), share)
-        R = None if s.R is None else lerp(s.R, gram(right_BMN.mT), share)
+        L = None if s.L is None else lerp_(s.L, gram(left_BMN), share)
+        R = None if s.R is None else lerp_(s.R, gram(right_BMN.mT), share)
         return L, R
 
     def eigenvalues(self, factor: Tensor, basis: Tensor, grad: Tensor, t: Scalars) -> Tensor:
