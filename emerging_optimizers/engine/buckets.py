@@ -83,8 +83,8 @@ class Chunk(list[Segment]):
 
     @cached_property
     def views(self) -> Any:
-        """The state where the items are adjacent: views of the stacks."""
-        if len(self.runs) > 1:
+        """The state where the items are adjacent and in the dtype of the computation: views of the stacks."""
+        if len(self.runs) > 1 or self._bucket.rounded:
             return None
         ((a, b),) = self.runs
         state = self._bucket.state
@@ -130,7 +130,8 @@ class Bucket:
     A parameter that is cut into several blocks of the same shape has a row for each.
     """
 
-    def __init__(self, rows: Sequence[tuple[Tensor, Block]], rule: Rule) -> None:
+    def __init__(self, rows: Sequence[tuple[Tensor, Block]], rule: Rule, rounded: torch.dtype | None = None) -> None:
+        """`rounded` is the dtype in which the parts are kept that a rule `rounds`; None: that of the others."""
         self.parameters = parameters = [p for p, _ in rows]
         self.blocks = [block for _, block in rows]
         self.item = item = self.blocks[0].item
@@ -143,6 +144,10 @@ class Bucket:
         for p, block in rows:
             self.offsets.append(self.offsets[-1] + block.of(p).numel() // size)
         self.state = rule.init((self.offsets[-1], *item), self.dtype, self.device)
+        rounds = [name for name in rule.rounds if getattr(self.state, name, None) is not None]
+        self.rounded = bool(rounds) and rounded is not None
+        if self.rounded:
+            self.state = self.state._replace(**{name: getattr(self.state, name).to(rounded) for name in rounds})
         self.counts = [0] * len(parameters)
         # When each row's turn comes, for a rule with a period.
         self.turns = [0] * len(parameters)
@@ -272,8 +277,14 @@ class Bucket:
         """The chunk's state: views of the stacks where its items are adjacent, else copies."""
         if chunk.views is not None:
             return chunk.views
-        cat = [None if x is None else torch.cat([x[a:b] for a, b in chunk.runs]) for x in self.state]
-        return type(self.state)(*cat)
+
+        def part(stack: Tensor | None) -> Tensor | None:
+            if stack is None:
+                return None
+            pieces = [stack[a:b].to(self.dtype) for a, b in chunk.runs]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        return type(self.state)(*map(part, self.state))
 
     def write(self, chunk: Chunk, state: Any) -> None:
         """Copy a chunk's new state into the stacks, in place."""
@@ -334,7 +345,9 @@ class Bucket:
 
     def is_plain(self, gradients: Iterable[Tensor]) -> bool:
         """Whether parameters and gradients are where torch's fused kernels work, and in the state's order in memory."""
-        return self.device.type in ("cpu", "cuda") and all(x.is_contiguous() for x in (*self.parameters, *gradients))
+        if self.rounded or self.device.type not in ("cpu", "cuda"):
+            return False
+        return all(x.is_contiguous() for x in (*self.parameters, *gradients))
 
     def piece(self, segment: Segment, x: Tensor) -> Tensor:
         """A segment of a contiguous tensor shaped like its parameter: all of it, or elements in a row."""
@@ -456,7 +469,7 @@ def fill_buckets(
     turns = _turns(group, rule)
     buckets = []
     for rows in kinds.values():
-        bucket = Bucket([(p, block) for _, p, block in rows], rule)
+        bucket = Bucket([(p, block) for _, p, block in rows], rule, group["state_dtype"])
         bucket.turns = [turns.get((i, block.key), 0) for i, _, block in rows]
         if group["spike_guard"] is not None or any(
             "guard_norm" + block.key in saved.get(p, {}) for _, p, block in rows

@@ -75,6 +75,9 @@ class EngineOptions(TypedDict, total=False):
             (fill it, as schedulers do; a number set later is taken over by the next step outside of a graph), and the
             host looks at nothing. Every step but the first few, which have to be taken before, is then the same; what
             needs the host is refused. Per group. Default False.
+        state_dtype: torch.bfloat16 keeps momentum and first moments (of decay up to some hundred steps), and the bases
+            of the SOAP family, in half the memory; everything is computed in float32 as before, and second moments and
+            factors stay in it. Refused where an optimizer has neither. Per group. Default None: float32.
         execution: "stacked" (default: matrices of one shape in one call), "per_matrix" (one matrix a call, the
             definition of correct) or "compiled" (the rule through torch.compile).
     """
@@ -85,6 +88,7 @@ class EngineOptions(TypedDict, total=False):
     matrix_view: MatrixViewT
     weight_update_hook: WeightUpdateHookT
     capturable: bool
+    state_dtype: torch.dtype | None
     execution: Execution
 
 
@@ -112,6 +116,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         "spike_guard": optional(Check(lambda v: POSITIVE.holds(v) and v > 1, "a finite number > 1")),
         "nonfinite": one_of(*get_args(NonfiniteT)),
         "matrix_view": Check(is_view, ALLOWED),
+        "state_dtype": Check(lambda v: v in (None, torch.bfloat16), "None or torch.bfloat16"),
         "weight_update_hook": HOOK,
         "capturable": FLAG,
     }
@@ -132,6 +137,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             "spike_guard": engine.pop("spike_guard", None),
             "nonfinite": engine.pop("nonfinite", "skip"),
             "matrix_view": engine.pop("matrix_view", "auto"),
+            "state_dtype": engine.pop("state_dtype", None),
             "weight_update_hook": engine.pop("weight_update_hook", None),
             "capturable": engine.pop("capturable", False),
         }
@@ -217,6 +223,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         algorithm._check_choice(group)
         rule = self._make_rule(group)
         self._check_hook(rule, group, algorithm.__name__)
+        self._check_rounding(rule, group, algorithm.__name__)
         law = self._law(rule, group)
         if self.execution == "compiled" and (rule.reads_parameters or isinstance(law, InPlaceLaw)):
             raise ValueError(
@@ -268,6 +275,17 @@ class RuleOptimizer(torch.optim.Optimizer):
                 )
             else:  # in float64, so that it is the number
                 group["lr"] = torch.full((), lr, dtype=torch.float64, device=device)
+
+    @staticmethod
+    def _check_rounding(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
+        if group["state_dtype"] is None:
+            return
+        parts = rule.init((1, 2, 2)[: 1 if rule.elementwise else 3], torch.float32, torch.device("meta"))._asdict()
+        if not any(parts.get(name) is not None for name in rule.rounds):
+            raise ValueError(
+                f"{owner}: state_dtype={group['state_dtype']} is not possible: of its state ({', '.join(parts)}) "
+                "nothing bears rounding; leave it None"
+            )
 
     @staticmethod
     def _check_hook(rule: Rule, group: Mapping[str, Any], owner: str) -> None:

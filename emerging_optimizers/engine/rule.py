@@ -85,6 +85,8 @@ class Rule(ABC):
         handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
         works_in_place: `update` writes the new state into the tensors of `state`; the engine gives it copies where old
             values have to survive, which elsewhere saves two passes over memory.
+        rounds: parts of the state that may be kept in bfloat16 (`state_dtype`): averages over at most some hundred
+            steps, whose increments it does not round away, and bases that a refresh makes orthonormal again.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
         starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
         derived: keys of other releases' checkpoints that follow from the rest; they are not loaded.
@@ -96,6 +98,7 @@ class Rule(ABC):
     handles_l2: ClassVar[bool] = False
     reads_parameters: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
+    rounds: ClassVar[tuple[str, ...]] = ("momentum_buffer", "exp_avg", "exp_avg_fast", "Q_L", "Q_R", "Q_M")
     rewrites_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
     derived: ClassVar[tuple[str, ...]] = ()

@@ -119,6 +119,7 @@ def test_turns_spread_each_shape_over_the_period_and_batches_over_all_of_it() ->
         "params": [torch.randn(4, 3), torch.randn(3, 2), torch.randn(4, 3), torch.randn(3, 2), torch.randn(6, 5, 2)],
         "matrix_view": "auto",
         "spike_guard": None,
+        "state_dtype": None,
     }
     members = list(enumerate(group["params"]))
     found = fill_buckets(members, group, rule, {})
