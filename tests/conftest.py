@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from emerging_optimizers.engine import executors
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
@@ -23,3 +25,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _one_thread_and_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules are traced, and then run by torch's operators: code generation costs seconds a graph."""
+    monkeypatch.setattr(executors, "BACKEND", "eager")

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from emerging_optimizers import registry
+from emerging_optimizers.engine import executors
 from tests.cases import CASES, SEEDS, OptimizerCase, distance, parameters, run, set_gradients
 from tests.goldens import CASES as GOLDENS
 from tests.goldens import GoldenCase, golden, golden_reference, golden_start, gradient
 from tests.reference import make_reference
+
+# What inductor's code is run for in every test run, a rule of each kind; for the others `make test-all` does.
+GENERATED = ("adamw", "laprop", "muon", "soap", "rekls", "psgd_pro", "oblique_adam")
 
 
 def ragged(i: int, t: int) -> bool:
@@ -83,15 +87,26 @@ def schedule(t: int) -> float:
     return 0.05 * (1 - t / 10)
 
 
-@pytest.mark.parametrize("case", SEEDS, ids=str)
-def test_compiled_equals_eager_along_a_schedule_with_weight_decay(case: OptimizerCase, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(case, backend, id=f"{case}-{backend}", marks=[pytest.mark.slow] if slow else [])
+        for case in SEEDS
+        for backend, slow in (("eager", False), ("inductor", case.optimizer not in GENERATED))
+    ],
+)
+def test_compiled_equals_eager_along_a_schedule_with_weight_decay(
+    case: OptimizerCase, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch.compile freezes a float lr at its second value, and drops alpha from add_(a @ b, alpha=...)."""
+    monkeypatch.setattr(executors, "BACKEND", backend)
     options = {"weight_decay": 0.1, "schedule": schedule, "dtype": torch.float64, "device": device, "missing": ragged}
     eager, _ = run(case, 6, **options)
     compiled, _ = run(case, 6, **options, execution="compiled")
     assert distance(compiled, eager, parameters(case, torch.float64, device)) < 1e-8
 
 
+@pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize("case", SEEDS, ids=str)
 def test_no_new_graph_after_the_second_step(case: OptimizerCase) -> None:
     torch._dynamo.reset()

@@ -13,6 +13,8 @@ from emerging_optimizers.linalg.precision import fp32_matmul_precision
 
 Execution = Literal["stacked", "per_matrix", "compiled"]
 
+BACKEND = "inductor"  # of torch.compile; most tests take one that generates no code
+
 
 def many_graphs(execution: Execution) -> AbstractContextManager[Any]:
     """Around the calls of a step: one graph for each (rule, phase, shape) may be more than dynamo takes for right."""
@@ -26,7 +28,7 @@ def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: 
     with nullcontext() if rule.elementwise else fp32_matmul_precision(rule.matmul_precision):
         if execution != "compiled":
             return rule.update(grad, state, t, phase)
-        step: Step = _compiled(rule, phase)(grad, state, as_tensors(t, grad.device))
+        step: Step = _compiled(rule, phase, BACKEND)(grad, state, as_tensors(t, grad.device))
         return step
 
 
@@ -46,7 +48,7 @@ def step_elements(
     """
     # `data` is no view: of one, dynamo would also see the base, whose length it compares with others.
     state = type(state)(*(x.data for x in state))
-    _compiled_elements(rule)(grad.data, state, weight.data, scale, t, maximize)
+    _compiled_elements(rule, BACKEND)(grad.data, state, weight.data, scale, t, maximize)
 
 
 def copied(state: Any) -> Any:
@@ -55,7 +57,7 @@ def copied(state: Any) -> Any:
 
 
 @cache
-def _compiled_elements(rule: Rule) -> Any:
+def _compiled_elements(rule: Rule, backend: str) -> Any:
     def step(grad: Tensor, state: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool) -> None:
         old = weight.to(grad.dtype)
         own = state
@@ -78,14 +80,14 @@ def _compiled_elements(rule: Rule) -> Any:
                 x.copy_(y if live is None else torch.where(live, y, x))
 
     # For any length: one graph serves all parameters, and the same where some have no gradient.
-    return torch.compile(step, fullgraph=True, dynamic=True)
+    return torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
 
 
 @cache
-def _compiled(rule: Rule, phase: Phase) -> Any:
+def _compiled(rule: Rule, phase: Phase, backend: str) -> Any:
     # Only the pure rule is compiled. The weight is written by the engine: compiled, `add_(a @ b, alpha=-lr)` loses
     # its alpha and a float learning rate freezes at its second value (torch 2.13).
     def update(grad: Tensor, state: Any, t: Any) -> Step:
         return rule.update(grad, copied(state) if rule.works_in_place else state, t, phase)
 
-    return torch.compile(update, fullgraph=True, dynamic=False)
+    return torch.compile(update, fullgraph=True, dynamic=False, backend=backend)

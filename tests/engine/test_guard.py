@@ -187,6 +187,7 @@ def test_the_guard_can_be_turned_on_and_off_in_a_running_group(case: OptimizerCa
         case.make(parameters(case), spike_guard=0.5)
 
 
+@pytest.mark.usefixtures("without_code")
 @every_optimizer
 def test_compiled_equals_eager_with_skips_and_spikes(case: OptimizerCase) -> None:
     results = []
