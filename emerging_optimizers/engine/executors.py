@@ -1,6 +1,6 @@
 """How a rule is called. `stacked` and `per_matrix` differ in the chunks that buckets cut, not here."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal
 
@@ -19,10 +19,23 @@ def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: 
     with nullcontext() if rule.elementwise else fp32_matmul_precision(rule.matmul_precision):
         if execution != "compiled":
             return rule.update(grad, state, t, phase)
-        # One graph for each (rule, phase, shape): a known number, which may exceed what dynamo takes for a mistake.
-        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=65536):
+        with _many_graphs():
             step: Step = _compiled(rule, phase)(grad, state, as_tensors(t, grad.device))
         return step
+
+
+def prepare(rule: Rule, state: Any, phase: Phase, execution: Execution) -> Any:
+    """The state of a chunk as its next update finds it."""
+    with fp32_matmul_precision(rule.matmul_precision):
+        if execution != "compiled":
+            return rule.prepare(state, phase)
+        with _many_graphs():
+            return _compiled_prepare(rule, phase)(state)
+
+
+def _many_graphs() -> AbstractContextManager[None]:
+    """One graph for each (rule, phase, shape): a known number, which may exceed what dynamo takes for a mistake."""
+    return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=65536)
 
 
 @cache
@@ -33,3 +46,11 @@ def _compiled(rule: Rule, phase: Phase) -> Any:
         return rule.update(grad, state, t, phase)
 
     return torch.compile(update, fullgraph=True, dynamic=False)
+
+
+@cache
+def _compiled_prepare(rule: Rule, phase: Phase) -> Any:
+    def prepare(state: Any) -> Any:
+        return rule.prepare(state, phase)
+
+    return torch.compile(prepare, fullgraph=True, dynamic=False)

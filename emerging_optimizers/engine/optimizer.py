@@ -2,10 +2,12 @@
 
 Life of a step: hyper-parameters and gradients are checked; then, bucket by bucket: rows that have gradients ->
 stack in float32 -> l2 decay -> rule -> state written back into its stacks -> decay and update, or what a hook makes of
-them, written to the parameters. Whatever can raise does so before the first weight or state has changed.
+them, written to the parameters -> what the rule prepares for its next step. Whatever can raise does so before the first
+weight or state has changed.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, get_args
@@ -15,8 +17,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import checkpoint
+from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment, fill_buckets
-from emerging_optimizers.engine.executors import Execution, call
+from emerging_optimizers.engine.executors import Execution, call, prepare
 from emerging_optimizers.engine.guard import NonfiniteT, decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
@@ -136,6 +139,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if engine:
             name = next(iter(engine))
             raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, defaults)}")
+        self._ahead = Ahead()
         self._forget_stacks()
         super().__init__(params, plain_options(defaults))
 
@@ -302,6 +306,17 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     # ---- state --------------------------------------------------------------------------------------------------
 
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """As in torch. What is still prepared for the next step comes before whatever is launched with it from here."""
+        if self._ahead.streams and not _is_capturing():  # a graph begins with nothing under way
+            self._ahead.wait()
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = value
+
     def _forget_stacks(self) -> None:
         """Drop what is derived from groups and `state`; the next step builds it again from them."""
         self._rules: dict[int, tuple[tuple[Any, ...], Rule]] = {}
@@ -347,23 +362,25 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _follow_user(self) -> None:
         """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
-        if not all(bucket.fits() for _, bucket in self._buckets) or not all(map(self.state.get, self._homes)):
+        everything = self.state
+        if not all(bucket.fits() for _, bucket in self._buckets) or not all(map(everything.get, self._homes)):
             self._forget_stacks()
             for index in range(len(self.param_groups)):  # the rule may not run where its parameters are now
                 self._checked_rule(index)
             return
         for p, home in self._homes.items():
-            state, views = self.state[p], self._views(p)
+            state, views = everything[p], self._views(p)
             if len(state) == len(views) and all(map(is_, map(state.get, views), views.values())):
                 continue
             for bucket, row in home:
                 bucket.adopt(row, state, f"a parameter of shape {tuple(p.shape)}")
-            self.state[p] = {**views}
+            everything[p] = {**views}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_ahead", Ahead())
         super().__setstate__(state)
         self._forget_stacks()
         for group in self.param_groups:  # a checkpoint from before an option existed
@@ -467,6 +484,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 homes = self._homes.get(p, [])
                 count = min((bucket.counts[row] for bucket, row in homes), default=0)
                 settled = count > 0 and rule.phase(count + 1) is rule.phase(count + 2)
+                if rule.prepares:  # none of whose phases is foretold by a refresh without effect
+                    settled = settled and rule.phase(count) is rule.phase(count + 1)
                 guarded = group["spike_guard"] is None or all(bucket.guard for bucket, _ in homes)
                 if p.grad is not None and p.numel() and not (settled and guarded):
                     raise ValueError(
@@ -558,6 +577,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         bucket.count(active, factor)
         if (lost := rule.lost(bucket.state)) is not None:
             bucket.post(lost)
+        if rule.prepares and bucket.capturable:  # a graph ends on the stream on which it began
+            self._ahead.wait()
 
     @staticmethod
     def _by_phase(
@@ -622,12 +643,15 @@ class RuleOptimizer(torch.optim.Optimizer):
             known = rule.elementwise and not bucket.capturable and (factor is None or bucket.on_host)
             extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
         state = bucket.read(chunk)
-        out = call(rule, grad, state, make_scalars(rule.scalars, group, extra), phase, execution)
-        new_state = out.state
-        if live is not None:
-            new_state = type(state)(*(_where(live, new, old) for old, new in zip(state, out.state, strict=True)))
-        bucket.write(chunk, new_state)
+        now = Phase.REUSE if rule.prepares else phase
+        out = call(rule, grad, state, make_scalars(rule.scalars, group, extra), now, execution)
+        bucket.write(chunk, out.state if live is None else _keep(live, out.state, state))
         self._move(bucket, chunk, gradients, live, out, hook, group)
+        if now is not phase:
+            with self._ahead.beside(x for x in (*bucket.state, live) if x is not None):
+                state = bucket.read(chunk)
+                new = prepare(rule, state, phase, execution)
+                bucket.write(chunk, new if live is None else _keep(live, new, state))
 
     @staticmethod
     def _move(
@@ -685,6 +709,11 @@ def _identities(group: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ..
 def _is_finite(x: Tensor) -> bool:
     """A sum is finite only if all of its terms are; one that overflows is looked at again by who asks."""
     return math.isfinite(x.sum())
+
+
+def _keep(live: Tensor, new: Any, old: Any) -> Any:
+    """The new state of a chunk where it is live, else the old one."""
+    return type(old)(*(_where(live, x, y) for x, y in zip(new, old, strict=True)))
 
 
 def _where(live: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
