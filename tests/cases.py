@@ -88,6 +88,8 @@ _DECAY = {
 }
 
 _NUCLEAR: dict[str, Any] = {"state": ("momentum_buffer",), "batched": 1e-5, "scale_free": False}
+# The first basis is that of one gradient: of the null space of a long side it holds some vectors by accident.
+_OVERLAP: dict[str, Any] = {"overlap": True, "shapes": ((7, 7), (6, 6))}
 _BRAKE: dict[str, Any] = {"weight_update_hook": ("radial_brake", 0.5, 0.8), "rests": False}
 
 CASES: list[OptimizerCase] = [
@@ -249,6 +251,9 @@ CASES: list[OptimizerCase] = [
             "one_sided": {"max_precond_dim": 6},
             "no_side": {"max_precond_dim": 5},
             "kl_one_sided": {"max_precond_dim": 6, "use_kl_shampoo": True},
+            "overlap": _OVERLAP,
+            "kl_overlap": {**_OVERLAP, "use_kl_shampoo": True},
+            "overlap_every_third": {**_OVERLAP, "precondition_frequency": 3, **_DECAY["l2"]},
             "hyperball": {"weight_update_hook": "hyperball", "rests": False},
             "kl_hyperball": {
                 "weight_update_hook": ("hyperball", 5.0),
@@ -271,7 +276,13 @@ CASES: list[OptimizerCase] = [
         descends=0.5,
         shapes=((7, 7), (6, 6)),
     ),
-    *_rows("rekls", {"lr": 0.1}, {"": {}, "every_third": {"precondition_frequency": 3}}, state=_SOAP, batched=1e-3),
+    *_rows(
+        "rekls",
+        {"lr": 0.1},
+        {"": {}, "every_third": {"precondition_frequency": 3}, "overlap": _OVERLAP},
+        state=_SOAP,
+        batched=1e-3,
+    ),
     # By another name soap_kl and rekls.
     *_rows("kl_soap", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
     *_rows("rekls_v3", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
@@ -294,6 +305,7 @@ CASES: list[OptimizerCase] = [
             "": {},
             "eigh": {"use_eigh": True, "precondition_frequency": 3},
             "one_sided": {"max_precond_dim": 6, "shapes": ((8, 6), (6, 8))},
+            "overlap": _OVERLAP,
         },
         state=("step", "exp_avg", "L", "R", "Q_L", "Q_R"),
         batched=1e-3,

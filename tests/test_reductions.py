@@ -1,5 +1,6 @@
 """Where one optimizer contains another: independent routes to the same numbers."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -124,6 +125,11 @@ PAIRS: dict[str, tuple[Make, Make, int]] = {
         lambda p: AdamW(p, lr=0.01, betas=(0.9, 0.95)),
         1,
     ),
+    "SOAP's first step is Adam's with overlap": (
+        lambda p: SOAP(p, lr=0.01, overlap=True),
+        lambda p: AdamW(p, lr=0.01, betas=(0.9, 0.95)),
+        1,
+    ),
     "REKLS's first step is Adam's": (
         lambda p: REKLS(p, lr=0.01),
         lambda p: AdamW(p, lr=0.01, betas=(0.9, 0.95)),
@@ -195,8 +201,11 @@ def update_rms(make: Make, grads: list[torch.Tensor]) -> list[float]:
         (lambda p: SOAP(p, lr=1.0, weight_decay=0.0), 1.5),
         (lambda p: SOAP(p, lr=1.0, weight_decay=0.0, use_kl_shampoo=True), 1.5),
         (lambda p: REKLS(p, lr=1.0, weight_decay=0.0), 2.5),
+        (lambda p: SOAP(p, lr=1.0, weight_decay=0.0, overlap=True), 1.5),
+        (lambda p: SOAP(p, lr=1.0, weight_decay=0.0, overlap=True, use_kl_shampoo=True), 1.5),
+        (lambda p: REKLS(p, lr=1.0, weight_decay=0.0, overlap=True), 2.5),
     ],
-    ids=["soap", "soap_kl", "rekls"],
+    ids=["soap", "soap_kl", "rekls", "soap_overlap", "soap_kl_overlap", "rekls_overlap"],
 )
 def test_the_first_twenty_updates_stay_near_adams(make: Make, bound: float, shape: tuple[int, int]) -> None:
     """The published start reaches 25 to 90 times Adam's RMS in its second step; measured here: 1.03, 1.04, 1.13."""
@@ -216,7 +225,7 @@ def test_the_published_start_is_there_by_name_and_explodes(shape: tuple[int, int
     assert rms[1] > 10
 
 
-@pytest.mark.parametrize("make", [SOAP, REKLS])
+@pytest.mark.parametrize("make", [SOAP, REKLS, partial(SOAP, overlap=True), partial(REKLS, overlap=True)])
 def test_zero_gradients_before_the_first_do_not_count_as_the_first(make: Make) -> None:
     """A zero-initialised output projection gives the layers below it a zero first gradient."""
     generator = torch.Generator().manual_seed(0)

@@ -32,6 +32,14 @@ def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: 
         return step
 
 
+def prepare(rule: Rule, state: Any, phase: Phase, execution: Execution) -> Any:
+    """The state of a chunk as its next update finds it."""
+    with fp32_matmul_precision(rule.matmul_precision):
+        if execution != "compiled":
+            return rule.prepare(state, phase)
+        return _compiled_prepare(rule, phase, BACKEND)(state)
+
+
 def step_elements(
     rule: Rule, grad: Tensor, state: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool
 ) -> None:
@@ -91,3 +99,11 @@ def _compiled(rule: Rule, phase: Phase, backend: str) -> Any:
         return rule.update(grad, copied(state) if rule.works_in_place else state, t, phase)
 
     return torch.compile(update, fullgraph=True, dynamic=False, backend=backend)
+
+
+@cache
+def _compiled_prepare(rule: Rule, phase: Phase, backend: str) -> Any:
+    def prepare(state: Any) -> Any:
+        return rule.prepare(state, phase)
+
+    return torch.compile(prepare, fullgraph=True, dynamic=False, backend=backend)

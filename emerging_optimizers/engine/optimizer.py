@@ -2,10 +2,12 @@
 
 Life of a step: hyper-parameters and gradients are checked; then, bucket by bucket: rows that have gradients ->
 stack in float32 -> l2 decay -> rule -> state written back into its stacks -> decay and update, or what a hook makes of
-them, written to the parameters. Whatever can raise does so before the first weight or state has changed.
+them, written to the parameters -> what the rule prepares for its next step. Whatever can raise does so before the first
+weight or state has changed.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
@@ -17,8 +19,9 @@ from torch._utils import _flatten_dense_tensors
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import checkpoint
+from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment, fill_buckets
-from emerging_optimizers.engine.executors import Execution, call, copied, many_graphs, step_elements
+from emerging_optimizers.engine.executors import Execution, call, copied, many_graphs, prepare, step_elements
 from emerging_optimizers.engine.guard import NonfiniteT, decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
@@ -144,6 +147,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if engine:
             name = next(iter(engine))
             raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, defaults)}")
+        self._ahead = Ahead()
         self._forget_stacks()
         super().__init__(params, plain_options(defaults))
 
@@ -322,6 +326,17 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     # ---- state --------------------------------------------------------------------------------------------------
 
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """As in torch. What is still prepared for the next step comes before whatever is launched with it from here."""
+        if self._ahead.streams and not _is_capturing():  # a graph begins with nothing under way
+            self._ahead.wait()
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = value
+
     def _forget_stacks(self) -> None:
         """Drop what is derived from groups and `state`; the next step builds it again from them."""
         self._rules: dict[int, tuple[tuple[Any, ...], Rule]] = {}
@@ -369,7 +384,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _follow_user(self) -> None:
         """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
-        states: list[dict[str, Any]] = [self.state.get(p, {}) for p in self._homes]
+        everything = self.state
+        states: list[dict[str, Any]] = [everything.get(p, {}) for p in self._homes]
         if not all(bucket.fits() for _, bucket in self._buckets) or not all(states):
             self._forget_stacks()
             for index in range(len(self.param_groups)):  # the rule may not run where its parameters are now
@@ -381,18 +397,19 @@ class RuleOptimizer(torch.optim.Optimizer):
             return
         self._seen = seen
         for p, home in self._homes.items():
-            state, views = self.state[p], self._views(p)
+            state, views = everything[p], self._views(p)
             if len(state) == len(views) and all(map(is_, map(state.get, views), views.values())):
                 continue
             for bucket, row in home:
                 bucket.adopt(row, state, f"a parameter of shape {tuple(p.shape)}")
-            self.state[p] = {**views}
+            everything[p] = {**views}
             self._seen = None  # the user's tensors may go, and others come under their ids
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_ahead", Ahead())
         super().__setstate__(state)
         self._forget_stacks()
         for group in self.param_groups:  # a checkpoint from before an option existed
@@ -497,6 +514,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 homes = self._homes.get(p, [])
                 count = min((bucket.counts[row] for bucket, row in homes), default=0)
                 settled = count > 0 and rule.phase(count + 1) is rule.phase(count + 2)
+                if rule.prepares:  # none of whose phases is foretold by a refresh without effect
+                    settled = settled and rule.phase(count) is rule.phase(count + 1)
                 guarded = group["spike_guard"] is None or all(bucket.guard for bucket, _ in homes)
                 if p.grad is not None and p.numel() and not (settled and guarded):
                     raise ValueError(
@@ -603,6 +622,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         bucket.count(active, factor)
         if (lost := rule.lost(bucket.state)) is not None:
             bucket.post(lost)
+        if rule.prepares and bucket.capturable:  # a graph ends on the stream on which it began
+            self._ahead.wait()
 
     @staticmethod
     def _by_phase(
@@ -669,12 +690,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         t = make_scalars(rule.scalars, group, extra)
         state = bucket.read(chunk)
         own = copied(state) if rule.works_in_place and live is not None else state
-        out = call(rule, grad, own, t, phase, execution)
-        new_state = out.state
-        if live is not None:
-            new_state = type(state)(*(_where(live, new, old) for old, new in zip(state, out.state, strict=True)))
-        bucket.write(chunk, new_state)
+        now = Phase.REUSE if rule.prepares else phase
+        out = call(rule, grad, own, t, now, execution)
+        bucket.write(chunk, out.state if live is None else _keep(live, out.state, state))
         self._move(bucket, chunk, gradients, live, out, hook, group)
+        if now is not phase:
+            with self._ahead.beside(x for x in (*bucket.state, live) if x is not None):
+                state = bucket.read(chunk)
+                new = prepare(rule, state, phase, execution)
+                bucket.write(chunk, new if live is None else _keep(live, new, state))
 
     @staticmethod
     def _run_compiled(
@@ -807,6 +831,11 @@ def _are_finite(tensors: list[Tensor]) -> bool:
     small = [x for x in tensors if x.numel() < 2**14]
     gathered = [_flatten_dense_tensors(small)] if small else []  # type: ignore[no-untyped-call]  # untyped in torch
     return all(map(_is_finite, (*gathered, *(x for x in tensors if x.numel() >= 2**14))))
+
+
+def _keep(live: Tensor, new: Any, old: Any) -> Any:
+    """The new state of a chunk where it is live, else the old one."""
+    return type(old)(*(_where(live, x, y) for x, y in zip(new, old, strict=True)))
 
 
 def _where(live: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:

@@ -179,6 +179,18 @@ class Rule(ABC):
         """
         raise NotImplementedError
 
+    @property
+    def prepares(self) -> bool:
+        """The work of a phase stands in `prepare`, after the step; every `update` gets REUSE."""
+        return False
+
+    def prepare(self, state: Any, phase: Phase) -> Any:
+        """The state with the work of a phase done, as the next update finds it; for a rule that `prepares`.
+
+        Pure as `update`. Called when state and weights are written, not for REUSE; on CUDA beside whatever follows.
+        """
+        raise NotImplementedError
+
     def lost(self, state: Any) -> Tensor | None:
         """Which matrices need `start` again, as (B,) on the device; the host acts on it in the next step."""
         return None

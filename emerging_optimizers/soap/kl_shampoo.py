@@ -57,12 +57,10 @@ class KLShampooRule(EigenbasisRule):
         """See the module's equations."""
         s: KLShampooState = state
         L, R = self.factors(grad, s, t)
-
-        Q_L, Q_R = s.Q_L, s.Q_R
+        s = s._replace(L=L, R=R)
         if phase is not Phase.REUSE:
-            with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-                seen = s.exp_avg.abs().amax(dim=(-2, -1), keepdim=True) > 0
-                Q_L, Q_R = self.bases(L, R, s, seen, phase)
+            s = self.refresh(s, phase)
+        Q_L, Q_R = s.Q_L, s.Q_R
 
         momentum_BMN = lerp(s.exp_avg, grad, 1 - t.momentum)
         update_BMN = project_in(momentum_BMN / debias(t.momentum, t.step, grad), Q_L, Q_R)
@@ -71,6 +69,13 @@ class KLShampooRule(EigenbasisRule):
         if R is not None and Q_R is not None:
             update_BMN = update_BMN * self.eigenvalues(R, Q_R, grad, t).rsqrt().unsqueeze(-2)
         return Step(project_out(update_BMN, Q_L, Q_R), KLShampooState(momentum_BMN, L, R, Q_L, Q_R))
+
+    def refresh(self, s: KLShampooState, phase: Phase) -> KLShampooState:
+        """Bases that follow the factors; the momentum is in the parameter's own space."""
+        with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+            seen = s.exp_avg.abs().amax(dim=(-2, -1), keepdim=True) > 0
+            Q_L, Q_R = self.bases(s, seen, phase)
+        return s._replace(Q_L=Q_L, Q_R=Q_R)
 
 
 class KLShampoo(RuleOptimizer):
@@ -92,6 +97,8 @@ class KLShampoo(RuleOptimizer):
         precondition_frequency: steps from one refresh of the bases to the next, >= 1.
         max_precond_dim: a side that is longer has no factor; both longer: SGD with momentum. None: no limit.
         relative_floor: eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01.
+        overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
+            model. An update is then taken in bases that have not seen its gradient (docs/performance.md).
         **engine: see `EngineOptions`.
 
     Raises:
@@ -118,6 +125,7 @@ class KLShampoo(RuleOptimizer):
         "precondition_frequency": COUNT,
         "max_precond_dim": optional(COUNT),
         "relative_floor": optional(FRACTION),
+        "overlap": FLAG,
     }
 
     def __init__(
@@ -137,6 +145,7 @@ class KLShampoo(RuleOptimizer):
         precondition_frequency: int = 1,
         max_precond_dim: int | None = 10000,
         relative_floor: float | None = None,
+        overlap: bool = False,
         **engine: Unpack[EngineOptions],
     ) -> None:
         defaults = {
@@ -153,5 +162,6 @@ class KLShampoo(RuleOptimizer):
             "precondition_frequency": precondition_frequency,
             "max_precond_dim": max_precond_dim,
             "relative_floor": relative_floor,
+            "overlap": overlap,
         }
         super().__init__(params, defaults, **engine)

@@ -124,6 +124,11 @@ class SoapBase(SOAP):
 
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
         if self.PreconditionerCls not in (KlSoapPreconditioner, ReklsPreconditioner):
+            if group["overlap"]:
+                raise ValueError(
+                    f"{self._name}: overlap=True is not possible with the PreconditionerCls "
+                    f"{self.PreconditionerCls.__name__}, which refreshes its bases in its own step; give overlap=False"
+                )
             return PreconditionerRule(cls=self.PreconditionerCls, function=self._scalar_update)
         owner = next(cls for cls in type(self).__mro__ if "_scalar_update" in vars(cls))
         if owner in (KlSoapV3, KlMSoap):

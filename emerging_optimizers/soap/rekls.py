@@ -41,6 +41,8 @@ class REKLS(SOAP):
         max_precond_dim: a side that is longer is not preconditioned; None: no limit.
         relative_floor: eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01, or 0 with the
             published start.
+        overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
+            model. An update is then taken in bases that have not seen its gradient (docs/performance.md).
         **engine: see `EngineOptions`.
 
     Raises:
@@ -76,6 +78,7 @@ class REKLS(SOAP):
         precondition_frequency: int = 1,
         max_precond_dim: int | None = 10000,
         relative_floor: float | None = None,
+        overlap: bool = False,
         **engine: Unpack[EngineOptions],
     ) -> None:
         for fixed in ("use_eigh", "use_kl_shampoo"):
@@ -101,5 +104,6 @@ class REKLS(SOAP):
             precondition_frequency=precondition_frequency,
             max_precond_dim=max_precond_dim,
             relative_floor=relative_floor,
+            overlap=overlap,
             **engine,
         )

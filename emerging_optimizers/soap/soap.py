@@ -47,7 +47,8 @@ References:
 """
 
 import warnings
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Unpack, get_args
 
@@ -123,6 +124,7 @@ class EigenbasisRule(Rule):
     precondition_frequency: int = 1
     max_precond_dim: int | None = 10000
     relative_floor: float | None = None
+    overlap: bool = False
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
     qr_fp32_matmul_prec: FP32MatmulPrecT = "high"
 
@@ -152,6 +154,25 @@ class EigenbasisRule(Rule):
         return self.precondition_frequency
 
     @property
+    def prepares(self) -> bool:
+        """With `overlap` the refresh stands behind the step."""
+        return self.overlap
+
+    def prepare(self, state: Any, phase: Phase) -> Any:
+        """The refresh."""
+        return self.refresh(state, phase)
+
+    def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """An eigh that the host waits for overlaps with nothing."""
+        if self.overlap and self.use_eigh and device.type == "cuda":
+            return (
+                "overlap=True is not possible with use_eigh=True on CUDA: the host waits for the success of each eigh "
+                "and launches nothing of the model until then; give overlap=False, or use_eigh=False (SOAP with "
+                "use_kl_shampoo=True is REKLS without eigh)"
+            )
+        return super().obstacle(dtype, device)
+
+    @property
     def needs_host(self) -> str | None:
         """Also an eigh at every refresh."""
         if self.use_eigh:
@@ -159,11 +180,11 @@ class EigenbasisRule(Rule):
         return super().needs_host
 
     def phase(self, step: int, turn: int = 0) -> Phase:
-        """FIRST makes the first basis: in the second step, or with the published start in the first.
+        """FIRST makes the first basis: in the second step, or with the published start and behind a step in the first.
 
         A refresh before it has no effect, but brings the graph of the later ones with it.
         """
-        since = step - (1 if self.published_start else 2)
+        since = step - (1 if self.published_start or self.overlap else 2)
         if since == 0:
             return Phase.FIRST
         return Phase.REFRESH if (since + turn) % self.period == 0 else Phase.REUSE
@@ -213,11 +234,13 @@ class EigenbasisRule(Rule):
             floor = 0.0 if self.published_start else DEFAULT_RELATIVE_FLOOR
         return torch.maximum(values, (mean * floor).clamp_min(t.eps))
 
-    def bases(
-        self, L: Tensor | None, R: Tensor | None, s: Any, seen: Tensor, phase: Phase
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The eigenbases of both factors; the old ones where no gradient was `seen` before, (B, 1, 1)."""
-        Q_L, Q_R = self._basis(L, s.Q_L, phase), self._basis(R, s.Q_R, phase)
+    @abstractmethod
+    def refresh(self, s: Any, phase: Phase) -> Any:
+        """The state with bases that follow its factors, and whatever is kept in them carried along."""
+
+    def bases(self, s: Any, seen: Tensor, phase: Phase) -> tuple[Tensor | None, Tensor | None]:
+        """The eigenbases of both factors; the old ones where the moments have `seen` no gradient yet, (B, 1, 1)."""
+        Q_L, Q_R = self._basis(s.L, s.Q_L, phase), self._basis(s.R, s.Q_R, phase)
         if self.published_start:
             return Q_L, Q_R
         # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
@@ -273,24 +296,28 @@ class SOAPRule(EigenbasisRule):
         """See the module's equations."""
         s: SOAPState = state
         L, R = self.factors(grad, s, t)
-
-        Q_L, Q_R, exp_avg, exp_avg_sq = s.Q_L, s.Q_R, s.exp_avg, s.exp_avg_sq
+        s = s._replace(L=L, R=R)
         if phase is not Phase.REUSE:
-            with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-                seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
-                Q_L, Q_R = self.bases(L, R, s, seen, phase)
-                T_L, T_R = _rotation(s.Q_L, Q_L), _rotation(s.Q_R, Q_R)
-                exp_avg = project_in(exp_avg, T_L, T_R)
-                if self.published_start:
-                    exp_avg_sq = _in_order(_in_order(exp_avg_sq, L, s.Q_L, dim=-2), R, s.Q_R, dim=-1)
-                else:
-                    exp_avg_sq = project_in(exp_avg_sq, _square(T_L), _square(T_R))
+            s = self.refresh(s, phase)
 
         if self.weight_decay_method == "l2":
             grad = grad + t.weight_decay * t.weight
-        direction, moments = self.inner(project_in(grad, Q_L, Q_R), AdamState(exp_avg, exp_avg_sq), t)
-        update_BMN = self.finish(project_out(direction, Q_L, Q_R), t)
-        return Step(update_BMN, SOAPState(*moments, L, R, Q_L, Q_R))
+        direction, moments = self.inner(project_in(grad, s.Q_L, s.Q_R), AdamState(s.exp_avg, s.exp_avg_sq), t)
+        update_BMN = self.finish(project_out(direction, s.Q_L, s.Q_R), t)
+        return Step(update_BMN, SOAPState(*moments, *s[2:]))
+
+    def refresh(self, s: SOAPState, phase: Phase) -> SOAPState:
+        """Bases that follow the factors, and both moments carried into them."""
+        with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+            seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
+            Q_L, Q_R = self.bases(s, seen, phase)
+            T_L, T_R = _rotation(s.Q_L, Q_L), _rotation(s.Q_R, Q_R)
+            exp_avg = project_in(s.exp_avg, T_L, T_R)
+            if self.published_start:
+                exp_avg_sq = _in_order(_in_order(s.exp_avg_sq, s.L, s.Q_L, dim=-2), s.R, s.Q_R, dim=-1)
+            else:
+                exp_avg_sq = project_in(s.exp_avg_sq, _square(T_L), _square(T_R))
+        return SOAPState(exp_avg, exp_avg_sq, s.L, s.R, Q_L, Q_R)
 
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
         """The element-wise step in the eigenbasis."""
@@ -355,6 +382,8 @@ class SOAP(RuleOptimizer):
             None: no limit.
         relative_floor: with KL, eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01, or 0
             with the published start.
+        overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
+            model. An update is then taken in bases that have not seen its gradient (docs/performance.md).
         **engine: see `EngineOptions`.
 
     Raises:
@@ -387,6 +416,7 @@ class SOAP(RuleOptimizer):
         "precondition_frequency": COUNT,
         "max_precond_dim": optional(COUNT),
         "relative_floor": optional(FRACTION),
+        "overlap": FLAG,
     }
 
     def __init__(
@@ -413,6 +443,7 @@ class SOAP(RuleOptimizer):
         precondition_frequency: int = 1,
         max_precond_dim: int | None = 10000,
         relative_floor: float | None = None,
+        overlap: bool = False,
         **engine: Unpack[EngineOptions],
     ) -> None:
         if stream_list is not None:
@@ -441,5 +472,14 @@ class SOAP(RuleOptimizer):
             "precondition_frequency": precondition_frequency,
             "max_precond_dim": max_precond_dim,
             "relative_floor": relative_floor,
+            "overlap": overlap,
         }
         super().__init__(params, defaults, **engine)
+
+    @classmethod
+    def _check_choice(cls, group: Mapping[str, Any]) -> None:
+        if group["overlap"] and group["first_step"] == "eigenbasis":
+            raise ValueError(
+                f"{cls.__name__}: overlap=True is not possible with first_step='eigenbasis', which rotates the first "
+                "gradient into its own eigenbasis, and with overlap bases come after the step; give first_step='adam'"
+            )

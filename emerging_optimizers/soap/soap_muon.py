@@ -76,6 +76,8 @@ class SOAPMuon(RuleOptimizer):
         precondition_frequency: steps from one refresh of the bases to the next, >= 1.
         max_precond_dim: a side that is longer keeps the identity as its basis and has no factor. None: no limit.
         relative_floor: with KL, eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01.
+        overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
+            model. An update is then taken in bases that have not seen its gradient (docs/performance.md).
         coefficient_type: the coefficients of Newton-Schulz, as for `Muon`; not "custom".
         num_ns_steps: Newton-Schulz steps, >= 1.
         scale_mode: "spectral" sqrt(max(M, N)); "shape_scaling" sqrt(max(1, M / N)); "unit_rms_norm" sqrt(M / N).
@@ -127,6 +129,7 @@ class SOAPMuon(RuleOptimizer):
         precondition_frequency: int = 1,
         max_precond_dim: int | None = 10000,
         relative_floor: float | None = None,
+        overlap: bool = False,
         coefficient_type: NSCoeffT = "quintic",
         num_ns_steps: int = 5,
         scale_mode: MuonScaleT = "spectral",
@@ -149,6 +152,7 @@ class SOAPMuon(RuleOptimizer):
             "precondition_frequency": precondition_frequency,
             "max_precond_dim": max_precond_dim,
             "relative_floor": relative_floor,
+            "overlap": overlap,
             "coefficient_type": coefficient_type,
             "num_ns_steps": num_ns_steps,
             "scale_mode": scale_mode,

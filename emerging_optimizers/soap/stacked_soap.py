@@ -56,6 +56,8 @@ class StackedSoap(SOAP):
         max_precond_dim: a side of the joined matrix that is longer is not preconditioned; None: no limit.
         relative_floor: with KL, eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01, or 0
             with the published start.
+        overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
+            model. An update is then taken in bases that have not seen its gradient (docs/performance.md).
         **engine: see `EngineOptions`. Another `matrix_view`, of the optimizer or of a group, takes the place of
             "joined" there.
 
@@ -95,6 +97,7 @@ class StackedSoap(SOAP):
         precondition_frequency: int = 1,
         max_precond_dim: int | None = 10000,
         relative_floor: float | None = None,
+        overlap: bool = False,
         **engine: Unpack[EngineOptions],
     ) -> None:
         engine.setdefault("matrix_view", "joined")
@@ -119,5 +122,6 @@ class StackedSoap(SOAP):
             precondition_frequency=precondition_frequency,
             max_precond_dim=max_precond_dim,
             relative_floor=relative_floor,
+            overlap=overlap,
             **engine,
         )

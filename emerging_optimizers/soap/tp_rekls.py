@@ -112,7 +112,7 @@ class TpRekls(RuleOptimizer):
     Args:
         params: tensors of two or more dimensions, (name, tensor) pairs, or groups. A group's `partition_dim` says
             along which axis of a matrix its parameters are sharded, 0 or 1; None, the default: not sharded. Groups
-            may also set the options of `REKLS` that have no argument here.
+            may also set the options of `REKLS` that have no argument here, but `overlap`.
         lr: learning rate, >= 0.
         betas: decay of Adam's moments, each in [0, 1).
         shampoo_beta: decay of the factors, in [0, 1).
@@ -139,7 +139,8 @@ class TpRekls(RuleOptimizer):
     """
 
     rule = TpReklsRule
-    ranges = {**SOAP.ranges, "partition_dim": one_of(None, 0, 1)}
+    # A refresh moves factors between the processes, which a stream of its own would do out of their common order.
+    ranges = {**SOAP.ranges, "partition_dim": one_of(None, 0, 1), "overlap": one_of(False)}
     _kept = ("execution", "tp_group")
 
     def __init__(

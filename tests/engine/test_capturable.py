@@ -18,7 +18,8 @@ from tests.cases import CASES, OptimizerCase, distance, parameters, run, set_gra
 # These ask the host, and say so.
 REFUSED = {
     *("muon_svd", "mop", "mop_spectral", "polargrad_svd", "iso_polar", "shampoo", "shampoo_square_root"),
-    *("soap_eigh", "soap_every_third", "rekls", "rekls_every_third", "rekls_v3", "tp_rekls", "kl_shampoo_eigh"),
+    *("soap_eigh", "soap_every_third", "soap_overlap_every_third", "kl_shampoo_eigh"),
+    *("rekls", "rekls_every_third", "rekls_overlap", "rekls_v3", "tp_rekls"),
     *("spectron", "spectron_truncated", "spectron_l2"),
 }
 TABLE = [case for case in CASES if case.name not in REFUSED]

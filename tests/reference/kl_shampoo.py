@@ -28,7 +28,7 @@ class ReferenceKLShampoo(ReferenceSOAP):
             self.start(W)
         self.t += 1
         self.update_factors(G)
-        if self.refreshes_now():
+        if not self.overlap and self.refreshes_now():
             self.refresh_bases()
         self.exp_avg_sq = torch.ones_like(G)  # says only that there was a gradient
 
@@ -37,6 +37,8 @@ class ReferenceKLShampoo(ReferenceSOAP):
         self.exp_avg = mu * self.exp_avg + (1 - mu) * self.Q_L.T @ G @ self.Q_R
         M = self.Q_L @ self.exp_avg @ self.Q_R.T / (1 - mu**self.t)
         U = self.inverse_square_root(self.L, self.Q_L) @ M @ self.inverse_square_root(self.R, self.Q_R)
+        if self.overlap and self.refreshes_now():
+            self.refresh_bases()
         return decay_weight(W, self.lr, self.weight_decay, self.weight_decay_method) - self.lr * U
 
     def inverse_square_root(self, K: Tensor | None, Q: Tensor) -> Tensor:

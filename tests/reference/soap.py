@@ -14,6 +14,7 @@ Both right-hand sides are formed from the factors and bases before the step, whe
 
 One step, in order: factors; bases; the first moment goes from the old basis into the new one; the gradient
 (with the l2 term, which the factors never see) is turned into the basis; Adam; back; clip; decay; subtract.
+With ``overlap`` the bases and both moments in them come last, so that the next step is the first to use them.
 """
 
 import math
@@ -94,6 +95,7 @@ class ReferenceSOAP:
         precondition_frequency: int = 1,
         max_precond_dim: int = 10000,
         relative_floor: float | None = None,
+        overlap: bool = False,
         weight_update_hook: Any = None,
     ) -> None:
         del fp32_matmul_prec, qr_fp32_matmul_prec
@@ -110,6 +112,7 @@ class ReferenceSOAP:
         self.correct_shampoo_beta_bias = correct_shampoo_beta_bias
         self.first_step, self.precondition_frequency = first_step, precondition_frequency
         self.max_precond_dim = max_precond_dim
+        self.overlap = overlap
         if relative_floor is None:
             relative_floor = 0.01 if first_step == "adam" else 0.0
         self.relative_floor = relative_floor
@@ -132,7 +135,7 @@ class ReferenceSOAP:
         self.t += 1
 
         self.update_factors(G)
-        if self.refreshes_now():
+        if not self.overlap and self.refreshes_now():
             self.refresh_bases()
 
         G = decay_gradient(G, W, self.weight_decay, self.weight_decay_method)
@@ -147,6 +150,8 @@ class ReferenceSOAP:
             nesterov=self.nesterov,
         )
         U = self.Q_L @ rotated @ self.Q_R.T
+        if self.overlap and self.refreshes_now():
+            self.refresh_bases()
         if self.max_update_rms > 0:
             rms = math.sqrt(float((U * U).mean()))
             U = U * min(1.0, self.max_update_rms / (rms + 1e-7))
@@ -195,13 +200,13 @@ class ReferenceSOAP:
         return self.shampoo_beta
 
     def first_refresh_step(self) -> int:
-        """The step with the first basis that is not the identity."""
-        return 1 if self.first_step == "eigenbasis" else 2
+        """The step that makes the first basis that is not the identity."""
+        return 1 if self.first_step == "eigenbasis" or self.overlap else 2
 
     def refreshes_now(self) -> bool:
         """In the step with the first basis, and then every ``precondition_frequency`` steps, when the turn comes."""
         if self.first_step == "adam" and not self.exp_avg_sq.any():
-            return False  # only zero gradients so far: this one is the first
+            return False  # the moments have seen only zero gradients so far
         since_first = self.t - self.first_refresh_step()
         due = (since_first + self.turn) % self.precondition_frequency == 0
         return since_first == 0 or (since_first > 0 and due)

@@ -1,0 +1,37 @@
+"""Work for the next step: a CUDA device does it on a stream of its own, beside the model; others do it at once."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Ahead:
+    """What an optimizer has under way. Whoever reads its state waits first; the host never does."""
+
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    @contextmanager
+    def beside(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Launch work on tensors of one device, which starts when what was launched so far is done."""
+        tensors = list(tensors)
+        # A tensor without data (`estimate`) says "cuda" too, where there may be no such device.
+        device = tensors[0].untyped_storage().device
+        if device.type != "cuda":
+            yield
+            return
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
+        side = self.streams[device]
+        side.wait_stream(torch.cuda.current_stream(device))
+        for x in tensors:  # their memory is given to nobody else before this is done, whoever drops them meanwhile
+            x.record_stream(side)
+        with torch.cuda.stream(side):
+            yield
+
+    def wait(self) -> None:
+        """Let the streams that are current now begin what they get next when everything under way is done."""
+        for device, side in self.streams.items():
+            torch.cuda.current_stream(device).wait_stream(side)
