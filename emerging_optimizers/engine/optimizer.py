@@ -6,27 +6,25 @@ them, written to the parameters -> what the rule prepares for its next step. Wha
 weight or state has changed.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.ahead import Ahead
-from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment, fill_buckets
-from emerging_optimizers.engine.executors import Execution, call, copied, many_graphs, prepare, step_elements
-from emerging_optimizers.engine.guard import NonfiniteT, decide
+from emerging_optimizers.engine.buckets import Bucket, Chunk, fill_buckets
+from emerging_optimizers.engine.executors import Execution, many_graphs
+from emerging_optimizers.engine.guard import NonfiniteT
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
-from emerging_optimizers.engine.rule import Fused, Phase, Rule, Step
-from emerging_optimizers.engine.scalars import as_tensors, make_scalars
+from emerging_optimizers.engine.rule import Rule
+from emerging_optimizers.engine.run import BucketStep
 from emerging_optimizers.engine.validate import (
     FLAG,
     HOOK,
@@ -41,7 +39,7 @@ from emerging_optimizers.engine.validate import (
     plain_options,
     suggest,
 )
-from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
+from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -501,7 +499,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self._start(bucket, rules[index], self.param_groups[index])
         with many_graphs(self.execution):
             for index, bucket in self._buckets:
-                self._step_bucket(bucket, rules[index], self.param_groups[index])
+                rule, group = rules[index], self.param_groups[index]
+                if group["spike_guard"] is not None and not bucket.guard:
+                    bucket.start_guard()
+                    self._publish(bucket)
+                BucketStep(bucket, rule, self._law(rule, group), group, self.execution, self._ahead).take()
         return loss
 
     def _check_capture(self, rules: Sequence[Rule]) -> None:
@@ -572,244 +574,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             labels = [label(group, order[p], p) for i, p in new.items() for _ in range(bucket.items(i))]
             bucket.write(chunk, rule.start(bucket.stack(chunk, new), labels))
 
-    def _step_bucket(self, bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
-        gradients = {i: g for i, p in enumerate(bucket.parameters) if (g := p.grad) is not None}
-        if not gradients:
-            return
-        hook = self._law(rule, group)
-        execution, bucket.capturable = self.execution, group["capturable"]
-        # A hook needs the norm of a whole parameter, which chunks of an element-wise rule cut.
-        in_place = isinstance(hook, InPlaceLaw)
-        if rule.reads_parameters or in_place or (hook and rule.elementwise and execution == "stacked"):
-            execution = "per_matrix"
-        simple = rule.elementwise and not (hook or rule.reads_weight or rule.reads_parameters or rule.rewrites_weight)
-        one_pass = simple and execution == "compiled" and not bucket.capturable
-        plain = simple and execution != "compiled" and not isinstance(group["lr"], Tensor)
-        plain = plain and bucket.is_plain(gradients.values())
-        kernel = rule.fused if plain else None
-        cut = "elements" if one_pass else "fused" if kernel else execution
-        if group["spike_guard"] is not None and not bucket.guard:
-            bucket.start_guard()
-            self._publish(bucket)
-        active = list(gradients)
-        # Looking costs nothing on the host, least of all at a chunk that is needed anyway: it is asked whether it is
-        # finite, and the guard is called when it is not. Until then every factor was one.
-        lazy = bucket.looks and group["spike_guard"] is None and group["nonfinite"] == "skip" and not rule.total
-        factor = None if lazy else decide(bucket, active, group, rule.total)
-        for (phase, count), segments in self._by_phase(bucket, rule, gradients).items():
-            members: Mapping[int, Tensor] = gradients
-            if segments is not bucket.whole:
-                members = {segment.row: gradients[segment.row] for segment in segments}
-                if cut == "compiled" and rule.period == 1:  # others are masked: no new graph when they come
-                    segments = bucket.whole
-            t = self._element_scalars(bucket, rule, count, group) if one_pass else None
-            for chunk in bucket.chunks(segments, cut):
-                if plain and factor is None and (kernel or len(chunk) == 1):
-                    grads = [bucket.piece(segment, members[segment.row]).to(bucket.dtype) for segment in chunk]
-                    whole = grads if chunk.has_wholes else []
-                    if not lazy or _are_finite([*whole, *(members[i] for i in chunk.opens)]):
-                        self._run_plain(bucket, chunk, grads, rule, kernel, phase, count, group)
-                        continue
-                grad = bucket.stack(chunk, members)
-                if lazy and factor is None:
-                    # A parameter that is cut is looked at as a whole before its first piece moves.
-                    seen = [grad] * chunk.has_wholes + [members[i] for i in chunk.opens]
-                    factor = None if all(map(_is_finite, seen)) else decide(bucket, active, group, rule.total)
-                if one_pass:
-                    self._run_compiled(bucket, chunk, grad, members, factor, rule, t, group)
-                else:
-                    self._run(bucket, chunk, grad, members, factor, rule, hook, phase, count, group, execution)
-        bucket.count(active, factor)
-        if (lost := rule.lost(bucket.state)) is not None:
-            bucket.post(lost)
-        if rule.prepares and bucket.capturable:  # a graph ends on the stream on which it began
-            self._ahead.wait()
-
-    @staticmethod
-    def _by_phase(
-        bucket: Bucket, rule: Rule, gradients: Mapping[int, Tensor]
-    ) -> dict[tuple[Phase, int], Sequence[Segment]]:
-        """What runs together: a phase; pieces of vectors also share their step count, so that it is a number."""
-        shared = rule.counts_steps and rule.elementwise and not bucket.capturable
-        if rule.period == 1 and len(gradients) == len(bucket.parameters) and min(bucket.counts) == max(bucket.counts):
-            count = bucket.counts[0] + 1
-            return {(rule.phase(count), count if shared else 0): bucket.whole}
-        found: dict[tuple[Phase, int], list[Segment]] = {}
-        for i in gradients:
-            count = bucket.counts[i] + 1
-            for segment, turn in bucket.turns_of(i, rule.period):
-                segments = found.setdefault((rule.phase(count, turn), count if shared else 0), [])
-                if segments and segments[-1].row == i and segments[-1].stop == segment.start:
-                    segment = Segment(i, segments.pop().start, segment.stop)
-                segments.append(segment)
-        return {**found}
-
-    def _run(
-        self,
-        bucket: Bucket,
-        chunk: Chunk,
-        grad: Tensor,
-        gradients: Mapping[int, Tensor],
-        factor: Tensor | None,
-        rule: Rule,
-        hook: Law | None,
-        phase: Phase,
-        count: int,
-        group: Mapping[str, Any],
-        execution: Execution,
-    ) -> None:
-        """One call of the rule, from the gradients to the weights.
-
-        `factor` scales the gradients of units; where it is 0, neither weight nor state moves.
-        """
-        live = None
-        if len(gradients) < len(bucket.parameters) and any(i not in gradients for i in chunk.rows):
-            members = torch.zeros(bucket.units, device=bucket.device)
-            members.index_fill_(0, bucket.units_of(list(gradients)), 1)
-            factor = members if factor is None else factor * members
-        if factor is not None:
-            scale = bucket.spread(chunk, factor)
-            live = scale > 0
-            grad = torch.where(live, grad * scale, 0)
-        if group["maximize"]:
-            grad = -grad
-        adds_l2 = group["weight_decay_method"] == "l2" and group["weight_decay"] != 0 and not rule.handles_l2
-        extra: dict[str, Any] = {}
-        if adds_l2 or rule.reads_weight:
-            weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
-            if rule.reads_weight:
-                extra |= {"weight": weight, "weight_dtype": bucket.param_dtype}
-            if adds_l2:
-                grad = grad + group["weight_decay"] * weight
-        if rule.reads_parameters:
-            extra["parameters"] = [bucket.parameters[segment.row] for segment in chunk]
-        if rule.counts_steps:
-            # A number where the host knows it: not on an accelerator that may have skipped a unit, nor in a graph.
-            known = rule.elementwise and not bucket.capturable and (factor is None or bucket.on_host)
-            extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
-        t = make_scalars(rule.scalars, group, extra)
-        state = bucket.read(chunk)
-        own = copied(state) if rule.works_in_place and live is not None else state
-        now = Phase.REUSE if rule.prepares else phase
-        out = call(rule, grad, own, t, now, execution)
-        bucket.write(chunk, out.state if live is None else _keep(live, out.state, state))
-        self._move(bucket, chunk, gradients, live, out, hook, group)
-        if now is not phase:
-            with self._ahead.beside(x for x in (*bucket.state, live) if x is not None):
-                state = bucket.read(chunk)
-                new = prepare(rule, state, phase, execution)
-                bucket.write(chunk, new if live is None else _keep(live, new, state))
-
-    @staticmethod
-    def _run_compiled(
-        bucket: Bucket,
-        chunk: Chunk,
-        grad: Tensor,
-        members: Container[int],
-        factor: Tensor | None,
-        rule: Rule,
-        t: Any,
-        group: Mapping[str, Any],
-    ) -> None:
-        """`_run` for an element-wise rule: one compiled pass over gradient, state and weight."""
-        scale = None if factor is None else bucket.spread(chunk, factor)
-        if rule.counts_steps and scale is not None and not bucket.on_host:
-            t = t._replace(step=bucket.spread(chunk, bucket.step.double() + 1))
-        parts, _ = bucket.targets(chunk, grad, members)
-        in_place = len(parts) == 1 and parts[0].is_contiguous()
-        weight = parts[0].view(-1) if in_place else torch.cat([p.reshape(-1) for p in parts])
-        state = bucket.read(chunk)
-        step_elements(rule, grad.contiguous(), state, weight, scale, t, group["maximize"])
-        bucket.write(chunk, state)
-        if not in_place:
-            torch._foreach_copy_(*bucket.targets(chunk, weight, members))
-
-    @staticmethod
-    def _element_scalars(bucket: Bucket, rule: Rule, count: int, group: Mapping[str, Any]) -> Any:
-        """What `step_elements` takes, the same for all chunks of a step."""
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
-        adds_l2 = group["weight_decay_method"] == "l2" and group["weight_decay"] != 0
-        extra = {"lr": lr, "keep": keep, "l2": group["weight_decay"] if adds_l2 else None, "step": count}
-        return as_tensors(make_scalars(rule.scalars, group, extra), bucket.device)
-
-    @staticmethod
-    def _run_plain(
-        bucket: Bucket,
-        chunk: Chunk,
-        grads: list[Tensor],
-        rule: Rule,
-        kernel: Fused | None,
-        phase: Phase,
-        count: int,
-        group: Mapping[str, Any],
-    ) -> None:
-        """`_run` for an element-wise rule where nothing is masked and nothing has to be gathered.
-
-        It is given the parameters' pieces as they are: one, or any number for a kernel of torch's.
-        """
-        parts = [bucket.piece(segment, bucket.parameters[segment.row]) for segment in chunk]
-        wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
-        lr, decay, method = group["lr"], group["weight_decay"], group["weight_decay_method"]
-        if group["maximize"]:
-            grads = list(torch._foreach_neg(grads))
-        if method == "l2" and decay != 0:
-            grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, decay)))
-        t, keep = make_scalars(rule.scalars, group, {"step": count}), keep_factor(method, lr, decay)
-        if kernel is not None:
-            kernel(wide, grads, chunk.parts, t, lr, keep)
-        else:
-            out = rule.update(grads[0].view(-1), bucket.read(chunk), t, phase)
-            assert out.direction is not None
-            bucket.write(chunk, out.state)
-            if keep != 1:
-                wide[0].mul_(keep)
-            wide[0].add_(out.direction.view(wide[0].shape), alpha=-lr)
-        if wide is not parts:
-            torch._foreach_copy_(parts, wide)
-
-    @staticmethod
-    def _move(
-        bucket: Bucket,
-        chunk: Chunk,
-        members: Container[int],
-        live: Tensor | None,
-        out: Step,
-        hook: Law | None,
-        group: Mapping[str, Any],
-    ) -> None:
-        """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype."""
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
-        if hook is None and live is None and out.direction is not None and not isinstance(lr, Tensor):
-            parts, directions = bucket.targets(chunk, out.direction, members)
-            wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
-            if keep != 1:
-                torch._foreach_mul_(wide, keep)
-            torch._foreach_add_(wide, directions, alpha=-lr)
-            if wide is not parts:
-                torch._foreach_copy_(parts, wide)
-            return
-        if isinstance(hook, InPlaceLaw):
-            assert out.direction is not None
-            if live is None or bool(live.any()):  # one parameter, or one matrix of it
-                p = bucket.parameters[chunk[0].row]
-                for part, direction in zip(*bucket.targets(chunk, out.direction, members), strict=True):
-                    hook.step(p if part.shape == p.shape else part, direction.view(part.shape), keep, lr)
-            return
-        old = bucket.stack(chunk, {row: bucket.parameters[row] for row, _, _ in chunk})
-        if out.direction is None:
-            assert out.parameter is not None
-            new = out.parameter
-        elif hook is None:
-            new = old * keep - out.direction * lr
-        else:
-            pairs = zip(bucket.by_unit(chunk, old), bucket.by_unit(chunk, out.direction), strict=True)
-            moved = [hook.move(w, u, keep, lr).reshape(-1, *bucket.item) for w, u in pairs]
-            new = moved[0] if len(moved) == 1 else torch.cat(moved)
-        new = new if live is None else torch.where(live, new, old)
-        torch._foreach_copy_(*bucket.targets(chunk, new, members))
-
 
 def _is_capturing() -> bool:
     """Whether a CUDA graph is being recorded."""
@@ -819,29 +583,3 @@ def _is_capturing() -> bool:
 def _identities(group: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
     """Values of a group as they compare; a tensor, which is not read, by which one it is."""
     return tuple(id(v) if isinstance(v, Tensor) else v for v in map(group.__getitem__, names))
-
-
-def _is_finite(x: Tensor) -> bool:
-    """A sum is finite only if all of its terms are; one that overflows is looked at again by who asks."""
-    return math.isfinite(x.sum())
-
-
-def _are_finite(tensors: list[Tensor]) -> bool:
-    """`_is_finite` of many, for which small ones are gathered."""
-    small = [x for x in tensors if x.numel() < 2**14]
-    gathered = [_flatten_dense_tensors(small)] if small else []  # type: ignore[no-untyped-call]  # untyped in torch
-    return all(map(_is_finite, (*gathered, *(x for x in tensors if x.numel() >= 2**14))))
-
-
-def _keep(live: Tensor, new: Any, old: Any) -> Any:
-    """The new state of a chunk where it is live, else the old one."""
-    return type(old)(*(_where(live, x, y) for x, y in zip(new, old, strict=True)))
-
-
-def _where(live: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """The new rows of a stack where they are live; `live` has the gradient's rank, the stack may have another."""
-    if new is None or old is None:
-        return None
-    return torch.where(
-        live if live.ndim <= 1 and old.ndim <= 1 else live.reshape(-1, *(1 for _ in old.shape[1:])), new, old
-    )
