@@ -516,7 +516,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 homes = self._homes.get(p, [])
                 count = min((bucket.counts[row] for bucket, row in homes), default=0)
                 settled = count > 0 and rule.phase(count + 1) is rule.phase(count + 2)
-                if rule.prepares:  # none of whose phases is foretold by a refresh without effect
+                if rule.prepares:  # whose graph and handles for this phase come with its first time
                     settled = settled and rule.phase(count) is rule.phase(count + 1)
                 guarded = group["spike_guard"] is None or all(bucket.guard for bucket, _ in homes)
                 if p.grad is not None and p.numel() and not (settled and guarded):

@@ -98,7 +98,8 @@ class KLShampoo(RuleOptimizer):
         max_precond_dim: a side that is longer has no factor; both longer: SGD with momentum. None: no limit.
         relative_floor: eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01.
         overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
-            model. An update is then taken in bases that have not seen its gradient (docs/performance.md).
+            model. An update is then taken in bases that have not seen its gradient, which may cost loss
+            (docs/performance.md).
         **engine: see `EngineOptions`.
 
     Raises:

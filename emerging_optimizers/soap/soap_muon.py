@@ -77,7 +77,8 @@ class SOAPMuon(RuleOptimizer):
         max_precond_dim: a side that is longer keeps the identity as its basis and has no factor. None: no limit.
         relative_floor: with KL, eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01.
         overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
-            model. An update is then taken in bases that have not seen its gradient (docs/performance.md).
+            model. An update is then taken in bases that have not seen its gradient, which may cost loss
+            (docs/performance.md).
         coefficient_type: the coefficients of Newton-Schulz, as for `Muon`; not "custom".
         num_ns_steps: Newton-Schulz steps, >= 1.
         scale_mode: "spectral" sqrt(max(M, N)); "shape_scaling" sqrt(max(1, M / N)); "unit_rms_norm" sqrt(M / N).

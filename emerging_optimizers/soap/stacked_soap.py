@@ -57,7 +57,8 @@ class StackedSoap(SOAP):
         relative_floor: with KL, eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01, or 0
             with the published start.
         overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
-            model. An update is then taken in bases that have not seen its gradient (docs/performance.md).
+            model. An update is then taken in bases that have not seen its gradient, which may cost loss
+            (docs/performance.md).
         **engine: see `EngineOptions`. Another `matrix_view`, of the optimizer or of a group, takes the place of
             "joined" there.
 
