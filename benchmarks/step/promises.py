@@ -1,4 +1,4 @@
-"""What this library promises of its own cost: linear growth, quick construction, quick import."""
+"""What this library promises of its own cost: linear growth, even steps, quick construction, quick import."""
 
 import subprocess
 import sys
@@ -10,9 +10,11 @@ from typing import Any
 
 from benchmarks.step.arms import ARMS
 from benchmarks.step.run import OURS, Request, load, quartiles, worker
+from benchmarks.step.workloads import WORKLOADS
 
-LIMITS = {"growth": 16.5, "construction": 1.0, "import": 0.1}
+LIMITS = {"growth": 16.5, "evenness": 2.0, "construction": 1.0, "import": 0.1}
 GROWTH = (("Muon", (64, 64)), ("Muon", (128, 128)), ("SOAP", (64, 64)))
+EVENNESS = ("gpt2-soap", "small-soap")
 CONSTRUCTION = (("AdamW", (256,)), ("Muon", (64, 64)), ("SOAP", (64, 64)))
 TENSORS = 2000
 IMPORT = "import time, torch; b = time.process_time(); import emerging_optimizers; print(time.process_time() - b)"
@@ -21,6 +23,7 @@ IMPORT = "import time, torch; b = time.process_time(); import emerging_optimizer
 def keep(request: Request) -> list[dict[str, Any]]:
     """Each promise with what was measured."""
     found = [growth(name, shape, request) for name, shape in GROWTH]
+    found += [evenness(name, request) for name in EVENNESS]
     found += [construction(name, shape, request) for name, shape in CONSTRUCTION]
     if request.device == "cpu":
         command = [sys.executable, "-c", IMPORT]
@@ -44,6 +47,21 @@ def growth(name: str, shape: tuple[int, ...], request: Request) -> dict[str, Any
             taken.append([p.ask("step", count=n)[request.clock] for p, n in zip(pair, steps, strict=True)])
     what = f"time of 256 matrices of {' x '.join(map(str, shape))} over that of 16, {name}"
     return promise("growth", what, [many / few for few, many in taken])
+
+
+def evenness(workload: str, request: Request) -> dict[str, Any]:
+    """The longest step of a cycle over the median one, where bases are refreshed every tenth step."""
+    arm = ARMS["SOAP, every 10"]
+    with tempfile.TemporaryDirectory() as folder, worker(request, Path(folder), "evenness") as process:
+        load(process, arm, {})
+        process.ask("build", shapes=[[count, shape] for count, shape in WORKLOADS[workload].shapes(request.device)])
+        process.ask("step", count=2 + arm.period)
+        cycles = [
+            [process.ask("step", count=1)[request.clock] for _ in range(arm.period)] for _ in range(request.rounds)
+        ]
+    places = [median(place) for place in zip(*cycles, strict=True)]
+    what = f"longest step over the median one of a cycle, {arm.name}, {workload}"
+    return promise("evenness", what, [max(places) / median(places)])
 
 
 def construction(name: str, shape: tuple[int, ...], request: Request) -> dict[str, Any]:
