@@ -48,6 +48,7 @@ class Chunk(list[Segment]):
 
     def __init__(self, bucket: "Bucket", segments: Iterable[Segment]) -> None:
         super().__init__(segments)
+        self.places: tuple[Tensor | None, list[Tensor]] = (None, [])  # see `Bucket.outbox`
         self._bucket = proxy(bucket)  # no cycle: a bucket's stacks are large, and are to go when it goes
 
     @cached_property
@@ -156,6 +157,7 @@ class Bucket:
         # What was asked for last, which is mostly what is asked for next, with tensors on the device.
         self._part_chunks: tuple[Any, list[Chunk]] = (None, [])
         self._units_of: tuple[Any, Tensor | None] = (None, None)
+        self._outbox = torch.empty(0, dtype=self.dtype, device=self.device)
         self.capturable = False
         # What is counted and guarded by itself: a matrix, or a parameter of an element-wise rule.
         self.units = self.offsets[-1] if item else len(parameters)
@@ -322,6 +324,8 @@ class Bucket:
         """
         if chunk.gathers and all(i in members for i in chunk.rows):
             parts = [self.parameters[i] for i in chunk.rows]
+            if self.on_host:
+                return parts, self.outbox(chunk, stack, parts)
             return parts, list(_unflatten_dense_tensors(stack.reshape(-1), parts))  # type: ignore[no-untyped-call]  # as above
         parts = []
         values: list[Tensor] = []
@@ -353,6 +357,18 @@ class Bucket:
         """A segment of a contiguous tensor shaped like its parameter: all of it, or elements in a row."""
         i, start, stop = segment
         return x if stop - start == self.items(i) else x.view(-1)[start:stop]
+
+    def outbox(self, chunk: Chunk, stack: Tensor, parts: list[Tensor]) -> list[Tensor]:
+        """A copy of `stack` in pieces shaped like `parts`: hundreds of new views cost more than the copy."""
+        count = stack.numel()
+        if self._outbox.numel() < count:
+            self._outbox = torch.empty(count, dtype=self.dtype, device=self.device)
+        flat = self._outbox[:count]
+        if chunk.places[0] is not self._outbox:
+            pieces = _unflatten_dense_tensors(flat, parts)  # type: ignore[no-untyped-call]  # as above
+            chunk.places = (self._outbox, list(pieces))
+        flat.copy_(stack.reshape(-1))
+        return chunk.places[1]
 
     def units_of(self, members: Sequence[int]) -> Tensor:
         """The indices of the units of some parameters."""

@@ -209,7 +209,7 @@ class EigenbasisRule(Rule):
         return L, R, Q_L, Q_R
 
     def factors(self, grad: Tensor, s: Any, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
-        """The Kronecker factors with this gradient taken in; for KL both from the old ones."""
+        """The Kronecker factors with this gradient taken in, in their own memory; for KL both from the old ones."""
         left_BMN = right_BMN = grad
         if self.whitens_factors:
             if s.R is not None:

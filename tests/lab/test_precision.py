@@ -85,8 +85,8 @@ def test_the_forms_are_those_of_the_optimizers(form, rule):
     state = SOAPState(grad, grad, L, R, torch.linalg.eigh(L)[1], torch.linalg.eigh(R)[1])
     kl = rule(use_kl_shampoo=True, first_step="eigenbasis")
     scalars = make_scalars(("shampoo_beta", "eps"), {"shampoo_beta": 0.0, "eps": 1e-8}, {"step": 1})
+    eigenvalues = kl.eigenvalues(R, state.Q_R, grad, scalars)  # of the old factor, which `factors` writes into
     found, _ = kl.factors(grad, state, scalars)
-    eigenvalues = kl.eigenvalues(R, state.Q_R, grad, scalars)
     torch.testing.assert_close(FORMS[form](grad, state.Q_R, eigenvalues), found, rtol=0, atol=0)
 
 
