@@ -45,6 +45,11 @@ class BucketStep:
         cuts = hook is not None and rule.elementwise and execution == "stacked"
         alone = rule.reads_parameters or isinstance(hook, InPlaceLaw) or cuts
         self.execution: Execution = "per_matrix" if alone else execution
+        method, decay = group["weight_decay_method"], group["weight_decay"]
+        self.lr: Any = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        self.keep = keep_factor(method, self.lr, decay)
+        # By how much of itself the weight joins the gradient; None: not at all, or the rule sees to it.
+        self.l2 = decay if method == "l2" and decay != 0 and not rule.handles_l2 else None
 
     def take(self) -> None:
         """Move weights and state."""
@@ -54,7 +59,7 @@ class BucketStep:
             return
         simple = rule.elementwise and not (hook or rule.reads_weight or rule.reads_parameters or rule.rewrites_weight)
         one_pass = simple and execution == "compiled" and not bucket.capturable
-        plain = simple and execution != "compiled" and not isinstance(group["lr"], Tensor)
+        plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor)
         plain = plain and bucket.is_plain(gradients.values())
         kernel = rule.fused if plain else None
         cut = "elements" if one_pass else "fused" if kernel else execution
@@ -134,14 +139,13 @@ class BucketStep:
             grad = torch.where(live, grad * scale, 0)
         if group["maximize"]:
             grad = -grad
-        adds_l2 = group["weight_decay_method"] == "l2" and group["weight_decay"] != 0 and not rule.handles_l2
         extra: dict[str, Any] = {}
-        if adds_l2 or rule.reads_weight:
+        if self.l2 is not None or rule.reads_weight:
             weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
             if rule.reads_weight:
                 extra |= {"weight": weight, "weight_dtype": bucket.param_dtype}
-            if adds_l2:
-                grad = grad + group["weight_decay"] * weight
+            if self.l2 is not None:
+                grad = grad + self.l2 * weight
         if rule.reads_parameters:
             extra["parameters"] = [bucket.parameters[segment.row] for segment in chunk]
         if rule.counts_steps:
@@ -178,50 +182,50 @@ class BucketStep:
 
     def _element_scalars(self, count: int) -> Any:
         """What `step_elements` takes, the same for all chunks of a step."""
-        group = self.group
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
-        adds_l2 = group["weight_decay_method"] == "l2" and group["weight_decay"] != 0
-        extra = {"lr": lr, "keep": keep, "l2": group["weight_decay"] if adds_l2 else None, "step": count}
-        return as_tensors(make_scalars(self.rule.scalars, group, extra), self.bucket.device)
+        extra = {"lr": self.lr, "keep": self.keep, "l2": self.l2, "step": count}
+        return as_tensors(make_scalars(self.rule.scalars, self.group, extra), self.bucket.device)
 
     def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: Fused | None, phase: Phase, count: int) -> None:
         """`_run` for an element-wise rule where nothing is masked and nothing has to be gathered.
 
         It is given the parameters' pieces as they are: one, or any number for a kernel of torch's.
         """
-        bucket, rule, group = self.bucket, self.rule, self.group
+        bucket, rule = self.bucket, self.rule
         parts = [bucket.piece(segment, bucket.parameters[segment.row]) for segment in chunk]
-        wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
-        lr, decay, method = group["lr"], group["weight_decay"], group["weight_decay_method"]
-        if group["maximize"]:
+        wide = self._wide(parts)
+        if self.group["maximize"]:
             grads = list(torch._foreach_neg(grads))
-        if method == "l2" and decay != 0:
-            grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, decay)))
-        t, keep = make_scalars(rule.scalars, group, {"step": count}), keep_factor(method, lr, decay)
+        if self.l2 is not None:
+            grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, self.l2)))
+        t = make_scalars(rule.scalars, self.group, {"step": count})
         if kernel is not None:
-            kernel(wide, grads, chunk.parts, t, lr, keep)
+            kernel(wide, grads, chunk.parts, t, self.lr, self.keep)
         else:
             out = rule.update(grads[0].view(-1), bucket.read(chunk), t, phase)
             assert out.direction is not None
             bucket.write(chunk, out.state)
-            if keep != 1:
-                wide[0].mul_(keep)
-            wide[0].add_(out.direction.view(wide[0].shape), alpha=-lr)
+            self._subtract(wide, [out.direction.view(wide[0].shape)])
         if wide is not parts:
             torch._foreach_copy_(parts, wide)
 
+    def _wide(self, parts: list[Tensor]) -> list[Tensor]:
+        """Parts of parameters in the dtype of the computation; themselves where that is theirs."""
+        bucket = self.bucket
+        return parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
+
+    def _subtract(self, wide: list[Tensor], directions: list[Tensor]) -> None:
+        """W <- keep W - lr direction."""
+        if self.keep != 1:
+            torch._foreach_mul_(wide, self.keep)
+        torch._foreach_add_(wide, directions, alpha=-self.lr)
+
     def _move(self, chunk: Chunk, members: Container[int], live: Tensor | None, out: Step) -> None:
         """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype."""
-        bucket, hook, group = self.bucket, self.hook, self.group
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        keep = keep_factor(group["weight_decay_method"], lr, group["weight_decay"])
+        bucket, hook, lr, keep = self.bucket, self.hook, self.lr, self.keep
         if hook is None and live is None and out.direction is not None and not isinstance(lr, Tensor):
             parts, directions = bucket.targets(chunk, out.direction, members)
-            wide = parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
-            if keep != 1:
-                torch._foreach_mul_(wide, keep)
-            torch._foreach_add_(wide, directions, alpha=-lr)
+            wide = self._wide(parts)
+            self._subtract(wide, directions)
             if wide is not parts:
                 torch._foreach_copy_(parts, wide)
             return
