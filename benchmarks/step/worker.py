@@ -33,6 +33,7 @@ ANNOTATIONS_ARE_TEXT = 0x1000000  # the compiler flag of `from __future__ import
 class OlderPython(importlib.machinery.SourceFileLoader):
     """Compiles a checkout that was written for Python 3.12 under Python 3.11, without touching its files."""
 
+    # typeshed knows the method without `_optimize`, which importlib passes.
     def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:  # type: ignore[override]
         source = importlib.util.decode_source(bytes(data))
         plain = TYPE_PARAMETERS.sub(r"\1", source)
@@ -48,7 +49,7 @@ def import_from(path: str) -> None:
         return
     sys.dont_write_bytecode = True
     if not hasattr(typing, "override"):
-        typing.override = lambda method: method  # type: ignore[attr-defined]
+        typing.override = lambda method: method  # type: ignore[attr-defined]  # not there before Python 3.12
     find = importlib.machinery.FileFinder.path_hook((OlderPython, importlib.machinery.SOURCE_SUFFIXES))
 
     def hook(entry: str) -> Any:
@@ -146,6 +147,7 @@ class Worker:
         on_device = self.device.type == "cuda"
         for _ in range(count):
             self.refresh()
+            # Untyped in torch.
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_device else []  # type: ignore[no-untyped-call]
             self.wait()
             cpu_begin, wall_begin = time.process_time(), time.perf_counter()
@@ -222,6 +224,7 @@ class Worker:
             x = square.bfloat16() if name == "bfloat16" else square
             torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
             product = torch.empty_like(x)
+            # mypy infers no lambda that has defaults.
             found[name] = self.rate(2 * square.size(0) ** 3, lambda x=x, out=product: torch.mm(x, x, out=out))  # type: ignore[misc]
         # A processor reads what a copy overwrites, so writing in place, as optimizers do, can be the faster of the two.
         copied = self.rate(2 * source.nbytes, lambda: target.copy_(source))
