@@ -237,7 +237,9 @@ class _Operation:
                 case list() | tuple():
                     return (type(x).__name__, *map(frozen, x))
                 case float():
-                    return 0.5  # a coefficient, which changes from step to step
+                    return (
+                        0.5 if x else x
+                    )  # a coefficient, which changes from step to step; 0 can mean that a part is absent
                 case _:
                     return x
 

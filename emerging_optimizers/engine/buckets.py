@@ -9,6 +9,7 @@ between many small matrices in one call, one expert stack in several, and cache-
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
+from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import proxy
 
@@ -33,6 +34,8 @@ CHUNK_BYTES = 64 * 2**20
 ELEMENT_CHUNK = 128 * 2**10
 # The same for a kernel that makes no temporaries: what is looked at is still in the cache when the kernel comes.
 FUSED_CHUNK = 8 * ELEMENT_CHUNK
+
+_KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
 
 
 class Segment(NamedTuple):
@@ -67,10 +70,15 @@ class Chunk(list[Segment]):
         return torch.tensor([stop - start for _, start, stop in self], device=self._bucket.device)
 
     @cached_property
+    def is_whole(self) -> bool:
+        """Whether every row that is here is here as a whole."""
+        return all(b - a == self._bucket.items(i) for i, a, b in self)
+
+    @cached_property
     def gathers(self) -> bool:
         """Whether these are whole parameters as they are, several of them: one call moves them all."""
         plain = (self._bucket.blocks[i].window is None and not self._bucket.blocks[i].joined for i in self.rows)
-        return len(self) > 1 and all(plain) and all(b - a == self._bucket.items(i) for i, a, b in self)
+        return len(self) > 1 and all(plain) and self.is_whole
 
     @cached_property
     def opens(self) -> list[int]:
@@ -213,8 +221,8 @@ class Bucket:
 
     def fits(self) -> bool:
         """Whether every parameter still is what its stacks were made for."""
-        kinds = {(p.dtype, p.device) for p in self.parameters}
-        return kinds == {(self.param_dtype, self.device)} and [p.shape for p in self.parameters] == self.shapes
+        kinds = set(map(_KIND, self.parameters))
+        return kinds == {(self.param_dtype, self.device)} and list(map(_SHAPE, self.parameters)) == self.shapes
 
     # ---- choosing what a call works on --------------------------------------------------------------------------
 
@@ -347,16 +355,13 @@ class Bucket:
                 values.append(piece.reshape(parts[-1].shape))
         return parts, values
 
-    def is_plain(self, gradients: Iterable[Tensor]) -> bool:
-        """Whether parameters and gradients are where torch's fused kernels work, and in the state's order in memory."""
-        if self.rounded or self.device.type not in ("cpu", "cuda"):
-            return False
-        return all(x.is_contiguous() for x in (*self.parameters, *gradients))
-
-    def piece(self, segment: Segment, x: Tensor) -> Tensor:
-        """A segment of a contiguous tensor shaped like its parameter: all of it, or elements in a row."""
-        i, start, stop = segment
-        return x if stop - start == self.items(i) else x.view(-1)[start:stop]
+    def pieces(self, chunk: Chunk, tensors: Mapping[int, Tensor] | Sequence[Tensor]) -> list[Tensor]:
+        """A chunk's parts of contiguous tensors shaped like their parameters: all of one, or elements in a row."""
+        if chunk.is_whole:
+            return [tensors[i] for i in chunk.rows]
+        return [
+            tensors[i] if stop - start == self.items(i) else tensors[i].view(-1)[start:stop] for i, start, stop in chunk
+        ]
 
     def outbox(self, chunk: Chunk, stack: Tensor, parts: list[Tensor]) -> list[Tensor]:
         """A copy of `stack` in pieces shaped like `parts`: hundreds of new views cost more than the copy."""

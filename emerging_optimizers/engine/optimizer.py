@@ -9,7 +9,7 @@ weight or state has changed.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, get_args
 
 import torch
@@ -43,6 +43,7 @@ from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LAYOUT = attrgetter("layout")
 
 
 def _eager(function: FunctionT) -> FunctionT:
@@ -340,7 +341,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._rules: dict[int, tuple[tuple[Any, ...], Rule]] = {}
         self._buckets: list[tuple[int, Bucket]] = []
         self._homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
-        self._seen: tuple[list[str], list[int]] | None = None
+        self._bound: dict[int, list[int]] = {}  # by group: all of its parameters, where each has its home
+        self._seen: tuple[list[int], list[str], list[int]] | None = None
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create the state of a group's parameters now instead of in the first step."""
@@ -350,14 +352,18 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _bind(self, index: int, rule: Rule, only_trainable: bool = True) -> None:
         """Give every parameter of a group a place in a stack, and adopt the state that it already has."""
         group = self.param_groups[index]
+        members = [*map(id, group["params"])]
+        if self._bound.get(index) == members:
+            return
         homes = self._homes
+        strangers = [(i, p) for i, p in enumerate(group["params"]) if p not in homes]
         new = [
             (i, p)
-            for i, p in enumerate(group["params"])
-            if p not in homes
-            and p.numel()
-            and (p.requires_grad or p.grad is not None or p in self.state or not only_trainable)
+            for i, p in strangers
+            if p.numel() and (p.requires_grad or p.grad is not None or p in self.state or not only_trainable)
         ]
+        if len(new) == len(strangers):
+            self._bound[index] = members
         if new:
             self._install(index, fill_buckets(new, group, rule, self.state))
 
@@ -383,15 +389,17 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _follow_user(self) -> None:
         """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
         everything = self.state
-        states: list[dict[str, Any]] = [everything.get(p, {}) for p in self._homes]
-        if not all(bucket.fits() for _, bucket in self._buckets) or not all(states):
+        fits = all(bucket.fits() for _, bucket in self._buckets)
+        # Parameters, keys and tensors as three lists: nearly always those of the last step. No parameter is hashed.
+        states: Iterable[dict[str, Any]] = everything.values()
+        tensors = chain.from_iterable(map(dict.values, states))
+        seen = [*map(id, everything)], [*chain.from_iterable(states)], [*map(id, tensors)]
+        if fits and seen == self._seen:
+            return
+        if not fits or not all(map(everything.get, self._homes)):
             self._forget_stacks()
             for index in range(len(self.param_groups)):  # the rule may not run where its parameters are now
                 self._checked_rule(index)
-            return
-        # Keys and tensors of all parameters as two lists: nearly always those of the last step.
-        seen = [*chain.from_iterable(states)], [*map(id, chain.from_iterable(map(dict.values, states)))]
-        if seen == self._seen:
             return
         self._seen = seen
         for p, home in self._homes.items():
@@ -528,6 +536,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _check_gradients(self) -> None:
         for group in self.param_groups:
             raises = group["nonfinite"] == "raise"
+            gradients = (g for p in group["params"] if (g := p.grad) is not None)
+            if not raises and set(map(_LAYOUT, gradients)) <= {torch.strided}:
+                continue
             for i, p in enumerate(group["params"]):
                 if (grad := p.grad) is None or (grad.layout is torch.strided and not raises):
                     continue

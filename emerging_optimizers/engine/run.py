@@ -1,21 +1,24 @@
 """One step of a bucket, from gradients to weights: guard, chunks, rule, state, weights, and work for the next step."""
 
-import math
 from collections.abc import Container, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors  # as in buckets.py
 
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment
 from emerging_optimizers.engine.executors import Execution, call, copied, prepare, step_elements
+from emerging_optimizers.engine.fused import accepts, are_finite, subtract_
 from emerging_optimizers.engine.guard import decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.rule import Fused, Phase, Rule, Step
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.weight_decay import keep_factor
+
+_DTYPE = attrgetter("dtype")
 
 
 class BucketStep:
@@ -60,7 +63,7 @@ class BucketStep:
         simple = rule.elementwise and not (hook or rule.reads_weight or rule.reads_parameters or rule.rewrites_weight)
         one_pass = simple and execution == "compiled" and not bucket.capturable
         plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor)
-        plain = plain and bucket.is_plain(gradients.values())
+        plain = plain and not bucket.rounded and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
         kernel = rule.fused if plain else None
         cut = "elements" if one_pass else "fused" if kernel else execution
         active = list(gradients)
@@ -74,19 +77,21 @@ class BucketStep:
                 members = {segment.row: gradients[segment.row] for segment in segments}
                 if cut == "compiled" and rule.period == 1:  # others are masked: no new graph when they come
                     segments = bucket.whole
-            t = self._element_scalars(count) if one_pass else None
+            t = self._element_scalars(count) if one_pass or plain else None
+            if one_pass:
+                t = as_tensors(t, bucket.device)
             for chunk in bucket.chunks(segments, cut):
                 if plain and factor is None and (kernel or len(chunk) == 1):
-                    grads = [bucket.piece(segment, members[segment.row]).to(bucket.dtype) for segment in chunk]
+                    grads = self._wide(bucket.pieces(chunk, members))
                     whole = grads if chunk.has_wholes else []
-                    if not lazy or _are_finite([*whole, *(members[i] for i in chunk.opens)]):
-                        self._run_plain(chunk, grads, kernel, phase, count)
+                    if not lazy or are_finite([*whole, *(members[i] for i in chunk.opens)]):
+                        self._run_plain(chunk, grads, kernel, phase, t)
                         continue
                 grad = bucket.stack(chunk, members)
                 if lazy and factor is None:
                     # A parameter that is cut is looked at as a whole before its first piece moves.
                     seen = [grad] * chunk.has_wholes + [members[i] for i in chunk.opens]
-                    factor = None if all(map(_is_finite, seen)) else decide(bucket, active, group, rule.total)
+                    factor = None if are_finite(seen) else decide(bucket, active, group, rule.total)
                 if one_pass:
                     self._run_compiled(chunk, grad, members, factor, t)
                 else:
@@ -181,43 +186,36 @@ class BucketStep:
             torch._foreach_copy_(*bucket.targets(chunk, weight, members))
 
     def _element_scalars(self, count: int) -> Any:
-        """What `step_elements` takes, the same for all chunks of a step."""
+        """What `step_elements` and kernels take, the same for all chunks of a step."""
         extra = {"lr": self.lr, "keep": self.keep, "l2": self.l2, "step": count}
-        return as_tensors(make_scalars(self.rule.scalars, self.group, extra), self.bucket.device)
+        return make_scalars(self.rule.scalars, self.group, extra)
 
-    def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: Fused | None, phase: Phase, count: int) -> None:
+    def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: Fused | None, phase: Phase, t: Any) -> None:
         """`_run` for an element-wise rule where nothing is masked and nothing has to be gathered.
 
         It is given the parameters' pieces as they are: one, or any number for a kernel of torch's.
         """
         bucket, rule = self.bucket, self.rule
-        parts = [bucket.piece(segment, bucket.parameters[segment.row]) for segment in chunk]
+        parts = bucket.pieces(chunk, bucket.parameters)
         wide = self._wide(parts)
         if self.group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         if self.l2 is not None:
             grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, self.l2)))
-        t = make_scalars(rule.scalars, self.group, {"step": count})
         if kernel is not None:
             kernel(wide, grads, chunk.parts, t, self.lr, self.keep)
         else:
             out = rule.update(grads[0].view(-1), bucket.read(chunk), t, phase)
             assert out.direction is not None
             bucket.write(chunk, out.state)
-            self._subtract(wide, [out.direction.view(wide[0].shape)])
+            subtract_(wide, [out.direction.view(wide[0].shape)], self.lr, self.keep)
         if wide is not parts:
             torch._foreach_copy_(parts, wide)
 
     def _wide(self, parts: list[Tensor]) -> list[Tensor]:
-        """Parts of parameters in the dtype of the computation; themselves where that is theirs."""
-        bucket = self.bucket
-        return parts if bucket.param_dtype == bucket.dtype else [p.to(bucket.dtype) for p in parts]
-
-    def _subtract(self, wide: list[Tensor], directions: list[Tensor]) -> None:
-        """W <- keep W - lr direction."""
-        if self.keep != 1:
-            torch._foreach_mul_(wide, self.keep)
-        torch._foreach_add_(wide, directions, alpha=-self.lr)
+        """Parts of parameters or gradients in the dtype of the computation; themselves where that is theirs."""
+        dtype = self.bucket.dtype
+        return parts if set(map(_DTYPE, parts)) == {dtype} else [x.to(dtype) for x in parts]
 
     def _move(self, chunk: Chunk, members: Container[int], live: Tensor | None, out: Step) -> None:
         """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype."""
@@ -225,7 +223,11 @@ class BucketStep:
         if hook is None and live is None and out.direction is not None and not isinstance(lr, Tensor):
             parts, directions = bucket.targets(chunk, out.direction, members)
             wide = self._wide(parts)
-            self._subtract(wide, directions)
+            if accepts(bucket.device, chain(wide, directions)):
+                subtract_(wide, directions, lr, keep)
+            else:
+                torch._foreach_mul_(wide, keep)
+                torch._foreach_add_(wide, directions, alpha=-lr)
             if wide is not parts:
                 torch._foreach_copy_(parts, wide)
             return
@@ -248,18 +250,6 @@ class BucketStep:
             new = moved[0] if len(moved) == 1 else torch.cat(moved)
         new = new if live is None else torch.where(live, new, old)
         torch._foreach_copy_(*bucket.targets(chunk, new, members))
-
-
-def _is_finite(x: Tensor) -> bool:
-    """A sum is finite only if all of its terms are; one that overflows is looked at again by who asks."""
-    return math.isfinite(x.sum())
-
-
-def _are_finite(tensors: list[Tensor]) -> bool:
-    """`_is_finite` of many, for which small ones are gathered."""
-    small = [x for x in tensors if x.numel() < 2**14]
-    gathered = [_flatten_dense_tensors(small)] if small else []  # type: ignore[no-untyped-call]  # untyped in torch
-    return all(map(_is_finite, (*gathered, *(x for x in tensors if x.numel() >= 2**14))))
 
 
 def _keep(live: Tensor, new: Any, old: Any) -> Any:

@@ -15,6 +15,7 @@ References:
     arXiv 1711.05101. Dozat 2016, Incorporating Nesterov Momentum into Adam.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.fused import adam_
 from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -71,7 +73,7 @@ class AdamWRule(Rule):
     @property
     def fused(self) -> Fused | None:
         """torch's AdamW, which reads and writes every number once."""
-        return _torch_adamw if self.correct_bias and not self.nesterov else None
+        return None if self.nesterov else self._fused
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
         """Zero moments."""
@@ -81,26 +83,12 @@ class AdamWRule(Rule):
         """See the module's equations."""
         return Step(*adam_direction(grad, state, t, correct_bias=self.correct_bias, nesterov=self.nesterov))
 
-
-def _torch_adamw(weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
-    # The kernel knows decoupled decay only, 1 - lr weight_decay, which can say any `keep` unless lr is 0.
-    if not lr and keep != 1:
-        torch._foreach_mul_(weights, keep)
-    torch._fused_adamw_(
-        weights,
-        grads,
-        state.exp_avg,
-        state.exp_avg_sq,
-        [],
-        [torch.full((), t.step, dtype=torch.float32, device=weights[0].device)] * len(weights),
-        lr=lr,
-        beta1=t.betas[0],
-        beta2=t.betas[1],
-        weight_decay=(1 - keep) / lr if lr else 0.0,
-        eps=t.eps,
-        amsgrad=False,
-        maximize=False,
-    )
+    def _fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> None:
+        m, v = state
+        step = t.step if self.correct_bias else math.inf
+        adam_(weights, grads, m, v, betas=t.betas, eps=t.eps, step=step, lr=lr, keep=keep)
 
 
 class AdamW(RuleOptimizer):

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.fused import adam_of_averages_
+from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.scalars import add_, addcmul_, lerp_
 from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, NON_NEGATIVE, Check, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -100,6 +102,26 @@ class AdEMAMixRule(Rule):
         root2 = bias2**0.5
         numerator = add_(fast * (root2 / bias_fast), slow, root2 * alpha)
         return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdEMAMixState(fast, slow, v))
+
+    @property
+    def fused(self) -> Fused | None:
+        """torch's AdamW behind its SGD, twice, whose momenta are the averages."""
+        return self._fused
+
+    def _fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> None:
+        (fast, slow, v), (beta_fast, beta2, beta_slow) = state, t.betas
+        beta_slow = half_life_warmup(t.step, beta_fast, beta_slow, self.num_beta_slow_warmup_steps)
+        # As the kernel rounds it: what is left for the gradient is so small that the two would not add up to 1.
+        beta_slow = torch.tensor(beta_slow, dtype=grads[0].dtype).item()
+        alpha = t.alpha * warmup(t.step, self.num_alpha_warmup_steps)
+        step = t.step if self.correct_bias else math.inf
+        averages = (
+            (fast, beta_fast, 1 - beta_fast, 1 / (1 - beta_fast**step)),
+            (slow, beta_slow, 1 - beta_slow, alpha),
+        )
+        adam_of_averages_(weights, grads, averages, 0.0, v, beta2=beta2, eps=t.eps, step=step, lr=lr, keep=keep)
 
 
 class AdEMAMix(RuleOptimizer):

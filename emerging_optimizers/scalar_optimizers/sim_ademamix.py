@@ -15,6 +15,7 @@ References:
     arXiv 2502.02431. Pagliardini, Ablin and Grangier 2024, The AdEMAMix Optimizer, arXiv 2409.03137.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.fused import adam_of_averages_
+from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.scalars import add_, addcmul_
 from emerging_optimizers.engine.validate import BETAS, COUNT, FLAG, FRACTION, NON_NEGATIVE, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -58,6 +61,20 @@ class SimplifiedAdEMAMixRule(Rule):
         root2 = bias2**0.5
         numerator = add_((m * (root2 / bias1)).to(grad.dtype), grad, root2 * t.alpha)
         return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdamState(m, v))
+
+    @property
+    def fused(self) -> Fused | None:
+        """torch's AdamW behind its SGD, whose momentum is the sum."""
+        return self._fused
+
+    def _fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> None:
+        (m, v), (beta1, beta2) = state, t.betas
+        beta1 = half_life_warmup(t.step, t.min_beta_fast, beta1, self.num_beta_fast_warmup_steps)
+        step = t.step if self.correct_bias else math.inf
+        averages = ((m, beta1, 1.0, (1 - beta1) / (1 - beta1**step) if self.correct_bias else 1.0),)
+        adam_of_averages_(weights, grads, averages, t.alpha, v, beta2=beta2, eps=t.eps, step=step, lr=lr, keep=keep)
 
 
 class SimplifiedAdEMAMix(RuleOptimizer):

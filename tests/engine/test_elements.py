@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from emerging_optimizers.engine import buckets
-from emerging_optimizers.scalar_optimizers import AdamW, LaProp, Lion
+from emerging_optimizers.scalar_optimizers import AdamW, AdEMAMix, LaProp, Lion, RMSProp, SimplifiedAdEMAMix
 
 SHAPES = ((40,), (3, 5), (), (2, 3, 2), (17,))
 
 
 def trained(cls: Any, execution: str, steps: int = 4, poison: bool = False, **kwargs: Any) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    dtype = kwargs.pop("dtype", torch.float32)
+    dtype = torch.float64 if kwargs.pop("wide", False) else kwargs.pop("dtype", torch.float32)
     ps = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
     optimizer = cls(ps, **{"lr": 0.1, "weight_decay": 0.1, "execution": execution, **kwargs})
     for t in range(steps):
@@ -40,7 +40,7 @@ def trained(cls: Any, execution: str, steps: int = 4, poison: bool = False, **kw
     ],
     ids=lambda options: "-".join(map(str, options)),
 )
-@pytest.mark.parametrize("cls", [AdamW, LaProp, Lion])
+@pytest.mark.parametrize("cls", [AdamW, AdEMAMix, LaProp, Lion])
 def test_pieces_of_any_size_and_whole_parameters_are_the_same(
     cls: Any, options: dict[str, Any], poison: bool, cap: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,12 +56,50 @@ def test_pieces_of_any_size_and_whole_parameters_are_the_same(
         torch.testing.assert_close(x, y, **tolerance)  # type: ignore[arg-type]
 
 
-def test_torchs_kernel_is_the_rule() -> None:
-    """`nesterov` has no kernel; with a tensor as learning rate the rule itself runs."""
-    assert AdamW.rule().fused is not None
+KERNELS = [
+    (AdamW, {}),
+    (AdamW, {"correct_bias": False}),
+    (LaProp, {}),
+    (LaProp, {"correct_bias": False, "betas": (0.0, 0.9)}),
+    (RMSProp, {}),
+    (AdEMAMix, {}),
+    (AdEMAMix, {"correct_bias": False, "betas": (0.0, 0.9, 0.99)}),
+    (AdEMAMix, {"num_beta_slow_warmup_steps": 20, "num_alpha_warmup_steps": 10}),
+    (SimplifiedAdEMAMix, {}),
+    (SimplifiedAdEMAMix, {"correct_bias": False, "alpha": 0.0}),
+    (SimplifiedAdEMAMix, {"num_beta_fast_warmup_steps": 20, "min_beta_fast": 0.5, "alpha": 100.0}),
+]
+
+
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.0}, {"weight_decay_method": "l2"}, {"maximize": True}])
+@pytest.mark.parametrize(("cls", "options"), KERNELS)
+def test_torchs_kernel_is_the_rule(cls: Any, options: dict[str, Any], decay: dict[str, Any]) -> None:
+    """With a tensor as learning rate the rule itself runs, here in float64."""
+    lr = 1e-2
+    ours = trained(cls, "stacked", steps=40, lr=lr, **options, **decay)
+    rule = trained(cls, "stacked", steps=40, lr=torch.tensor(lr, dtype=torch.float64), wide=True, **options, **decay)
+    for x, y in zip(ours, rule, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=2e-4, atol=1e-5)
+
+
+def test_a_kernel_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert AdamW.rule(nesterov=True).fused is None
-    for x, y in zip(trained(AdamW, "stacked"), trained(AdamW, "stacked", lr=torch.tensor(0.1)), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    calls = []
+    kernel = torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs)))
+    for n, cls in enumerate((AdamW, LaProp, RMSProp, AdEMAMix, SimplifiedAdEMAMix), start=1):
+        trained(cls, "stacked", steps=1)
+        assert len(calls) == n
+
+
+def test_gradients_are_left_as_they_are() -> None:
+    """The kernels may write them, each as it is."""
+    for cls in (LaProp, RMSProp, AdEMAMix, Lion):
+        p = torch.nn.Parameter(torch.ones(5))
+        p.grad = torch.tensor([1e-40, -0.0, 0.0, -3.0, 1e30])
+        bits = p.grad.view(torch.int32).clone()
+        cls([p], lr=0.1).step()
+        assert torch.equal(p.grad.view(torch.int32), bits)
 
 
 def test_one_graph_serves_every_length() -> None:
