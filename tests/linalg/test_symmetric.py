@@ -8,7 +8,7 @@ from emerging_optimizers.linalg.kernels import routes, symmetric
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {("cpu", dtype): routes.BlockRoute(depth=4, least=3) for dtype in (torch.float32, torch.bfloat16)}
+    table = {("cpu", dtype): routes.BlockRoute(depth=4, rows=6, least=3) for dtype in (torch.float32, torch.bfloat16)}
     monkeypatch.setattr(routes, "BLOCKS", table)
 
 
