@@ -35,9 +35,9 @@ def newton_schulz(
         compute_dtype: dtype of the products (the normalisation keeps the input's); None: the input's.
         eps: lower bound of the norm that divides. None: the norm is taken of the matrix divided by its largest
             entry, so that the result does not depend on the scale of the input, and a zero matrix stays zero.
-        transpose: iterate on the transposed matrices; None: where M > N, so that the Gram matrix is the small one.
-        total: for matrices of which this process holds some columns (after the transposition): the sum of a tensor
-            over the processes. None: the columns are all here.
+        transpose: take the Gram matrices of the columns, X^T X; None: where M > N, so that they are the small ones.
+        total: for matrices of which this process holds some columns (with `transpose`: rows): the sum of a tensor over
+            the processes. None: they are all here.
         use_syrk: A and b A + c A^2 by the kernel for symmetric products, which computes half of them; False: where
             `kernels/routes.py` has measured it to pay.
 
@@ -56,15 +56,16 @@ def newton_schulz(
     turned = x_BMN.size(-2) > x_BMN.size(-1) if transpose is None else transpose
 
     if total is not None:  # every process makes the same calls
-        x = unit_norm_of_parts(x_BMN.mT if turned else x_BMN, eps, total).to(compute_dtype or x_BMN.dtype)
-        out = _plain(x, coefficients, use_syrk, total).to(x_BMN.dtype)
-        return out.mT if turned else out
+        x = unit_norm_of_parts(x_BMN, eps, total).to(compute_dtype or x_BMN.dtype)
+        return _plain(x, coefficients, use_syrk, turned, total).to(x_BMN.dtype)
 
     def iterate(x: Tensor) -> Tensor:
-        blocks = gram_blocks(x, len(coefficients))
-        return _plain(x, coefficients, use_syrk) if blocks is None else _on_gram(x, coefficients, blocks, use_syrk)
+        blocks = gram_blocks(_wide(x, turned), len(coefficients))
+        if blocks is None:
+            return _plain(x, coefficients, use_syrk, turned)
+        return _on_gram(x, coefficients, blocks, use_syrk, turned)
 
-    return _by_calls(x_BMN, iterate, compute_dtype, eps, turned)
+    return _by_calls(x_BMN, iterate, compute_dtype, eps)
 
 
 def newton_schulz_step(
@@ -74,13 +75,26 @@ def newton_schulz_step(
     c: float,
     total: Callable[[Tensor], Tensor] | None = None,
     use_syrk: bool = False,
+    turned: bool = False,
 ) -> Tensor:
-    """One step of `newton_schulz`, (a I + b A + c A^2) X with A = X X^T, on the rows' side whatever the shape."""
-    gram_BMM = gram(x_BMN, use_syrk=use_syrk)
+    """One step of `newton_schulz`, (a I + b A + c A^2) X with A = X X^T; `turned`: X (a I + ...) with A = X^T X."""
+    gram_BMM = gram(_wide(x_BMN, turned), use_syrk=use_syrk)
     if total is not None:
         gram_BMM = total(gram_BMM)
-    # a X is added by baddbmm, never folded into the polynomial as a I: in bfloat16 that costs 3 x the error.
-    return torch.baddbmm(x_BMN, _polynomial(gram_BMM, b, c, use_syrk), x_BMN, beta=a)
+    return _times(a, _polynomial(gram_BMM, b, c, use_syrk), x_BMN, turned)
+
+
+def _wide(x: Tensor, turned: bool) -> Tensor:
+    """The matrices with the side that the Gram matrix spans as their rows, as views: products take them as they lie."""
+    return x.mT if turned else x
+
+
+def _times(i: float, q_BMM: Tensor, x: Tensor, turned: bool) -> Tensor:
+    """(i I + Q) X; `turned`: X (i I + Q^T), as Q is symmetric in exact arithmetic only.
+
+    i X is added by baddbmm, never folded into Q as i I: in bfloat16 that costs 3 x the error.
+    """
+    return torch.baddbmm(x, x, q_BMM.mT, beta=i) if turned else torch.baddbmm(x, q_BMM, x, beta=i)
 
 
 def _polynomial(gram_BMM: Tensor, b: float, c: float, use_syrk: bool) -> Tensor:
@@ -137,7 +151,7 @@ def gram_newton_schulz(
     turned = x_BMN.size(-2) > x_BMN.size(-1)
     full, rest = divmod(len(coefficients), restart)
     blocks = (restart,) * full + (rest,) * (rest > 0)
-    return _by_calls(x_BMN, lambda x: _on_gram(x, coefficients, blocks, use_syrk), compute_dtype, None, turned)
+    return _by_calls(x_BMN, lambda x: _on_gram(x, coefficients, blocks, use_syrk, turned), compute_dtype, None)
 
 
 def _by_calls(
@@ -145,34 +159,30 @@ def _by_calls(
     iterate: Callable[[Tensor], Tensor],
     compute_dtype: torch.dtype | None,
     eps: float | None,
-    turned: bool,
 ) -> Tensor:
     """Normalizes and iterates, as many matrices at a time as the device takes best."""
     dtype = compute_dtype or x_BMN.dtype
-
-    def part(x: Tensor) -> Tensor:
-        x = _unit_norm(x, eps).to(dtype)
-        # Copied while they are narrow: products and sums of transposed bfloat16 would copy again and again.
-        x = iterate(x.mT.contiguous()).mT.contiguous() if turned else iterate(x)
-        return x.to(x_BMN.dtype)
-
-    parts = [part(x) for x in calls(x_BMN, dtype)]
+    parts = [iterate(_unit_norm(x, eps).to(dtype)).to(x_BMN.dtype) for x in calls(x_BMN, dtype)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _plain(
-    x: Tensor, coefficients: Coefficients, use_syrk: bool, total: Callable[[Tensor], Tensor] | None = None
+    x: Tensor,
+    coefficients: Coefficients,
+    use_syrk: bool,
+    turned: bool,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     for a, b, c in coefficients:
-        x = newton_schulz_step(x, a, b, c, total, use_syrk)
+        x = newton_schulz_step(x, a, b, c, total, use_syrk, turned)
     return x
 
 
-def _on_gram(x: Tensor, coefficients: Coefficients, blocks: Sequence[int], use_syrk: bool) -> Tensor:
+def _on_gram(x: Tensor, coefficients: Coefficients, blocks: Sequence[int], use_syrk: bool, turned: bool) -> Tensor:
     """The steps in blocks, each block on one Gram matrix; its product is i I + q, never folded into one."""
     first = 0
     for size in blocks:
-        gram_BMM, i, q = gram(x, use_syrk=use_syrk), 1.0, None
+        gram_BMM, i, q = gram(_wide(x, turned), use_syrk=use_syrk), 1.0, None
         for k, (a, b, c) in enumerate(coefficients[first : first + size], start=1):
             p = _polynomial(gram_BMM, b, c, use_syrk)
             q = p if q is None else symmetric_product(p, q, q, beta=a) + i * p
@@ -181,7 +191,7 @@ def _on_gram(x: Tensor, coefficients: Coefficients, blocks: Sequence[int], use_s
                 half = symmetric_product(p, gram_BMM, gram_BMM, beta=a)
                 gram_BMM = symmetric_product(half, p, half, beta=a)
         assert q is not None
-        x = torch.baddbmm(x, q, x, beta=i)
+        x = _times(i, q, x, turned)
         first += size
     return x
 
