@@ -82,6 +82,8 @@ def _rows(
 
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 _SOAP = (*_ADAM, "L", "R", "Q_L", "Q_R")
+_EIGVALS = ("eigvals_L", "eigvals_R")
+_KL: dict[str, Any] = {"use_kl_shampoo": True, "state": (*_SOAP, *_EIGVALS)}
 _DECAY = {
     method: {"weight_decay": 0.1, "weight_decay_method": method}
     for method in ("independent", "l2", "palm", "decoupled")
@@ -239,8 +241,8 @@ CASES: list[OptimizerCase] = [
         {"lr": 0.1},
         {
             "": {},
-            "kl": {"use_kl_shampoo": True},
-            "kl_floor": {"use_kl_shampoo": True, "relative_floor": 0.3},
+            "kl": {**_KL},
+            "kl_floor": {**_KL, "relative_floor": 0.3},
             "eigh": {"use_eigh": True},
             "nesterov": {"nesterov": True},
             "uncorrected": {"correct_bias": False, "descends": 0.2},
@@ -250,14 +252,14 @@ CASES: list[OptimizerCase] = [
             "every_third": {"precondition_frequency": 3},
             "one_sided": {"max_precond_dim": 6},
             "no_side": {"max_precond_dim": 5},
-            "kl_one_sided": {"max_precond_dim": 6, "use_kl_shampoo": True},
+            "kl_one_sided": {"max_precond_dim": 6, **_KL},
             "overlap": _OVERLAP,
-            "kl_overlap": {**_OVERLAP, "use_kl_shampoo": True},
+            "kl_overlap": {**_OVERLAP, **_KL},
             "overlap_every_third": {**_OVERLAP, "precondition_frequency": 3, **_DECAY["l2"]},
             "hyperball": {"weight_update_hook": "hyperball", "rests": False},
             "kl_hyperball": {
                 "weight_update_hook": ("hyperball", 5.0),
-                "use_kl_shampoo": True,
+                **_KL,
                 "rests": False,
             },
             "l2": _DECAY["l2"],
@@ -270,7 +272,7 @@ CASES: list[OptimizerCase] = [
     *_rows(
         "soap",
         {"lr": 0.05, "first_step": "eigenbasis", "eps": 1e-2},
-        {"published": {}, "published_kl": {"use_kl_shampoo": True}},
+        {"published": {}, "published_kl": {**_KL}},
         state=_SOAP,
         batched=0.5,
         descends=0.5,
@@ -280,24 +282,24 @@ CASES: list[OptimizerCase] = [
         "rekls",
         {"lr": 0.1},
         {"": {}, "every_third": {"precondition_frequency": 3}, "overlap": _OVERLAP},
-        state=_SOAP,
+        state=_KL["state"],
         batched=1e-3,
     ),
     # By another name soap_kl and rekls.
-    *_rows("kl_soap", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
-    *_rows("rekls_v3", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
+    *_rows("kl_soap", {"lr": 0.1}, {"": {}}, state=_KL["state"], batched=1e-3),
+    *_rows("rekls_v3", {"lr": 0.1}, {"": {}}, state=_KL["state"], batched=1e-3),
     # Shards are in tests/compat/test_tp_rekls.py; alone it is rekls.
-    *_rows("tp_rekls", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
-    *_rows("kl_m_soap", {"lr": 0.1}, {"": {}, "l2": _DECAY["l2"]}, state=_SOAP, batched=1e-3),
+    *_rows("tp_rekls", {"lr": 0.1}, {"": {}}, state=_KL["state"], batched=1e-3),
+    *_rows("kl_m_soap", {"lr": 0.1}, {"": {}, "l2": _DECAY["l2"]}, state=_KL["state"], batched=1e-3),
     *_rows(
         "soap_muon",
         {"lr": 0.05},
-        {"": {}, "kl": {"use_kl_shampoo": True, "scale_mode": "shape_scaling", "lr": 0.2}, "l2": _DECAY["l2"]},
+        {"": {}, "kl": {**_KL, "scale_mode": "shape_scaling", "lr": 0.2}, "l2": _DECAY["l2"]},
         state=_SOAP,
         batched=1e-2,
     ),
     # Its stacks are in tests/engine/test_matrix_view.py, as the view "joined".
-    *_rows("stacked_soap", {"lr": 0.1}, {"": {}}, state=_SOAP, batched=1e-3),
+    *_rows("stacked_soap", {"lr": 0.1}, {"": {}}, state=_KL["state"], batched=1e-3),
     *_rows(
         "kl_shampoo",
         {"lr": 0.1},
@@ -307,7 +309,7 @@ CASES: list[OptimizerCase] = [
             "one_sided": {"max_precond_dim": 6, "shapes": ((8, 6), (6, 8))},
             "overlap": _OVERLAP,
         },
-        state=("step", "exp_avg", "L", "R", "Q_L", "Q_R"),
+        state=("step", "exp_avg", "L", "R", "Q_L", "Q_R", *_EIGVALS),
         batched=1e-3,
     ),
     *_rows(

@@ -202,7 +202,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(case: Opt
         assert optimizer.param_groups[0]["lr"] == lr
         assert same(snapshot(optimizer), before)
 
-    key = case.state[-1]
+    key = next(key for key in reversed(case.state) if not key.startswith("eigvals"))  # made anew where missing
     for change, match in (
         (lambda s: s.pop(key) if len(s) > 1 else s.update(other=s.pop(key)), f"missing {key}"),
         (lambda s: s.update(other=s[key]), "unknown other"),

@@ -62,7 +62,7 @@ def test_its_state_column_is_what_it_keeps(name):
 
 
 def test_a_stack_of_soap_and_stacked_soap_is_what_their_docstring_says():
-    """2 b R C + 2 b (S^2 + T^2), and 2 b R C + 2 T^2 + 2 (b S)^2: less where T^2 > b S^2."""
+    """2 b R C + 2 b (S^2 + T^2), and 2 b R C + 2 T^2 + 2 (b S)^2 + T + b S: less where T^2 > b S^2."""
     b, T, S = 2, 24, 8
     kept = {}
     for cls in (SOAP, entry("stacked_soap").load()):
@@ -72,5 +72,5 @@ def test_a_stack_of_soap_and_stacked_soap_is_what_their_docstring_says():
         kept[cls.__name__] = sum(x.numel() for key, x in optimizer.state[p].items() if key != "step")
     assert kept == {
         "SOAP": 2 * b * T * S + 2 * b * (S**2 + T**2),
-        "StackedSoap": 2 * b * T * S + 2 * T**2 + 2 * (b * S) ** 2,
+        "StackedSoap": 2 * b * T * S + 2 * T**2 + 2 * (b * S) ** 2 + T + b * S,
     }

@@ -83,6 +83,9 @@ def test_soap_turns_with_its_gradients_once_its_basis_stands(use_kl_shampoo: boo
                 state["R"].copy_(right @ root[:5].diag() @ right.mT)
                 state["Q_L"].copy_(left.flip(-1))
                 state["Q_R"].copy_(right.flip(-1))
+                if use_kl_shampoo:
+                    state["eigvals_L"].copy_(root.flip(0))
+                    state["eigvals_R"].copy_(root[:5].flip(0))
                 state["exp_avg"].zero_()
                 state["exp_avg_sq"].fill_(0.5)
                 before = p.detach().clone()

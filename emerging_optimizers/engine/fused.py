@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+DEVICES = ("cpu", "cuda")
+
 
 def adam_(
     weights: list[Tensor],
@@ -78,13 +80,13 @@ def adam_of_averages_(
 
 def accepts(device: torch.device, tensors: Iterable[Tensor]) -> bool:
     """Whether these kernels work there, and in the order in which the tensors lie in memory."""
-    return device.type in ("cpu", "cuda") and all(map(Tensor.is_contiguous, tensors))
+    return device.type in DEVICES and all(map(Tensor.is_contiguous, tensors))
 
 
 def subtract_(weights: list[Tensor], directions: list[Tensor], lr: float, keep: float) -> None:
     """W <- keep W - lr U, in place."""
     decay = 1 - keep
-    if abs(decay) <= 2**20 * abs(lr):
+    if weights[0].device.type in DEVICES and abs(decay) <= 2**20 * abs(lr):
         _sgd_(weights, directions, [], lr=lr, weight_decay=decay / lr if decay else 0.0)
     else:  # or of U next to nothing is subtracted: the kernel adds decay / lr W to it first
         torch._foreach_mul_(weights, keep)

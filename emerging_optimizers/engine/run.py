@@ -223,11 +223,9 @@ class BucketStep:
         if hook is None and live is None and out.direction is not None and not isinstance(lr, Tensor):
             parts, directions = bucket.targets(chunk, out.direction, members)
             wide = self._wide(parts)
-            if accepts(bucket.device, chain(wide, directions)):
-                subtract_(wide, directions, lr, keep)
-            else:
-                torch._foreach_mul_(wide, keep)
-                torch._foreach_add_(wide, directions, alpha=-lr)
+            if not accepts(bucket.device, chain(wide, directions)):  # copies, so that it is rounded alike
+                wide, directions = ([x.contiguous() for x in xs] for xs in (wide, directions))
+            subtract_(wide, directions, lr, keep)
             if wide is not parts:
                 torch._foreach_copy_(parts, wide)
             return

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 
-def eigh_descending(k_BNN: Tensor) -> tuple[Tensor, Tensor]:
+def eigh_descending(k_BNN: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Eigenvalues (B, N) in descending order and eigenvectors (B, N, N) as columns, :math:`K = Q \Lambda Q^\top`.
 
     The stack is decomposed in one call. If that fails, each row is tried alone, then in float64; a row that still
-    fails (it is not finite) returns the identity and its diagonal, and the others are untouched.
+    fails (it is not finite), or is not `wanted` (B, 1, 1), returns the identity and its diagonal, and the others are
+    untouched.
 
     Example:
         >>> values, vectors = eigh_descending(torch.diag(torch.tensor([1.0, 3.0, 2.0]))[None])
@@ -23,9 +24,10 @@ def eigh_descending(k_BNN: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(-1), vectors.flip(-1)
     # LAPACK raises for some matrices that are not finite, and for others returns NaN without a word.
     sound = values.isfinite().all(dim=-1, keepdim=True)
+    if wanted is not None:
+        sound = sound & wanted.squeeze(-1)
     identity = torch.eye(k_BNN.size(-1), dtype=k_BNN.dtype, device=k_BNN.device)
-    # Not diagonal(): compiling that warns in torch 2.13.
-    diagonal = k_BNN.masked_fill(identity == 0, 0).sum(dim=-1)
+    diagonal = k_BNN.flatten(-2)[..., :: k_BNN.size(-1) + 1]  # diagonal() warns when torch 2.13 compiles it
     return torch.where(sound, values, diagonal), torch.where(sound.unsqueeze(-1), vectors, identity)
 
 

@@ -1,5 +1,8 @@
 """Refinement of an eigenbasis: one or more steps of orthogonal iteration."""
 
+from contextlib import nullcontext
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,21 +30,64 @@ def orthogonal_iteration(
         tensor([[[0., 1.],
                  [1., 0.]]])
     """
+    return iterate(k_BNN, q_BNN, steps, orthonormalize).basis
+
+
+class Iterate(NamedTuple):
+    """A new basis, and what else was found on the way from the old one Q."""
+
+    basis: Tensor  # B N N
+    quotients: Tensor  # B N, diag Q^T K Q
+    order: Tensor  # B N, in which Q's columns were taken up
+    cross: Tensor | None  # B N N, (Q_new^T K Q[:, order])^T
+
+    def eigenvalues(self, rotation_BNN: Tensor) -> Tensor | None:
+        r"""diag(Q_new^T K Q_new) for N^2 operations, given Q^T Q_new; None: not from what is known here."""
+        if self.cross is None:
+            return None
+        row = torch.arange(len(self.order), device=self.order.device).unsqueeze(-1)
+        return torch.sum(self.cross * rotation_BNN[row, self.order], dim=-2)
+
+
+def iterate(
+    k_BNN: Tensor,
+    q_BNN: Tensor,
+    steps: int = 1,
+    orthonormalize: OrthonormalizerT | None = None,
+    *,
+    crosses: bool = False,
+) -> Iterate:
+    r"""`orthogonal_iteration`, with `cross` where asked for and one step of Householder leaves it: it is R^T.
+
+    Then K Q is formed in full float32, or what follows from R would be wrong by TF32.
+
+    Example:
+        >>> k, q = torch.diag(torch.tensor([1.0, 3.0]))[None], torch.eye(2)[None]
+        >>> found = iterate(k, q, crosses=True)
+        >>> found.eigenvalues(q.mT @ found.basis)
+        tensor([[3., 1.]])
+    """
     by_cholesky = (orthonormalize or orthonormalizer(k_BNN)) == "cholesky"
-    product = k_BNN @ q_BNN
-    order = torch.sum(product * q_BNN, dim=-2).argsort(dim=-1, descending=True).unsqueeze(-2).expand_as(product)
-    product = product.gather(-1, order)
+    crosses = crosses and steps == 1 and not by_cholesky
+    with fp32_matmul_precision("highest") if crosses else nullcontext():
+        product = k_BNN @ q_BNN
+    quotients = torch.sum(product * q_BNN, dim=-2)
+    order = quotients.argsort(dim=-1, descending=True)
+    columns = order.unsqueeze(-2).expand_as(product)
+    product = product.gather(-1, columns)
     if by_cholesky:
-        q_BNN = q_BNN.gather(-1, order)
+        q_BNN = q_BNN.gather(-1, columns)
+    cross = None
     for step in range(steps):
         product = k_BNN @ q_BNN if step else product
-        q_BNN = cholesky_qr(product, q_BNN) if by_cholesky else _householder_qr(product)
-    return q_BNN
-
-
-def _householder_qr(x_BNN: Tensor) -> Tensor:
-    # linalg.qr also copies R out of the reflectors, which takes an eighth of its time.
-    return torch.linalg.householder_product(*torch.geqrf(x_BNN))
+        if by_cholesky:
+            q_BNN = cholesky_qr(product, q_BNN)
+        else:
+            # linalg.qr always copies R out of the reflectors, which takes an eighth of its time.
+            reflectors, scales = torch.geqrf(product)
+            q_BNN = torch.linalg.householder_product(reflectors, scales)
+            cross = reflectors.mT.tril_() if crosses else None
+    return Iterate(q_BNN, quotients, order, cross)
 
 
 # K + d I has the eigenvectors of K and a condition of at most 1 / d: no rank is too low, and a zero matrix leaves Q as

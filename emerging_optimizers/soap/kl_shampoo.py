@@ -12,7 +12,8 @@ second moment is needed: it is SOAP with KL factors without Adam. Roots and inve
 which start, follow and are floored as in `soap.soap`; the first step has the identity as its basis and normalises rows
 and columns.
 
-State for an M x N matrix: MN + 2 M^2 + 2 N^2 numbers, MN fewer than SOAP's. For the hidden matrices of a network.
+State for an M x N matrix: MN + 2 M^2 + 2 N^2 + M + N numbers, MN fewer than SOAP's with KL. For the hidden matrices of
+a network.
 
 References:
     Lin et al. 2025, Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization, arXiv 2509.03378.
@@ -41,6 +42,8 @@ class KLShampooState(NamedTuple):
     R: Tensor | None  # B N N
     Q_L: Tensor | None  # B M M, columns by falling eigenvalue
     Q_R: Tensor | None  # B N N
+    eigvals_L: Tensor | None  # B M, diag Q_L^T L Q_L
+    eigvals_R: Tensor | None  # B N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class KLShampooRule(EigenbasisRule):
     """Factors, bases, and the momentum between the factors' inverse square roots."""
 
     scalars = ("momentum", "shampoo_beta", "eps")
+    divides_by_eigvals = True
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> KLShampooState:
         """Zero momentum and factors, identity bases."""
@@ -55,27 +59,21 @@ class KLShampooRule(EigenbasisRule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        s: KLShampooState = state
-        L, R = self.factors(grad, s, t)
-        s = s._replace(L=L, R=R)
-        if phase is not Phase.REUSE:
-            s = self.refresh(s, phase)
-        Q_L, Q_R = s.Q_L, s.Q_R
-
+        s: KLShampooState = self.take_in(grad, state, t, phase)
         momentum_BMN = lerp(s.exp_avg, grad, 1 - t.momentum)
-        update_BMN = project_in(momentum_BMN / debias(t.momentum, t.step, grad), Q_L, Q_R)
-        if L is not None and Q_L is not None:
-            update_BMN = update_BMN * self.eigenvalues(L, Q_L, grad, t).rsqrt().unsqueeze(-1)
-        if R is not None and Q_R is not None:
-            update_BMN = update_BMN * self.eigenvalues(R, Q_R, grad, t).rsqrt().unsqueeze(-2)
-        return Step(project_out(update_BMN, Q_L, Q_R), KLShampooState(momentum_BMN, L, R, Q_L, Q_R))
+        update_BMN = project_in(momentum_BMN / debias(t.momentum, t.step, grad), s.Q_L, s.Q_R)
+        if s.eigvals_L is not None:
+            update_BMN = update_BMN * self.floored(s.eigvals_L, grad, t).rsqrt().unsqueeze(-1)
+        if s.eigvals_R is not None:
+            update_BMN = update_BMN * self.floored(s.eigvals_R, grad, t).rsqrt().unsqueeze(-2)
+        return Step(project_out(update_BMN, s.Q_L, s.Q_R), s._replace(exp_avg=momentum_BMN))
 
     def refresh(self, s: KLShampooState, phase: Phase) -> KLShampooState:
         """Bases that follow the factors; the momentum is in the parameter's own space."""
         with fp32_matmul_precision(self.qr_fp32_matmul_prec):
             seen = s.exp_avg.abs().amax(dim=(-2, -1), keepdim=True) > 0
-            Q_L, Q_R = self.bases(s, seen, phase)
-        return s._replace(Q_L=Q_L, Q_R=Q_R)
+            left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
+        return s._replace(Q_L=left.basis, Q_R=right.basis, eigvals_L=left.eigvals, eigvals_R=right.eigvals)
 
 
 class KLShampoo(RuleOptimizer):
@@ -92,7 +90,7 @@ class KLShampoo(RuleOptimizer):
         weight_decay_method: "decoupled", "independent", "l2" or "palm".
         fp32_matmul_prec: float32 matmul precision of factors and projections: "highest", "high" or "medium".
         use_eigh: take the bases from eigh at every refresh instead of orthogonal iteration.
-        qr_fp32_matmul_prec: float32 matmul precision of the refresh.
+        qr_fp32_matmul_prec: float32 matmul precision of the refresh; what eigenvalues are made of is "highest".
         power_iter_steps: orthogonal iterations a refresh, >= 1.
         precondition_frequency: steps from one refresh of the bases to the next, >= 1.
         max_precond_dim: a side that is longer has no factor; both longer: SGD with momentum. None: no limit.

@@ -10,7 +10,7 @@ eigenbasis: no epsilon shortens the update of small gradients,
 and :math:`V` is kept times :math:`2^{16}`, so that squares of small numbers do not vanish; `eps` is the floor of the
 factors' eigenvalues alone. It is for models whose gradients are near 1e-8, where Adam's epsilon decides.
 
-State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers.
+State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 + M + N numbers.
 
 References:
     Lin et al. 2025, Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization, arXiv 2509.03378.

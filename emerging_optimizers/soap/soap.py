@@ -43,8 +43,8 @@ basis is that of the first gradient then, and rotates the second. On CUDA the re
 the model runs. It is another law: no basis has seen the gradient that it rotates. On the lab's training job that costs
 0.1 to 0.25 of loss (docs/performance.md), where a refresh in every tenth step costs 0.6.
 
-State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers. For the hidden matrices of a network, where a lower loss for
-the same number of steps is worth a costlier step.
+State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers, M + N more with KL. For the hidden matrices of a network, where
+a lower loss for the same number of steps is worth a costlier step.
 
 References:
     Vyas et al. 2024, SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321.
@@ -76,7 +76,7 @@ from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
-from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
+from emerging_optimizers.linalg.orthogonal_iteration import iterate
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
 from emerging_optimizers.linalg.scaling import clip_rms
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
@@ -115,6 +115,16 @@ class SOAPState(NamedTuple):
     R: Tensor | None  # B N N
     Q_L: Tensor | None  # B M M, columns by falling eigenvalue
     Q_R: Tensor | None  # B N N
+    eigvals_L: Tensor | None = None  # B M, diag Q_L^T L Q_L; with KL
+    eigvals_R: Tensor | None = None  # B N
+
+
+class Followed(NamedTuple):
+    """One side of a refresh; all None where a side is not preconditioned."""
+
+    basis: Tensor | None = None  # B N N
+    rotation: Tensor | None = None  # B N N, from the old basis
+    eigvals: Tensor | None = None  # B N, with KL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +133,7 @@ class EigenbasisRule(Rule):
 
     counts_steps = True
     works_in_place = True  # the factors
-    derived = ("eigvals_L", "eigvals_R")  # August 2026 keeps what a basis makes of its factor
+    divides_by_eigvals: ClassVar[bool] = False  # `update` needs those of the factors that have seen its gradient
     use_eigh: bool = False
     power_iter_steps: int = 1
     precondition_frequency: int = 1
@@ -152,6 +162,13 @@ class EigenbasisRule(Rule):
     def published_start(self) -> bool:
         """The first gradient already meets its own eigenbasis."""
         return False
+
+    @property
+    def floor(self) -> float:
+        """The least share of their mean as which eigenvalues count."""
+        if self.relative_floor is not None:
+            return self.relative_floor
+        return 0.0 if self.published_start else DEFAULT_RELATIVE_FLOOR
 
     @property
     def period(self) -> int:
@@ -196,8 +213,8 @@ class EigenbasisRule(Rule):
 
     def start_factors(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Zero factors L, R and identity bases Q_L, Q_R; None on a side that is not preconditioned."""
+    ) -> tuple[Tensor | None, ...]:
+        """Zero factors L, R, identity bases Q_L, Q_R, with KL eigenvalues; None where a side is not preconditioned."""
         B, M, N = shape
         limit = self.max_precond_dim or max(M, N)
 
@@ -206,16 +223,45 @@ class EigenbasisRule(Rule):
 
         Q_L, Q_R = identity(M), identity(N)
         L, R = (None if basis is None else torch.zeros_like(basis) for basis in (Q_L, Q_R))
-        return L, R, Q_L, Q_R
+        values = (None if L is None or not self.whitens_factors else L.new_zeros(L.shape[:2]) for L in (L, R))
+        return L, R, Q_L, Q_R, *values
+
+    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Eigenvalues that a checkpoint lacks are made of factors and bases with KL, and left out without it."""
+        if not self.whitens_factors:
+            return {key: value for key, value in saved.items() if not key.startswith("eigvals_")}
+        made = {}
+        for key, factor in saved.items():
+            basis = saved.get(f"Q_{key}")
+            if f"eigvals_{key}" in saved or basis is None or basis.shape != factor.shape:
+                continue  # what does not fit is named later
+            whole = self.whole_side(factor)
+            made[f"eigvals_{key}"] = _eigvals(whole, self.whole_side(basis).to(whole))
+        return {**saved, **made}
+
+    def whole_side(self, x: Any) -> Any:
+        """A factor or a basis of which the state may keep a part."""
+        return x
+
+    def take_in(self, grad: Tensor, s: Any, t: Scalars, phase: Phase) -> Any:
+        """The state with the gradient in its factors, and bases and eigenvalues that follow them."""
+        L, R = self.factors(grad, s, t)
+        s = s._replace(L=L, R=R)
+        if phase is not Phase.REUSE:
+            return self.refresh(s, phase)
+        refreshed_behind = self.overlap and self.period == 1
+        if not self.whitens_factors or (refreshed_behind and not self.divides_by_eigvals):
+            return s
+        return s._replace(eigvals_L=_eigvals(L, s.Q_L), eigvals_R=_eigvals(R, s.Q_R))
 
     def factors(self, grad: Tensor, s: Any, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
         """The Kronecker factors with this gradient taken in, in their own memory; for KL both from the old ones."""
         left_BMN = right_BMN = grad
         if self.whitens_factors:
             if s.R is not None:
-                left_BMN = (grad @ s.Q_R) * self.eigenvalues(s.R, s.Q_R, grad, t).rsqrt().unsqueeze(-2)
+                left_BMN = (grad @ s.Q_R) * self.floored(s.eigvals_R, grad, t).rsqrt().unsqueeze(-2)
             if s.L is not None:
-                right_BMN = (s.Q_L.mT @ grad) * self.eigenvalues(s.L, s.Q_L, grad, t).rsqrt().unsqueeze(-1)
+                right_BMN = (s.Q_L.mT @ grad) * self.floored(s.eigvals_L, grad, t).rsqrt().unsqueeze(-1)
             left_BMN = left_BMN * grad.size(-1) ** -0.5
             right_BMN = right_BMN * grad.size(-2) ** -0.5
 
@@ -226,37 +272,43 @@ class EigenbasisRule(Rule):
         R = None if s.R is None else lerp_(s.R, gram(right_BMN.mT), share)
         return L, R
 
-    def eigenvalues(self, factor: Tensor, basis: Tensor, grad: Tensor, t: Scalars) -> Tensor:
-        """Of a factor, as its basis sees them, floored: (B, N)."""
-        with fp32_matmul_precision("highest"):  # TF32 is wrong by 1e-4 of the largest one, in all of them
-            values = conjugate_diagonal(factor, basis)
+    def floored(self, values: Tensor, grad: Tensor, t: Scalars) -> Tensor:
+        """Eigenvalues of a factor (B, N), no longer empty or small."""
         mean = values.mean(dim=-1, keepdim=True)
         if not self.published_start:  # an empty factor stands for the identity at the gradient's own scale
             rms = grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)
             values = torch.where(mean == 0, rms, values)
-        floor = self.relative_floor
-        if floor is None:
-            floor = 0.0 if self.published_start else DEFAULT_RELATIVE_FLOOR
-        return torch.maximum(values, (mean * floor).clamp_min(t.eps))
+        return torch.maximum(values, (mean * self.floor).clamp_min(t.eps))
 
     @abstractmethod
     def refresh(self, s: Any, phase: Phase) -> Any:
         """The state with bases that follow its factors, and whatever is kept in them carried along."""
 
-    def bases(self, s: Any, seen: Tensor, phase: Phase) -> tuple[Tensor | None, Tensor | None]:
-        """The eigenbases of both factors; the old ones where the moments have `seen` no gradient yet, (B, 1, 1)."""
-        Q_L, Q_R = self._basis(s.L, s.Q_L, phase), self._basis(s.R, s.Q_R, phase)
-        if self.published_start:
-            return Q_L, Q_R
-        # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
-        return _choose(seen, Q_L, s.Q_L), _choose(seen, Q_R, s.Q_R)
+    def follow(self, factor: Tensor | None, basis: Tensor | None, seen: Tensor, phase: Phase) -> Followed:
+        """A factor's next eigenbasis.
 
-    def _basis(self, factor: Tensor | None, basis: Tensor | None, phase: Phase) -> Tensor | None:
+        Where the moments have `seen` nothing but zero gradients, (B, 1, 1), this one is the first: it is not rotated by
+        itself, but in the old basis, or in the identity in place of an eigh.
+        """
         if factor is None or basis is None:
-            return None
+            return Followed()
+        wanted = None if self.published_start else seen
+        values: Tensor | None
         if self.use_eigh or phase is Phase.FIRST:
-            return eigh_descending(factor)[1]
-        return orthogonal_iteration(factor, basis, self.power_iter_steps)
+            values, new = eigh_descending(factor, wanted)
+            rotation = _rotation(basis, new)
+            if self.floor < DEFAULT_RELATIVE_FLOOR:
+                values = None  # of small ones eigh is wrong by up to 5e-7 of the largest, and diag Q^T K Q by 1e-8
+        else:
+            found = iterate(factor, basis, self.power_iter_steps, crosses=self.whitens_factors)
+            new = found.basis if wanted is None else torch.where(wanted, found.basis, basis)
+            rotation = _rotation(basis, new)
+            values = found.eigenvalues(rotation)
+            if values is not None and wanted is not None:
+                values = torch.where(wanted.squeeze(-1), values, found.quotients)
+        if not self.whitens_factors:
+            return Followed(new, rotation)
+        return Followed(new, rotation, _eigvals(factor, new) if values is None else values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,12 +351,7 @@ class SOAPRule(EigenbasisRule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        s: SOAPState = state
-        L, R = self.factors(grad, s, t)
-        s = s._replace(L=L, R=R)
-        if phase is not Phase.REUSE:
-            s = self.refresh(s, phase)
-
+        s: SOAPState = self.take_in(grad, state, t, phase)
         if self.weight_decay_method == "l2":
             grad = grad + t.weight_decay * t.weight
         direction, moments = self.inner(project_in(grad, s.Q_L, s.Q_R), AdamState(s.exp_avg, s.exp_avg_sq), t)
@@ -315,14 +362,14 @@ class SOAPRule(EigenbasisRule):
         """Bases that follow the factors, and both moments carried into them."""
         with fp32_matmul_precision(self.qr_fp32_matmul_prec):
             seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
-            Q_L, Q_R = self.bases(s, seen, phase)
-            T_L, T_R = _rotation(s.Q_L, Q_L), _rotation(s.Q_R, Q_R)
+            left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
+            T_L, T_R = left.rotation, right.rotation
             exp_avg = project_in(s.exp_avg, T_L, T_R)
             if self.published_start:
                 exp_avg_sq = _in_order(_in_order(s.exp_avg_sq, s.L, s.Q_L, dim=-2), s.R, s.Q_R, dim=-1)
             else:
                 exp_avg_sq = project_in(s.exp_avg_sq, _square(T_L), _square(T_R))
-        return SOAPState(exp_avg, exp_avg_sq, s.L, s.R, Q_L, Q_R)
+        return SOAPState(exp_avg, exp_avg_sq, s.L, s.R, left.basis, right.basis, left.eigvals, right.eigvals)
 
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
         """The element-wise step in the eigenbasis."""
@@ -333,14 +380,16 @@ class SOAPRule(EigenbasisRule):
         return clip_rms(update_BMN, self.max_update_rms)
 
 
-def _choose(mask: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    return None if new is None or old is None else torch.where(mask, new, old)
-
-
-def _rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """From the old basis into the new one; what TF32 would round away here leaks from a spike into every entry."""
-    if old is None or new is None:
+def _eigvals(factor: Tensor | None, basis: Tensor | None) -> Tensor | None:
+    """diag Q^T K Q, (B, N); TF32 would be wrong by 1e-4 of the largest one, in all of them."""
+    if factor is None or basis is None:
         return None
+    with fp32_matmul_precision("highest"):
+        return conjugate_diagonal(factor, basis)
+
+
+def _rotation(old: Tensor, new: Tensor) -> Tensor:
+    """From the old basis into the new one; what TF32 would round away here leaks from a spike into every entry."""
     with fp32_matmul_precision("highest"):
         return old.mT @ new
 
@@ -373,7 +422,7 @@ class SOAP(RuleOptimizer):
         correct_bias: divide Adam's moments by 1 - beta^t.
         fp32_matmul_prec: float32 matmul precision of factors and projections: "highest", "high" or "medium".
         use_eigh: take the bases from eigh at every refresh instead of one orthogonal iteration.
-        qr_fp32_matmul_prec: float32 matmul precision of the refresh.
+        qr_fp32_matmul_prec: float32 matmul precision of the refresh; what eigenvalues are made of is "highest".
         power_iter_steps: orthogonal iterations a refresh, >= 1.
         max_update_rms: scale an update down whose RMS is larger; 0: never.
         use_kl_shampoo: the factors of KL-Shampoo.

@@ -8,7 +8,7 @@ of P processes, and gathered too: a step moves the matrix once and M^2 + N^2 num
 The result is that of `REKLS` on the whole matrix. The guard sees the norm of the whole gradient, so that every process
 skips a matrix, or none does.
 
-State of an M x N matrix on each process: 2 MN + 2 (M^2 + N^2) / P numbers.
+State of an M x N matrix on each process: 2 MN + 2 (M^2 + N^2) / P + M + N numbers.
 
 References:
     Lin et al. 2025, Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization, arXiv 2509.03378.
@@ -73,8 +73,7 @@ class TpReklsRule(SOAPRule):
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SOAPState:
         """Moments of the whole matrix; of factors and bases this process's rows."""
-        moments_and_sides = super().init((shape[0], *self.whole(shape)), dtype, device)
-        return SOAPState(*moments_and_sides[:2], *map(self._rows, moments_and_sides[2:]))
+        return _sides(super().init((shape[0], *self.whole(shape)), dtype, device), self._rows)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
@@ -82,11 +81,10 @@ class TpReklsRule(SOAPRule):
             return super().update(grad, state, t, phase)
         assert self.partition_dim is not None
         dim = self.partition_dim - 2
-        sides = (None if x is None else _gather(x, -2, self.tp_group) for x in state[2:])
-        whole = super().update(_gather(grad, dim, self.tp_group), SOAPState(*state[:2], *sides), t, phase)
+        whole = super().update(_gather(grad, dim, self.tp_group), _sides(state, self.whole_side), t, phase)
         assert whole.direction is not None
         shard = whole.direction.chunk(self.processes, dim)[get_pg_rank(self.tp_group)]
-        return Step(shard, SOAPState(*whole.state[:2], *map(self._rows, whole.state[2:])))
+        return Step(shard, _sides(whole.state, self._rows))
 
     def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """The published state has no bases: they are made of the factors again, by all processes at once."""
@@ -95,15 +93,23 @@ class TpReklsRule(SOAPRule):
             return saved
         for side in ("L", "R"):
             if side in saved:
-                factor = saved[side] if self.processes == 1 else _gather(saved[side], -2, self.tp_group)
-                saved[f"Q_{side}"] = self._rows(eigh_with_fallback(factor)[1])
+                saved[f"eigvals_{side}"], basis = eigh_with_fallback(self.whole_side(saved[side]))
+                saved[f"Q_{side}"] = self._rows(basis)
         return saved
+
+    def whole_side(self, x: Any) -> Any:
+        """All rows."""
+        return x if x is None or self.processes == 1 else _gather(x, -2, self.tp_group)
 
     def _rows(self, x: Tensor | None) -> Tensor | None:
         if x is None or self.processes == 1:
             return x
         count = x.size(-2) // self.processes
         return x.narrow(-2, get_pg_rank(self.tp_group) * count, count).contiguous()
+
+
+def _sides(s: SOAPState, change: Callable[[Any], Any]) -> SOAPState:
+    return s._replace(L=change(s.L), R=change(s.R), Q_L=change(s.Q_L), Q_R=change(s.Q_R))
 
 
 class TpRekls(RuleOptimizer):

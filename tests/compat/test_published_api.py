@@ -343,6 +343,7 @@ def test_published_arguments_have_their_names_order_kinds_and_defaults(path):
 
 SPECTRON_STATE = {"step", "factor_A", "factor_B", "momentum_A", "momentum_B", "u_A", "u_B"}
 SOAP_STATE = {"step", "exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"}
+KL_STATE = SOAP_STATE | {"eigvals_L", "eigvals_R"}  # as August 2026 has them
 
 
 @pytest.mark.parametrize(
@@ -353,8 +354,8 @@ SOAP_STATE = {"step", "exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"}
         ("legacy_soap:MOSO", {"step", "momentum_buffer", "exp_avg_sq", "M", "Q_M"}),
         ("shampoo:Shampoo", {"step", "exp_avg", "L", "R"}),
         ("soap.soap:SOAP", SOAP_STATE),
-        ("soap.rekls:REKLS", SOAP_STATE),
-        ("legacy_soap:StackedSoap", SOAP_STATE),
+        ("soap.rekls:REKLS", KL_STATE),
+        ("legacy_soap:StackedSoap", KL_STATE),
         ("scalar_optimizers.laprop:LaProp", {"step", "exp_avg", "exp_avg_sq"}),
         ("scalar_optimizers.lion:Lion", {"exp_avg"}),
         ("scalar_optimizers:Signum", {"step", "exp_avg"}),
@@ -371,7 +372,7 @@ def test_state_has_the_published_keys_after_one_step(path, keys):
     state = optimizer.state[p]
     assert state.keys() == keys
     shapes = {"step": (), "L": (4, 4), "Q_L": (4, 4), "R": (3, 3), "Q_R": (3, 3), "M": (3, 3), "Q_M": (3, 3)}
-    shapes |= {"factor_B": (3, 3), "momentum_B": (3, 3), "u_A": (4,), "u_B": (3,)}
+    shapes |= {"factor_B": (3, 3), "momentum_B": (3, 3), "u_A": (4,), "u_B": (3,), "eigvals_L": (4,), "eigvals_R": (3,)}
     assert {key: tuple(torch.as_tensor(value).shape) for key, value in state.items()} == {
         key: shapes.get(key, (4, 3)) for key in keys
     }

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from emerging_optimizers import MOP, REKLS, SOAP, Muon, TpRekls
+from emerging_optimizers.linalg.emulation import emulate_tf32
+from emerging_optimizers.linalg.kronecker import conjugate_diagonal
 from emerging_optimizers.registry import OPTIMIZERS, get_configured_optimizer_cls
 from emerging_optimizers.scalar_optimizers import calculate_ademamix_update
-from emerging_optimizers.soap import soap as soap_module
 
 
 def gradient(t: int, shape: tuple[int, ...] = (32, 16)) -> Tensor:
@@ -65,19 +66,16 @@ def test_the_first_gradient_does_not_rule_a_kl_factor(make):
     ],
     ids=["kl", "rekls", "tp_rekls"],
 )
-def test_eigenvalues_are_formed_in_full_float32_at_any_precision(make, monkeypatch):
-    seen = []
-
-    def spy(factor: Tensor, basis: Tensor) -> Tensor:
-        seen.append(torch.get_float32_matmul_precision())
-        return conjugate_diagonal(factor, basis)
-
-    conjugate_diagonal = soap_module.conjugate_diagonal
-    monkeypatch.setattr(soap_module, "conjugate_diagonal", spy)
-    p = nn.Parameter(torch.zeros(6, 4))
-    rms_of_updates(make([p]), p, 3, {})
-    assert seen
-    assert set(seen) == {"highest"}
+def test_eigenvalues_are_formed_in_full_float32_at_any_precision(make):
+    """Under emulated TF32 they are still those of the state's own factors and bases."""
+    p = nn.Parameter(torch.zeros(32, 16))
+    optimizer = make([p])
+    with emulate_tf32():
+        rms_of_updates(optimizer, p, 5, {})
+    state = optimizer.state[p]
+    for side in ("L", "R"):
+        true = conjugate_diagonal(state[side].double(), state[f"Q_{side}"].double())
+        assert (state[f"eigvals_{side}"] - true).abs().max() < 2e-6 * true.max()
 
 
 def test_rekls_lets_its_precisions_be_chosen():

@@ -79,18 +79,22 @@ def _sharded_state_has_the_published_shapes_and_resumes(rank: int, group: Any) -
         tp.step()
     shapes = {key: tuple(x.shape) for key, x in tp.state[p].items()}
     half = {"L": (8, 16), "R": (4, 8), "Q_L": (8, 16), "Q_R": (4, 8)}
-    assert shapes == {"step": (), "exp_avg": (16, 8), "exp_avg_sq": (16, 8), **half}
+    whole = {"eigvals_L": (16,), "eigvals_R": (8,)}
+    assert shapes == {"step": (), "exp_avg": (16, 8), "exp_avg_sq": (16, 8), **half, **whole}
 
-    saved = copy.deepcopy(tp.state_dict())
-    for key in ("Q_L", "Q_R"):  # which the published class makes of the factors in every step
-        del saved["state"][0][key]
-    q = nn.Parameter(p.detach().clone())
-    resumed = TpRekls([{"params": [q], "partition_dim": 0}], lr=0.1, tp_group=group)
-    resumed.load_state_dict(saved)
-    for x, optimizer in ((p, tp), (q, resumed)):
+    runs = [(p, tp)]
+    # The published class makes the bases of the factors in every step, and our own first one kept no eigenvalues.
+    for missing in ("Q_L", "Q_R", "eigvals_L", "eigvals_R"), ("eigvals_L", "eigvals_R"):
+        saved = copy.deepcopy(tp.state_dict())
+        for key in missing:
+            del saved["state"][0][key]
+        q = nn.Parameter(p.detach().clone())
+        runs.append((q, TpRekls([{"params": [q], "partition_dim": 0}], lr=0.1, tp_group=group)))
+        runs[-1][1].load_state_dict(saved)
+    for x, optimizer in runs:
         x.grad = shard(normal(9, (16, 8)), 0, rank)
         optimizer.step()
-    torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(x, p, rtol=1e-5, atol=1e-6)
 
 
 def _refusals(group: Any) -> None:

@@ -21,6 +21,7 @@ from emerging_optimizers.lab.precision import (
     ways,
 )
 from emerging_optimizers.lab.published import PublishedRule
+from emerging_optimizers.linalg.kronecker import conjugate_diagonal
 from emerging_optimizers.soap.soap import SOAPRule, SOAPState
 
 SMALL = PrecisionConfig(ranges=(1.0, 1e7), shape=(8, 16), draws=2)
@@ -82,10 +83,11 @@ def test_the_forms_are_those_of_the_optimizers(form, rule):
     generator = torch.Generator().manual_seed(0)
     grad, left, right = (torch.randn(2, *shape, generator=generator) for shape in ((4, 6), (4, 4), (6, 6)))
     L, R = left @ left.mT, right @ right.mT
-    state = SOAPState(grad, grad, L, R, torch.linalg.eigh(L)[1], torch.linalg.eigh(R)[1])
+    bases = torch.linalg.eigh(L)[1], torch.linalg.eigh(R)[1]
+    state = SOAPState(grad, grad, L, R, *bases, *map(conjugate_diagonal, (L, R), bases))
     kl = rule(use_kl_shampoo=True, first_step="eigenbasis")
     scalars = make_scalars(("shampoo_beta", "eps"), {"shampoo_beta": 0.0, "eps": 1e-8}, {"step": 1})
-    eigenvalues = kl.eigenvalues(R, state.Q_R, grad, scalars)  # of the old factor, which `factors` writes into
+    eigenvalues = kl.floored(state.eigvals_R, grad, scalars)
     found, _ = kl.factors(grad, state, scalars)
     torch.testing.assert_close(FORMS[form](grad, state.Q_R, eigenvalues), found, rtol=0, atol=0)
 

@@ -54,6 +54,14 @@ def test_a_row_that_is_not_finite_returns_the_identity_and_its_diagonal(bad, bas
     torch.testing.assert_close(values[1], k[1].diagonal(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_row_that_is_not_wanted_returns_the_identity_and_its_diagonal():
+    k = symmetric(2, 4)
+    expected = eigh_descending(k)
+    values, vectors = eigh_descending(k, torch.tensor([True, False]).view(2, 1, 1))
+    assert torch.equal(values, torch.stack([expected[0][0], k[1].diagonal()]))
+    assert torch.equal(vectors, torch.stack([expected[1][0], torch.eye(4)]))
+
+
 def test_a_row_that_fails_in_float32_is_taken_in_float64(monkeypatch):
     k, real = symmetric(3, 5), torch.linalg.eigh
     expected = eigh_descending(k.double())

@@ -5,7 +5,8 @@ from torch import Tensor
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.emulation import emulate_tf32
 from emerging_optimizers.linalg.kernels import routes
-from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
+from emerging_optimizers.linalg.kronecker import conjugate_diagonal
+from emerging_optimizers.linalg.orthogonal_iteration import iterate, orthogonal_iteration
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
 from tests.cases import CASES, distance, parameters, run
 
@@ -152,6 +153,35 @@ def test_soap_trains_as_well_by_cholesky(monkeypatch):
     monkeypatch.setitem(routes.ORTHONORMALIZERS, "cpu", "cholesky")
     found, _ = run(case, 12, dtype=torch.float64)
     assert 0 < distance(found, plain, parameters(case, torch.float64)) < 1e-6
+
+
+# ---- eigenvalues that one step leaves ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["tracks", "random"])
+@pytest.mark.parametrize("kind", spectra(16))
+@pytest.mark.parametrize("n", [2, 16, 64, 300])
+def test_eigenvalues_follow_from_r_as_exactly_as_from_a_product(n: int, kind: str, start: str) -> None:
+    k = with_spectrum(spectra(n)[kind]).float()
+    k = (k + k.mT) / 2
+    q = rotation(n, seed=0 if start == "tracks" else 1).float()[None]
+    with emulate_tf32(), fp32_matmul_precision("high"):
+        found = iterate(k, q, crosses=True)
+    assert torch.equal(found.basis, orthogonal_iteration(k, q))
+    values = found.eigenvalues(q.mT @ found.basis)
+    true = conjugate_diagonal(k.double(), found.basis.double())
+    largest = float(true.abs().max())
+    error = (values.double() - true).abs()
+    assert error.max() <= 2e-6 * largest
+    small = true < 1e-2 * largest
+    assert (error[small] <= 1e-7 * largest).all()  # nor is what is zero negative by more
+
+
+@pytest.mark.parametrize(("steps", "route"), [(2, "householder"), (1, "cholesky"), (2, "cholesky")])
+def test_of_another_step_nothing_is_known(steps, route):
+    k, q = with_spectrum(torch.linspace(3, 1, 6, dtype=torch.float64)), rotation(6, seed=1)[None]
+    found = iterate(k, q, steps, route, crosses=True)
+    assert found.eigenvalues(q.mT @ found.basis) is None
 
 
 @pytest.mark.gpu
