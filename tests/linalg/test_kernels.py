@@ -54,6 +54,6 @@ def test_what_is_not_in_the_table_takes_the_plain_path() -> None:
 def test_calls_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, sets = torch.randn(7, 6, 4), coefficients("quintic", 5)
     whole = newton_schulz(x, sets)
-    monkeypatch.setattr(routes, "CPU_CALL_BYTES", 2 * 6 * 4 * 4)
+    monkeypatch.setattr(routes, "CPU_CALL_BYTES", {torch.float32: 2 * 6 * 4 * 4})
     assert [len(part) for part in routes.calls(x, x.dtype)] == [2, 2, 2, 1]
     torch.testing.assert_close(newton_schulz(x, sets), whole, rtol=0, atol=1e-6)
