@@ -60,15 +60,6 @@ class Step(NamedTuple):
     parameter: Tensor | None = None
 
 
-class Fused(Protocol):
-    """Updates weights and state, a `NamedTuple` of lists, in place; all tensors are contiguous, of one dtype."""
-
-    def __call__(
-        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
-    ) -> None:
-        """W <- keep W - lr direction; `t.step` is a number."""
-
-
 RuleT = TypeVar("RuleT", bound="Rule")
 
 
@@ -143,9 +134,18 @@ class Rule(ABC):
         return False
 
     @property
-    def fused(self) -> Fused | None:
-        """torch's own kernel for the whole step, where it has one; it equals `update` within rounding."""
-        return None
+    def fuses(self) -> bool:
+        """Whether `fused` is the step with these hyper-parameters: never that of a class whose `update` is not used."""
+        first = next(c for c in type(self).__mro__ if not {"fused", "update"}.isdisjoint(vars(c)))
+        return "fused" in vars(first) and first is not Rule
+
+    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+        """W <- keep W - lr direction in torch's own kernels (`engine/fused.py`); it equals `update` within rounding.
+
+        Updates weights and state, a `NamedTuple` of lists, in place; all tensors are contiguous, of one dtype, and
+        `t.step` is a number.
+        """
+        raise NotImplementedError
 
     @classmethod
     def from_group(cls: type[RuleT], group: Mapping[str, Any]) -> RuleT:

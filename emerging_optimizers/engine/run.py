@@ -14,7 +14,7 @@ from emerging_optimizers.engine.executors import Execution, call, copied, prepar
 from emerging_optimizers.engine.fused import accepts, are_finite, subtract_
 from emerging_optimizers.engine.guard import decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
-from emerging_optimizers.engine.rule import Fused, Phase, Rule, Step
+from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.weight_decay import keep_factor
 
@@ -64,7 +64,7 @@ class BucketStep:
         one_pass = simple and execution == "compiled" and not bucket.capturable
         plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor)
         plain = plain and not bucket.rounded and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
-        kernel = rule.fused if plain else None
+        kernel = plain and rule.fuses
         cut = "elements" if one_pass else "fused" if kernel else execution
         active = list(gradients)
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: it is asked whether it is
@@ -190,7 +190,7 @@ class BucketStep:
         extra = {"lr": self.lr, "keep": self.keep, "l2": self.l2, "step": count}
         return make_scalars(self.rule.scalars, self.group, extra)
 
-    def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: Fused | None, phase: Phase, t: Any) -> None:
+    def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: bool, phase: Phase, t: Any) -> None:
         """`_run` for an element-wise rule where nothing is masked and nothing has to be gathered.
 
         It is given the parameters' pieces as they are: one, or any number for a kernel of torch's.
@@ -202,8 +202,8 @@ class BucketStep:
             grads = list(torch._foreach_neg(grads))
         if self.l2 is not None:
             grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, self.l2)))
-        if kernel is not None:
-            kernel(wide, grads, chunk.parts, t, self.lr, self.keep)
+        if kernel:
+            rule.fused(wide, grads, chunk.parts, t, self.lr, self.keep)
         else:
             out = rule.update(grads[0].view(-1), bucket.read(chunk), t, phase)
             assert out.direction is not None

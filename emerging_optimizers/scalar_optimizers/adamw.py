@@ -25,7 +25,6 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.fused import adam_
-from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -70,11 +69,6 @@ class AdamWRule(Rule):
     correct_bias: bool = True
     nesterov: bool = False
 
-    @property
-    def fused(self) -> Fused | None:
-        """torch's AdamW, which reads and writes every number once."""
-        return None if self.nesterov else self._fused
-
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
         """Zero moments."""
         return AdamState.zeros(shape, dtype, device)
@@ -83,9 +77,13 @@ class AdamWRule(Rule):
         """See the module's equations."""
         return Step(*adam_direction(grad, state, t, correct_bias=self.correct_bias, nesterov=self.nesterov))
 
-    def _fused(
-        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
-    ) -> None:
+    @property
+    def fuses(self) -> bool:
+        """Not with Nesterov momentum."""
+        return super().fuses and not self.nesterov
+
+    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+        """torch's AdamW, which reads and writes every number once."""
         m, v = state
         step = t.step if self.correct_bias else math.inf
         adam_(weights, grads, m, v, betas=t.betas, eps=t.eps, step=step, lr=lr, keep=keep)

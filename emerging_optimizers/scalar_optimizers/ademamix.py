@@ -26,7 +26,6 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.fused import adam_of_averages_
-from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.scalars import add_, addcmul_, lerp_
 from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, NON_NEGATIVE, Check, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -103,14 +102,8 @@ class AdEMAMixRule(Rule):
         numerator = add_(fast * (root2 / bias_fast), slow, root2 * alpha)
         return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdEMAMixState(fast, slow, v))
 
-    @property
-    def fused(self) -> Fused | None:
+    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
         """torch's AdamW behind its SGD, twice, whose momenta are the averages."""
-        return self._fused
-
-    def _fused(
-        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
-    ) -> None:
         (fast, slow, v), (beta_fast, beta2, beta_slow) = state, t.betas
         beta_slow = half_life_warmup(t.step, beta_fast, beta_slow, self.num_beta_slow_warmup_steps)
         # As the kernel rounds it: what is left for the gradient is so small that the two would not add up to 1.

@@ -24,7 +24,6 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.fused import adam_, subtract_
 from emerging_optimizers.engine.hooks import KeepNorm
-from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.scalars import addcdiv_, addcmul_
 from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -62,14 +61,8 @@ class LaPropRule(Rule):
         m = addcdiv_(state.exp_avg.mul_(beta1), grad, v.sqrt().add_(t.eps * root2), (1 - beta1) * root2)
         return Step(m * (1 / bias1), AdamState(m, v))
 
-    @property
-    def fused(self) -> Fused | None:
+    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
         """torch's AdamW, for which the momentum is the weight that decays; then its SGD."""
-        return self._fused
-
-    def _fused(
-        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
-    ) -> None:
         (m, v), (beta1, beta2) = state, t.betas
         step = t.step if self.correct_bias else math.inf
         adam_(m, grads, grads, v, betas=(0.0, beta2), eps=t.eps, step=step, lr=beta1 - 1, keep=beta1)

@@ -21,7 +21,6 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.fused import adam_
-from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.scalars import addcmul_
 from emerging_optimizers.engine.validate import FRACTION, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -50,13 +49,8 @@ class RMSPropRule(Rule):
         v = addcmul_(state.exp_avg_sq.mul_(t.alpha), grad, grad, 1 - t.alpha)
         return Step(grad / v.sqrt().add_(t.eps), RMSPropState(v))
 
-    @property
-    def fused(self) -> Fused | None:
+    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
         """torch's AdamW without memory in its first moment."""
-        return self._fused
-
-    @staticmethod
-    def _fused(weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
         betas = (0.0, t.alpha)
         adam_(weights, grads, grads, state.exp_avg_sq, betas=betas, eps=t.eps, step=math.inf, lr=lr, keep=keep)
 

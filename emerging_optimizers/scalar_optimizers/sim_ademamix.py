@@ -25,7 +25,6 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.fused import adam_of_averages_
-from emerging_optimizers.engine.rule import Fused
 from emerging_optimizers.engine.scalars import add_, addcmul_
 from emerging_optimizers.engine.validate import BETAS, COUNT, FLAG, FRACTION, NON_NEGATIVE, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -62,14 +61,8 @@ class SimplifiedAdEMAMixRule(Rule):
         numerator = add_((m * (root2 / bias1)).to(grad.dtype), grad, root2 * t.alpha)
         return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdamState(m, v))
 
-    @property
-    def fused(self) -> Fused | None:
+    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
         """torch's AdamW behind its SGD, whose momentum is the sum."""
-        return self._fused
-
-    def _fused(
-        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
-    ) -> None:
         (m, v), (beta1, beta2) = state, t.betas
         beta1 = half_life_warmup(t.step, t.min_beta_fast, beta1, self.num_beta_fast_warmup_steps)
         step = t.step if self.correct_bias else math.inf

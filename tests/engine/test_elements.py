@@ -83,7 +83,10 @@ def test_torchs_kernel_is_the_rule(cls: Any, options: dict[str, Any], decay: dic
 
 
 def test_a_kernel_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert AdamW.rule(nesterov=True).fused is None
+    assert not AdamW.rule(nesterov=True).fuses
+    assert not Lion.rule().fuses
+    assert not type("Changed", (AdamW.rule,), {"update": Lion.rule.update})().fuses
+    assert type("Same", (AdamW.rule,), {})().fuses
     calls = []
     kernel = torch._fused_adamw_
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs)))
