@@ -237,9 +237,7 @@ class _Operation:
                 case list() | tuple():
                     return (type(x).__name__, *map(frozen, x))
                 case float():
-                    return (
-                        0.5 if x else x
-                    )  # a coefficient, which changes from step to step; 0 can mean that a part is absent
+                    return 0.5 if x else x  # a coefficient changes from step to step; 0 can say that a part is absent
                 case _:
                     return x
 
