@@ -300,8 +300,8 @@ class EigenbasisRule(Rule):
             if self.floor < DEFAULT_RELATIVE_FLOOR:
                 values = None  # of small ones eigh is wrong by up to 5e-7 of the largest, and diag Q^T K Q by 1e-8
         else:
-            found = iterate(factor, basis, self.power_iter_steps, crosses=self.whitens_factors)
-            new = found.basis if wanted is None else torch.where(wanted, found.basis, basis)
+            found = iterate(factor, basis, self.power_iter_steps, wanted=wanted, crosses=self.whitens_factors)
+            new = found.basis
             rotation = _rotation(basis, new)
             values = found.eigenvalues(rotation)
             if values is not None and wanted is not None:
