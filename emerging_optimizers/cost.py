@@ -1,15 +1,17 @@
 """What an optimizer will cost: memory, operations and time of a step, before anything is allocated.
 
 The optimizer itself runs, on fake tensors: shapes, dtypes and devices without data. What it allocates and computes is
-counted, so nothing here knows an update rule. Seconds come from timing each distinct operation on the device.
+counted, so nothing here knows an update rule. Seconds come from timing each distinct operation on the device; what a
+step touches for the first time, weights and gradients and state, comes from memory, the rest from the caches.
 """
 
 import copy
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,10 +23,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from emerging_optimizers.engine import RuleOptimizer
+from emerging_optimizers.engine.fused import look
 from emerging_optimizers.routing import create_optimizer
 
 WARM_STEPS = 3  # state, the first basis, the first of the later ones
 LONGEST_PERIOD = 50
+COLD_BYTES = 64 * 2**20  # no less than caches hold
 # Operations of LAPACK's routines for a matrix (m, n) with m >= n; Golub and Van Loan, Matrix Computations.
 FACTORIZATIONS: Mapping[str, Callable[[int, int], float]] = {
     "linalg_qr": lambda m, n: 4 * (m * n**2 - n**3 / 3),
@@ -88,8 +92,9 @@ def estimate(
         **options: see `create_optimizer`.
 
     Returns:
-        Bytes and operations are counted, not modelled. Left out: what the guards cost, the caches of torch's allocator
-        and the workspaces of LAPACK and cuSOLVER.
+        Bytes and operations are counted, not modelled. Seconds are those of the operations and, on a CPU, of the look
+        whether gradients are finite and of what Python does for each parameter. Left out: what the guards cost beyond
+        that, the caches of torch's allocator and the workspaces of LAPACK and cuSOLVER.
 
     Raises:
         TypeError: `options` beside a function.
@@ -111,16 +116,19 @@ def estimate(
                 made = create_optimizer(optimizer, copied, **{"lr": 1e-3, **options})
             else:
                 made = optimizer(copied)
+            looked: set[Tensor] = set()
             for group in made.param_groups if isinstance(made, RuleOptimizer) else ():
+                if group["nonfinite"] == "skip":
+                    looked.update(p for p in group["params"] if p.device.type == "cpu")
                 group |= {"nonfinite": "propagate", "spike_guard": None}  # the guards look at values
-            return _measure(made, seconds)
+            return _measure(made, seconds, looked)
         except DataDependentOutputException as error:
             raise ValueError(
                 f"estimate: {optimizer!r} looks at values of the weights, and here are none; time a step on real ones"
             ) from error
 
 
-def _measure(optimizer: torch.optim.Optimizer, seconds: bool) -> Estimate:
+def _measure(optimizer: torch.optim.Optimizer, seconds: bool, looked: Container[Tensor]) -> Estimate:
     names = _names(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -140,8 +148,14 @@ def _measure(optimizer: torch.optim.Optimizer, seconds: bool) -> Estimate:
             optimizer.step()
         with _Meter(tree_leaves([parameters, [p.grad for p in active], list(optimizer.state.values())])) as meter:
             for _ in range(steps):
+                meter.touched.clear()
+                look([p.grad for p in active if p in looked and p.grad is not None])
                 optimizer.step()
         return meter
+
+    def total(meter: _Meter, active: list[Tensor]) -> float:
+        on_host = sum(p.device.type == "cpu" for p in active) if isinstance(optimizer, RuleOptimizer) else 0
+        return timings.total(meter.operations) / steps + on_host * timings.parameter
 
     def cost(meter: _Meter, active: list[Tensor]) -> dict[str, Any]:
         return {
@@ -150,7 +164,7 @@ def _measure(optimizer: torch.optim.Optimizer, seconds: bool) -> Estimate:
                 x.numel() * x.element_size() for p in active for x in optimizer.state[p].values() if torch.is_tensor(x)
             ),
             "flops": meter.flops / steps,
-            "seconds": timings.total(meter.operations) / steps if seconds else None,
+            "seconds": total(meter, active) if seconds else None,
         }
 
     timings = _Timings()
@@ -175,11 +189,14 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._there = {x.untyped_storage()._cdata for x in there if isinstance(x, Tensor)}
+        self.touched: set[tuple[int, int]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.operations[_Operation.of(func, args, kwargs)] += 1
+        self.operations[_Operation.of(func, args, kwargs, self._is_cold)] += 1
+        if not func.is_view:
+            self.touched.update(_place(x) for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor))
         self.flops += _flops(func, args, kwargs, out)
         self._alive = {k: held for k, held in self._alive.items() if not held[0].expired()}  # type: ignore[no-untyped-call]  # as above
         for x in tree_leaves(out):
@@ -188,6 +205,15 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
                 self._alive.setdefault(key, held)
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return out
+
+    def _is_cold(self, x: Tensor) -> bool:
+        """Whether it was there before the step, which has not touched it yet."""
+        place = _place(x)
+        return place[0] in self._there and place not in self.touched
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    return x.untyped_storage()._cdata, int(x.storage_offset())
 
 
 @register_flop_formula(torch.ops.emerging_optimizers.syrk)
@@ -213,6 +239,7 @@ class _Like:
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    cold: bool
 
     def make(self) -> Tensor:
         """One with data: positive, so that a root of it is finite."""
@@ -229,11 +256,12 @@ class _Operation:
     kwargs: Any
 
     @classmethod
-    def of(cls, func: Any, args: Any, kwargs: Any) -> "_Operation":
+    def of(cls, func: Any, args: Any, kwargs: Any, is_cold: Callable[[Tensor], bool]) -> "_Operation":
         def frozen(x: Any) -> Any:
             match x:
                 case Tensor():
-                    return _Like(tuple(x.shape), x.stride(), x.dtype, x.device)
+                    cold = not func.is_view and is_cold(x)
+                    return _Like(tuple(x.shape), x.stride(), x.dtype, x.device, cold)
                 case list() | tuple():
                     return (type(x).__name__, *map(frozen, x))
                 case float():
@@ -243,19 +271,22 @@ class _Operation:
 
         return cls(func, tuple(map(frozen, args)), tuple((key, frozen(x)) for key, x in kwargs.items()))
 
-    def make(self) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments with data."""
+    def make(self) -> tuple[list[Any], dict[str, Any], list[Tensor], list[Tensor]]:
+        """Arguments with data, and those of their tensors that come from memory, and from the caches."""
+        cold: list[Tensor] = []
+        warm: list[Tensor] = []
 
         def thawed(x: Any) -> Any:
             match x:
                 case _Like():
-                    return x.make()
+                    (cold if x.cold else warm).append(made := x.make())
+                    return made
                 case ("list" | "tuple" | "Size", *items):
                     return [thawed(item) for item in items]
                 case _:
                     return x
 
-        return [thawed(x) for x in self.args], {key: thawed(x) for key, x in self.kwargs}
+        return [thawed(x) for x in self.args], {key: thawed(x) for key, x in self.kwargs}, cold, warm
 
 
 class _Timings:
@@ -263,6 +294,7 @@ class _Timings:
 
     def __init__(self) -> None:
         self._known: dict[_Operation, float] = {}
+        self._others: dict[torch.device, Tensor] = {}  # reading them pushes all else out of the caches
 
     def total(self, operations: Mapping[_Operation, int]) -> float:
         """Of all of them."""
@@ -271,28 +303,52 @@ class _Timings:
     def _seconds(self, operation: _Operation) -> float:
         if operation not in self._known:
             with _disable_current_modes():
-                self._known[operation] = _time(operation)
+                self._known[operation] = self._time(operation)
         return self._known[operation]
 
+    @cached_property
+    def parameter(self) -> float:
+        """What Python does for a parameter: a step on many of one element, less its operations."""
+        count, taken = 256, []
+        with _disable_current_modes(), torch.no_grad():
+            ps = [nn.Parameter(torch.zeros(1)) for _ in range(count)]
+            optimizer = create_optimizer("adamw", ps, lr=1e-3)
+            for p in ps:
+                p.grad = torch.ones(1)
+            for _ in range(WARM_STEPS + 9):
+                begun = time.perf_counter()
+                optimizer.step()
+                taken.append(time.perf_counter() - begun)
+            with _Meter(()) as meter:
+                optimizer.step()
+        step = statistics.median(taken[WARM_STEPS:])
+        return max(0.0, step - self.total(meter.operations)) / count
 
-def _time(operation: _Operation) -> float:
-    """Median of a few calls, after one that is not counted."""
-    args, kwargs = operation.make()
-    device = next((x.device for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)), torch.device("cpu"))
+    def _time(self, operation: _Operation) -> float:
+        """Median of a few calls, after one that is not counted."""
+        args, kwargs, cold, warm = operation.make()
+        device = next((x.device for x in (*cold, *warm)), torch.device("cpu"))
+        far = sum(x.nbytes for x in cold) >= 2**16
+        if device not in self._others:
+            self._others[device] = torch.ones(COLD_BYTES // 4, device=device)
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        def wait() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
-    taken: list[float] = []
-    operation.func(*args, **kwargs)
-    while len(taken) < 3 or (len(taken) < 20 and sum(taken) < 0.01):
-        wait()
-        begun = time.perf_counter()
+        taken: list[float] = []
         operation.func(*args, **kwargs)
-        wait()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+        while len(taken) < 3 or (len(taken) < (5 if far else 20) and sum(taken) < 0.01):
+            if far:
+                self._others[device].sum()
+                for x in warm:
+                    x.sum()
+            wait()
+            begun = time.perf_counter()
+            operation.func(*args, **kwargs)
+            wait()
+            taken.append(time.perf_counter() - begun)
+        return statistics.median(taken)
 
 
 def _fake(x: Tensor, device: torch.device | str | None) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from emerging_optimizers import create_optimizer, estimate
-from emerging_optimizers.cost import _Meter
+from emerging_optimizers.cost import _Like, _Meter, _Timings
 from emerging_optimizers.engine import buckets
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.orthogonalized_optimizers import Muon
@@ -74,6 +74,33 @@ def test_the_peak_is_that_of_real_tensors(monkeypatch: pytest.MonkeyPatch) -> No
     assert whole == pytest.approx(meter.peak, rel=0.05)
     monkeypatch.setattr(buckets, "CPU_CHUNK_BYTES", 64 * 96 * 4)
     assert estimate(ps, "soap", seconds=False).peak_bytes < 0.25 * whole
+
+
+def test_what_a_step_touches_first_comes_from_memory() -> None:
+    weight, other = torch.zeros(4, 6), torch.zeros(6)
+    with _Meter([weight]) as meter:
+        row = weight.view(-1)[6:12]  # views read nothing
+        row.add_(other)
+        row.add_(other)
+        meter.touched.clear()
+        weight[1].add_(other)
+    adds = {op.args[0].cold: count for op, count in meter.operations.items() if "add_" in str(op.func)}
+    assert adds == {True: 2, False: 1}
+    assert not any(x.cold for op in meter.operations if op.func.is_view for x in op.args if isinstance(x, _Like))
+    assert not any(op.args[1].cold for op in meter.operations if "add_" in str(op.func))
+
+
+def test_seconds_count_python_and_the_look_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Timings, "_time", lambda self, operation: 1.0 if "sum" in str(operation.func) else 0.0)
+    monkeypatch.setattr(_Timings, "parameter", 1e-3)
+    vectors = [nn.Parameter(torch.zeros(2**14)) for _ in range(3)]
+    assert estimate(vectors, "adamw").seconds == pytest.approx(3 + 3e-3)
+    assert estimate(vectors, "adamw", nonfinite="propagate").seconds == pytest.approx(3e-3)
+    assert estimate(vectors, lambda ps: torch.optim.SGD(ps, lr=1.0)).seconds == 0
+
+
+def test_python_takes_microseconds_for_a_parameter() -> None:
+    assert 0 <= _Timings().parameter < 1e-3
 
 
 def test_seconds_and_the_table() -> None:

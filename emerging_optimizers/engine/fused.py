@@ -119,11 +119,15 @@ def _sgd_(
 
 def are_finite(tensors: list[Tensor]) -> bool:
     """Whether all numbers are, on a CPU. False too where finite ones add up to more than their dtype holds."""
-    small = [x for x in tensors if x.numel() < 2**14]
-    if small:  # one call for all of them; they are written, each as it is
+    return all(map(math.isfinite, look(tensors)))
+
+
+def look(tensors: list[Tensor]) -> list[Tensor]:
+    """Numbers, 0-D, that are finite only if all of the tensors' are."""
+    # A sum only reads, and is finite only if all of its terms are.
+    seen = [x.sum() for x in tensors if x.numel() >= 2**14]
+    if small := [x for x in tensors if x.numel() < 2**14]:  # one call for all of them; they are written, each as it is
         found = torch.zeros(())
         torch._amp_foreach_non_finite_check_and_unscale_(small, found, torch.ones(()))
-        if found:
-            return False
-    # A sum only reads, and is finite only if all of its terms are.
-    return all(math.isfinite(x.sum()) for x in tensors if x.numel() >= 2**14)
+        seen.append(1 / (1 - found))  # found is 0 or 1
+    return seen
