@@ -29,6 +29,8 @@ from emerging_optimizers.routing import create_optimizer
 WARM_STEPS = 3  # state, the first basis, the first of the later ones
 LONGEST_PERIOD = 50
 COLD_BYTES = 64 * 2**20  # no less than caches hold
+ALIGNED = 64
+LEAST_CALLS, MOST_CALLS = 3, 21
 # Operations of LAPACK's routines for a matrix (m, n) with m >= n; Golub and Van Loan, Matrix Computations.
 FACTORIZATIONS: Mapping[str, Callable[[int, int], float]] = {
     "linalg_qr": lambda m, n: 4 * (m * n**2 - n**3 / 3),
@@ -189,14 +191,17 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._there = {x.untyped_storage()._cdata for x in there if isinstance(x, Tensor)}
-        self.touched: set[tuple[int, int]] = set()
+        self.touched: dict[int, set[tuple[int, int]]] = {}  # extents, by storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func.namespace in ("prim", "profiler"):  # looks at attributes, and marks: outside of a mode no calls
+            return out
         self.operations[_Operation.of(func, args, kwargs, self._is_cold)] += 1
-        if not func.is_view:
-            self.touched.update(_place(x) for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor))
+        for x in () if func.is_view else tree_leaves([args, kwargs]):
+            if isinstance(x, Tensor):
+                self.touched.setdefault(x.untyped_storage()._cdata, set()).add(_extent(x))
         self.flops += _flops(func, args, kwargs, out)
         self._alive = {k: held for k, held in self._alive.items() if not held[0].expired()}  # type: ignore[no-untyped-call]  # as above
         for x in tree_leaves(out):
@@ -208,12 +213,15 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
 
     def _is_cold(self, x: Tensor) -> bool:
         """Whether it was there before the step, which has not touched it yet."""
-        place = _place(x)
-        return place[0] in self._there and place not in self.touched
+        begin, end = _extent(x)
+        key = x.untyped_storage()._cdata
+        return key in self._there and not any(a <= begin and end <= b for a, b in self.touched.get(key, ()))
 
 
-def _place(x: Tensor) -> tuple[int, int]:
-    return x.untyped_storage()._cdata, int(x.storage_offset())
+def _extent(x: Tensor) -> tuple[int, int]:
+    """From where to where a tensor lies in its storage."""
+    begin = int(x.storage_offset())
+    return begin, begin + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
 
 
 @register_flop_formula(torch.ops.emerging_optimizers.syrk)
@@ -240,6 +248,12 @@ class _Like:
     dtype: torch.dtype
     device: torch.device
     cold: bool
+
+    @property
+    def nbytes(self) -> int:
+        """From the first element to the last."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize if 0 not in self.shape else 0
 
     def make(self) -> Tensor:
         """One with data: positive, so that a root of it is finite."""
@@ -271,22 +285,25 @@ class _Operation:
 
         return cls(func, tuple(map(frozen, args)), tuple((key, frozen(x)) for key, x in kwargs.items()))
 
-    def make(self) -> tuple[list[Any], dict[str, Any], list[Tensor], list[Tensor]]:
-        """Arguments with data, and those of their tensors that come from memory, and from the caches."""
-        cold: list[Tensor] = []
-        warm: list[Tensor] = []
+    def tensors(self) -> list[_Like]:
+        """In the order in which `make` asks for them."""
+        found: list[_Like] = []
+        self.make(found.append)
+        return found
+
+    def make(self, take: Callable[[_Like], Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments with the tensors that `take` gives."""
 
         def thawed(x: Any) -> Any:
             match x:
                 case _Like():
-                    (cold if x.cold else warm).append(made := x.make())
-                    return made
+                    return take(x)
                 case ("list" | "tuple" | "Size", *items):
                     return [thawed(item) for item in items]
                 case _:
                     return x
 
-        return [thawed(x) for x in self.args], {key: thawed(x) for key, x in self.kwargs}, cold, warm
+        return [thawed(x) for x in self.args], {key: thawed(x) for key, x in self.kwargs}
 
 
 class _Timings:
@@ -294,7 +311,7 @@ class _Timings:
 
     def __init__(self) -> None:
         self._known: dict[_Operation, float] = {}
-        self._others: dict[torch.device, Tensor] = {}  # reading them pushes all else out of the caches
+        self._memory: dict[torch.device, Tensor] = {}
 
     def total(self, operations: Mapping[_Operation, int]) -> float:
         """Of all of them."""
@@ -326,29 +343,50 @@ class _Timings:
 
     def _time(self, operation: _Operation) -> float:
         """Median of a few calls, after one that is not counted."""
-        args, kwargs, cold, warm = operation.make()
-        device = next((x.device for x in (*cold, *warm)), torch.device("cpu"))
-        far = sum(x.nbytes for x in cold) >= 2**16
-        if device not in self._others:
-            self._others[device] = torch.ones(COLD_BYTES // 4, device=device)
+        likes = operation.tensors()
+        device = likes[0].device if likes else torch.device("cpu")
+        cold = [x for x in likes if x.cold and x.nbytes and x.dtype.is_floating_point]
+        # As in a step, which walks through weights and state: each call's part lies behind that of the call before.
+        region = COLD_BYTES // max(1, len(cold)) // ALIGNED * ALIGNED
+        walks = sum(x.nbytes for x in cold) >= 2**16 and all(x.nbytes * LEAST_CALLS < region for x in cold)
+        made = [None if walks and x in cold else x.make() for x in likes]
+        calls = min(region // x.nbytes for x in cold) if walks else MOST_CALLS
+        memory = self._refilled(device) if walks else None
+
+        def arguments(call: int) -> tuple[list[Any], dict[str, Any]]:
+            starts = iter(range(0, COLD_BYTES, region))
+            kept = iter(made)
+
+            def take(like: _Like) -> Tensor:
+                if (x := next(kept)) is not None:
+                    return x
+                assert memory is not None
+                start = next(starts) + call * like.nbytes // ALIGNED * ALIGNED
+                return memory[start : start + like.nbytes].view(like.dtype).as_strided(like.shape, like.stride)
+
+            return operation.make(take)
 
         def wait() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
         taken: list[float] = []
-        operation.func(*args, **kwargs)
-        while len(taken) < 3 or (len(taken) < (5 if far else 20) and sum(taken) < 0.01):
-            if far:
-                self._others[device].sum()
-                for x in warm:
-                    x.sum()
+        for call in range(min(calls, MOST_CALLS)):
+            if call > LEAST_CALLS and sum(taken) > 0.01:
+                break
+            args, kwargs = arguments(call)
             wait()
             begun = time.perf_counter()
             operation.func(*args, **kwargs)
             wait()
             taken.append(time.perf_counter() - begun)
-        return statistics.median(taken)
+        return statistics.median(taken[1:])
+
+    def _refilled(self, device: torch.device) -> Tensor:
+        """Bytes that read as positive numbers of any dtype; writing them has pushed all else out of the caches."""
+        if device not in self._memory:
+            self._memory[device] = torch.empty(COLD_BYTES // 4, dtype=torch.int32, device=device)
+        return self._memory[device].fill_(0x3F403F40).view(torch.uint8)
 
 
 def _fake(x: Tensor, device: torch.device | str | None) -> Tensor:
