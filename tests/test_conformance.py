@@ -102,7 +102,7 @@ def test_a_late_parameter_takes_its_own_first_step(case: OptimizerCase) -> None:
         set_gradients(ps, t, lambda i, t: i == 0 and t < 3)
         optimizer.step()
     alone = parameters(case)[:1]
-    alone[0].grad = ps[0].grad.clone()  # type: ignore[union-attr]
+    alone[0].grad = ps[0].grad.clone()
     case.make(alone).step()
     torch.testing.assert_close(ps[0], alone[0])
 
@@ -130,7 +130,7 @@ def test_a_sparse_gradient_raises_before_anything_moves(case: OptimizerCase) -> 
     ps, optimizer = run(case, 2)
     before, state = clones(ps), snapshot(optimizer)
     set_gradients(ps, 3)
-    ps[-1 if ps[-1].ndim else 0].grad = ps[-1 if ps[-1].ndim else 0].grad.to_sparse()  # type: ignore[union-attr]
+    ps[-1 if ps[-1].ndim else 0].grad = ps[-1 if ps[-1].ndim else 0].grad.to_sparse()
     with pytest.raises(ValueError, match="only dense gradients"):
         optimizer.step()
     assert same(ps, before)
@@ -278,7 +278,7 @@ def test_a_closure_runs_with_gradients_and_its_loss_is_returned(case: OptimizerC
         return loss
 
     with torch.no_grad():
-        losses = [float(optimizer.step(closure).detach()) for _ in range(20)]  # type: ignore[arg-type]
+        losses = [float(optimizer.step(closure).detach()) for _ in range(20)]
     assert losses[-1] < losses[0]
 
 

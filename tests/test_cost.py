@@ -76,6 +76,16 @@ def test_the_peak_is_that_of_real_tensors(monkeypatch: pytest.MonkeyPatch) -> No
     assert estimate(ps, "soap", seconds=False).peak_bytes < 0.25 * whole
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "times"),
+    [("muon", {}, 1.5), ("muon", {"fp32_matmul_prec": "highest"}, 3), ("soap", {}, 7), ("rekls", {}, 7)],
+)
+def test_a_long_matrix_is_not_held_more_often_than_needed(name: str, options: dict[str, str], times: float) -> None:
+    side = 1024
+    cost = estimate([matrix(side, side)], name, seconds=False, **options)
+    assert cost.peak_bytes <= 1.01 * times * 4 * side**2
+
+
 def test_what_a_step_touches_first_comes_from_memory() -> None:
     weight, other = torch.zeros(4, 6), torch.zeros(6)
     with _Meter([weight]) as meter:

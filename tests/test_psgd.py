@@ -186,7 +186,7 @@ def test_a_published_checkpoint_loads() -> None:
 def test_values_out_of_range_are_refused() -> None:
     for wrong in ({"warmup_steps": 0}, {"precond_lr": 0.0}, {"seed": -1}, {"beta_lip": 1.0}, {"seed": 0.5}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
-            PSGDPro([fresh()], **wrong)  # type: ignore[arg-type]
+            PSGDPro([fresh()], **wrong)
 
 
 # ---- norms and rotations --------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def matrix(kind: str, n: int = 40, rank: int = 40) -> Tensor:
 @pytest.mark.parametrize(("kind", "bound"), [("spd", norm_lower_bound_spd), ("skew", norm_lower_bound_skew)])
 def test_the_norm_bound_is_one_and_close(kind: str, rank: int, scale: float, bound: object) -> None:
     A = scale * matrix(kind, rank=rank)
-    share = float(bound(A) / torch.linalg.matrix_norm(A.double(), 2))  # type: ignore[operator]
+    share = float(bound(A) / torch.linalg.matrix_norm(A.double(), 2))
     assert 0.9 < share <= 1 + 1e-5
 
 
@@ -224,7 +224,7 @@ def test_procrustes_steps_make_a_rotated_positive_matrix_symmetric_again(order: 
     gram = Q.T @ Q
     for _ in range(300):
         before = float((Q - Q.T).norm())
-        Q = procrustes_step(Q, order=order)  # type: ignore[arg-type]
+        Q = procrustes_step(Q, order=order)
         assert float((Q - Q.T).norm()) < before + 1e-4
     torch.testing.assert_close(Q, Q.T, rtol=0, atol=1e-2)
     # A rotation keeps P = Q^T Q; a few hundred expanded ones nearly do.
@@ -234,7 +234,7 @@ def test_procrustes_steps_make_a_rotated_positive_matrix_symmetric_again(order: 
 @pytest.mark.parametrize("order", [2, 3])
 def test_a_symmetric_matrix_is_left_alone(order: int) -> None:
     Q = matrix("spd", 5)
-    torch.testing.assert_close(procrustes_step(Q, order=order), Q)  # type: ignore[arg-type]
+    torch.testing.assert_close(procrustes_step(Q, order=order), Q)
 
 
 # ---- the other published helpers ------------------------------------------------------------------------------------
@@ -266,6 +266,6 @@ def test_helpers_refuse_what_they_cannot_use() -> None:
         with pytest.raises(ValueError, match="2 factors and X 3 dimensions"):
             function([torch.eye(2)] * 2, torch.ones(2, 2, 2))
     with pytest.raises(ValueError, match="order=4"):
-        procrustes_step(torch.eye(2), order=4)  # type: ignore[arg-type]
+        procrustes_step(torch.eye(2), order=4)
     with pytest.raises(ValueError, match="square matrix"):
         norm_lower_bound_spd(torch.ones(2, 3))

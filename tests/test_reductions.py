@@ -242,4 +242,4 @@ def test_zero_gradients_before_the_first_do_not_count_as_the_first(make: Make) -
 
 def test_rekls_says_that_its_two_options_are_fixed() -> None:
     with pytest.raises(TypeError, match="SOAP with use_eigh=True"):
-        REKLS([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, use_eigh=True)  # type: ignore[call-arg]
+        REKLS([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, use_eigh=True)

@@ -24,12 +24,12 @@ def is_balanced(w: Tensor, tolerance: float) -> bool:
 @pytest.mark.parametrize("execution", ["stacked", "per_matrix"])
 def test_it_descends_on_balanced_matrices(shape: tuple[int, ...], execution: str) -> None:
     w, target = weight(shape), weight(shape, seed=1).detach()
-    optimizer = SinkhornMuon([w], lr=0.2, weight_decay=0.0, momentum=0.8, execution=execution)  # type: ignore[arg-type]
+    optimizer = SinkhornMuon([w], lr=0.2, weight_decay=0.0, momentum=0.8, execution=execution)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=150)
     first = float((w.detach() - target).square().mean())
     for _ in range(150):
         optimizer.zero_grad()
-        (w - target).square().mean().backward()  # type: ignore[no-untyped-call]
+        (w - target).square().mean().backward()
         optimizer.step()
         scheduler.step()
         assert is_balanced(w.detach(), 0.02)
@@ -41,7 +41,7 @@ def test_one_step_is_the_map_of_its_law(law: str) -> None:
     w = weight((6, 4), dtype=torch.float64)
     before = w.detach().clone()
     w.grad = torch.randn(6, 4, dtype=torch.float64)
-    optimizer = SinkhornMuon([w], lr=0.1, weight_decay=0.5, law=law, fp32_matmul_prec="highest")  # type: ignore[arg-type]
+    optimizer = SinkhornMuon([w], lr=0.1, weight_decay=0.5, law=law, fp32_matmul_prec="highest")
     optimizer.step()
     N = 0.05 * w.grad
     x = N / N.norm()
@@ -57,7 +57,7 @@ def test_only_the_published_law_forgets_a_weight_without_a_gradient() -> None:
     for law in ("logarithmic", "published"):
         w = weight((6, 6))
         before = w.detach().clone()
-        optimizer = SinkhornMuon([w], lr=0.1, weight_decay=0.0, law=law)  # type: ignore[arg-type]
+        optimizer = SinkhornMuon([w], lr=0.1, weight_decay=0.0, law=law)
         for _ in range(3):
             w.grad = torch.zeros_like(w)
             optimizer.step()

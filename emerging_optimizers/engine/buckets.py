@@ -24,7 +24,8 @@ from emerging_optimizers.engine.validate import label
 
 # Bytes of state in one call of a matrix rule, or of gradient where there is less state: they bound its temporaries.
 # With 1 MiB calls begin to count on a CPU (Muon takes 1.11 times as long on 256 x 256, 1.17 times on 192 x 512; SOAP
-# 1.07 times), and 8 MiB gain nothing. Accelerators, not measured yet, fill up later.
+# 1.07 times), and 8 MiB gain nothing. That is for each thread, as threads share a stack's products out by matrices:
+# each has at least one matrix where CHUNK_BYTES allow it. Accelerators, not measured yet, fill up later.
 CPU_CHUNK_BYTES = 4 * 2**20
 CHUNK_BYTES = 64 * 2**20
 # Elements in one call of an element-wise rule on a CPU: its temporaries stay in the cache. (64 K to 512 K take equally
@@ -264,7 +265,9 @@ class Bucket:
             return
         numbers = sum(x[:1].numel() for x in self.state if x is not None)
         size = max(numbers, torch.Size(self.item).numel()) * self.dtype.itemsize
-        cap = max(1, (CPU_CHUNK_BYTES if self.on_host else CHUNK_BYTES) // size)
+        cap = max(1, CHUNK_BYTES // size)
+        if self.on_host:
+            cap = min(cap, torch.get_num_threads() * max(1, CPU_CHUNK_BYTES // size))
         if self.on_host and not self.item:
             cap = FUSED_CHUNK if execution == "fused" else ELEMENT_CHUNK
         chunk: list[Segment] = []

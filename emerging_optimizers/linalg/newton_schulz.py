@@ -54,18 +54,12 @@ def newton_schulz(
         True
     """
     turned = x_BMN.size(-2) > x_BMN.size(-1) if transpose is None else transpose
-
+    steps, dtype = len(coefficients), compute_dtype or x_BMN.dtype
     if total is not None:  # every process makes the same calls
-        x = unit_norm_of_parts(x_BMN, eps, total).to(compute_dtype or x_BMN.dtype)
-        return _plain(x, coefficients, use_syrk, turned, total).to(x_BMN.dtype)
-
-    def iterate(x: Tensor) -> Tensor:
-        blocks = gram_blocks(_wide(x, turned), len(coefficients))
-        if blocks is None:
-            return _plain(x, coefficients, use_syrk, turned)
-        return _on_gram(x, coefficients, blocks, use_syrk, turned)
-
-    return _by_calls(x_BMN, iterate, compute_dtype, eps)
+        x = unit_norm_of_parts(x_BMN, eps, total).to(dtype)
+        return _in_blocks(x, coefficients, (1,) * steps, use_syrk, turned, total).to(x_BMN.dtype)
+    blocks = gram_blocks(_wide(x_BMN, turned), dtype, steps)
+    return _by_calls(x_BMN, coefficients, blocks, dtype, eps, use_syrk, turned)
 
 
 def newton_schulz_step(
@@ -78,10 +72,7 @@ def newton_schulz_step(
     turned: bool = False,
 ) -> Tensor:
     """One step of `newton_schulz`, (a I + b A + c A^2) X with A = X X^T; `turned`: X (a I + ...) with A = X^T X."""
-    gram_BMM = gram(_wide(x_BMN, turned), use_syrk=use_syrk)
-    if total is not None:
-        gram_BMM = total(gram_BMM)
-    return _times(a, _polynomial(gram_BMM, b, c, use_syrk), x_BMN, turned)
+    return _in_blocks(x_BMN, ((a, b, c),), (1,), use_syrk, turned, total)
 
 
 def _wide(x: Tensor, turned: bool) -> Tensor:
@@ -89,11 +80,12 @@ def _wide(x: Tensor, turned: bool) -> Tensor:
     return x.mT if turned else x
 
 
-def _times(i: float, q_BMM: Tensor, x: Tensor, turned: bool) -> Tensor:
+def _times(polynomial: tuple[float, Tensor], x: Tensor, turned: bool) -> Tensor:
     """(i I + Q) X; `turned`: X (i I + Q^T), as Q is symmetric in exact arithmetic only.
 
     i X is added by baddbmm, never folded into Q as i I: in bfloat16 that costs 3 x the error.
     """
+    i, q_BMM = polynomial
     return torch.baddbmm(x, x, q_BMM.mT, beta=i) if turned else torch.baddbmm(x, q_BMM, x, beta=i)
 
 
@@ -151,49 +143,60 @@ def gram_newton_schulz(
     turned = x_BMN.size(-2) > x_BMN.size(-1)
     full, rest = divmod(len(coefficients), restart)
     blocks = (restart,) * full + (rest,) * (rest > 0)
-    return _by_calls(x_BMN, lambda x: _on_gram(x, coefficients, blocks, use_syrk, turned), compute_dtype, None)
+    return _by_calls(x_BMN, coefficients, blocks, compute_dtype or x_BMN.dtype, None, use_syrk, turned)
 
 
 def _by_calls(
     x_BMN: Tensor,
-    iterate: Callable[[Tensor], Tensor],
-    compute_dtype: torch.dtype | None,
+    coefficients: Coefficients,
+    blocks: Sequence[int],
+    dtype: torch.dtype,
     eps: float | None,
+    use_syrk: bool,
+    turned: bool,
 ) -> Tensor:
     """Normalizes and iterates, as many matrices at a time as the device takes best."""
-    dtype = compute_dtype or x_BMN.dtype
-    parts = [iterate(_unit_norm(x, eps).to(dtype)).to(x_BMN.dtype) for x in calls(x_BMN, dtype)]
+    parts = [
+        # The normalized matrices are given away unnamed: a name would keep them through all steps.
+        _in_blocks(_unit_norm(x, eps).to(dtype), coefficients, blocks, use_syrk, turned).to(x_BMN.dtype)
+        for x in calls(x_BMN, dtype)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _plain(
+def _in_blocks(
     x: Tensor,
     coefficients: Coefficients,
+    blocks: Sequence[int],
     use_syrk: bool,
     turned: bool,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    for a, b, c in coefficients:
-        x = newton_schulz_step(x, a, b, c, total, use_syrk, turned)
-    return x
-
-
-def _on_gram(x: Tensor, coefficients: Coefficients, blocks: Sequence[int], use_syrk: bool, turned: bool) -> Tensor:
-    """The steps in blocks, each block on one Gram matrix; its product is i I + q, never folded into one."""
+    """The steps in blocks, each on one Gram matrix. Nothing of a block has a name here, which would keep it alive."""
     first = 0
     for size in blocks:
-        gram_BMM, i, q = gram(_wide(x, turned), use_syrk=use_syrk), 1.0, None
-        for k, (a, b, c) in enumerate(coefficients[first : first + size], start=1):
-            p = _polynomial(gram_BMM, b, c, use_syrk)
-            q = p if q is None else symmetric_product(p, q, q, beta=a) + i * p
-            i = a * i
-            if k < size:
-                half = symmetric_product(p, gram_BMM, gram_BMM, beta=a)
-                gram_BMM = symmetric_product(half, p, half, beta=a)
-        assert q is not None
-        x = _times(i, q, x, turned)
+        x = _times(_composed(_wide(x, turned), coefficients[first : first + size], use_syrk, total), x, turned)
         first += size
     return x
+
+
+def _composed(
+    x_BMN: Tensor, coefficients: Coefficients, use_syrk: bool, total: Callable[[Tensor], Tensor] | None
+) -> tuple[float, Tensor]:
+    """Steps on one Gram matrix: i and Q of their product i I + Q, which are never folded into one."""
+    gram_BMM = gram(x_BMN, use_syrk=use_syrk)
+    if total is not None:
+        gram_BMM = total(gram_BMM)
+    (a, b, c), *later = coefficients
+    i, p = a, _polynomial(gram_BMM, b, c, use_syrk)
+    q = p
+    for next_a, b, c in later:
+        half = symmetric_product(p, gram_BMM, gram_BMM, beta=a)
+        gram_BMM = symmetric_product(half, p, half, beta=a)
+        a, p = next_a, _polynomial(gram_BMM, b, c, use_syrk)
+        q = symmetric_product(p, q, q, beta=a) + i * p
+        i = a * i
+    return i, q
 
 
 def _unit_norm(x: Tensor, eps: float | None) -> Tensor:

@@ -87,10 +87,11 @@ def iterate(
         if by_cholesky:
             turned_BNN = cholesky_qr(product.mT, turned_BNN.mT).mT
         else:
-            # linalg.qr always copies R out of the reflectors, which takes an eighth of its time.
-            reflectors, scales = torch.geqrf(product.mT)
-            turned_BNN = torch.linalg.householder_product(reflectors, scales).mT
-            cross = reflectors.mT.tril_() if crosses else None
+            # R over the reflectors. linalg.qr always copies R out of them, which takes an eighth of its time.
+            product, scales = torch.geqrf(product.mT)
+            turned_BNN = torch.linalg.householder_product(product, scales).mT
+            cross = product.mT.tril_() if crosses else None
+    del product  # matrices are large
     if wanted is not None:  # exact for 0 and 1; a `where` takes four times as long
         turned_BNN = torch.lerp(old_BNN, turned_BNN, wanted.to(turned_BNN.dtype))
     return Iterate(turned_BNN.mT, quotients, order, cross)

@@ -132,7 +132,7 @@ class EigenbasisRule(Rule):
     """What SOAP and its relatives share: Kronecker factors of the gradient, and their eigenbases."""
 
     counts_steps = True
-    works_in_place = True  # the factors
+    works_in_place = True
     divides_by_eigvals: ClassVar[bool] = False  # `update` needs those of the factors that have seen its gradient
     use_eigh: bool = False
     power_iter_steps: int = 1
@@ -368,7 +368,7 @@ class SOAPRule(EigenbasisRule):
             if self.published_start:
                 exp_avg_sq = _in_order(_in_order(s.exp_avg_sq, s.L, s.Q_L, dim=-2), s.R, s.Q_R, dim=-1)
             else:
-                exp_avg_sq = project_in(s.exp_avg_sq, _square(T_L), _square(T_R))
+                exp_avg_sq = project_in(s.exp_avg_sq, _square_(T_L), _square_(T_R))
         return SOAPState(exp_avg, exp_avg_sq, s.L, s.R, left.basis, right.basis, left.eigvals, right.eigvals)
 
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
@@ -394,8 +394,8 @@ def _rotation(old: Tensor, new: Tensor) -> Tensor:
         return old.mT @ new
 
 
-def _square(basis: Tensor | None) -> Tensor | None:
-    return None if basis is None else basis.square()
+def _square_(rotation: Tensor | None) -> Tensor | None:
+    return None if rotation is None else rotation.square_()
 
 
 def _in_order(x_BMN: Tensor, factor: Tensor | None, basis: Tensor | None, dim: int) -> Tensor:

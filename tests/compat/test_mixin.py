@@ -11,7 +11,7 @@ from emerging_optimizers.mixin import WeightDecayMixin
 class Decaying(WeightDecayMixin):
     def __init__(self, method: str | None = None) -> None:
         if method is not None:
-            self.weight_decay_method = method  # type: ignore[assignment]
+            self.weight_decay_method = method
 
 
 def decayed(method: str | None, weight_decay: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:

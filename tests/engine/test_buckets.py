@@ -39,19 +39,24 @@ def rows(bucket: Bucket, members: list[int]) -> list[Segment]:
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8),
     cap=st.integers(1, 40),
+    threads=st.integers(1, 3),
     kind=st.sampled_from([vectors, experts]),
     data=st.data(),
 )
-def test_chunks_cover_the_members_once_and_within_the_cap(sizes: list[int], cap: int, kind: Any, data: Any) -> None:
+def test_chunks_cover_the_members_once_and_within_the_cap(
+    sizes: list[int], cap: int, threads: int, kind: Any, data: Any
+) -> None:
     bucket: Bucket = kind(sizes)
     members = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets, "ELEMENT_CHUNK", cap)
         patch.setattr(buckets, "CPU_CHUNK_BYTES", cap * 3 * 2 * 4)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
         chunks = bucket.chunks(rows(bucket, members), "stacked")
     covered = [(i, k) for chunk in chunks for i, start, stop in chunk for k in range(start, stop)]
     assert covered == [(i, k) for i in members for k in range(sizes[i])]
-    assert all(0 < sum(stop - start for _, start, stop in chunk) <= cap for chunk in chunks)
+    most = cap * threads if kind is experts else cap
+    assert all(0 < sum(stop - start for _, start, stop in chunk) <= most for chunk in chunks)
 
 
 def test_chunks_of_the_other_executions() -> None:

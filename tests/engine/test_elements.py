@@ -53,7 +53,7 @@ def test_pieces_of_any_size_and_whole_parameters_are_the_same(
         trained(cls, "per_matrix", poison=poison, **options),
         strict=True,
     ):
-        torch.testing.assert_close(x, y, **tolerance)  # type: ignore[arg-type]
+        torch.testing.assert_close(x, y, **tolerance)
 
 
 KERNELS = [

@@ -198,7 +198,7 @@ def test_compiled_equals_eager_with_skips_and_spikes(case: OptimizerCase) -> Non
             set_gradients(ps, t, lambda i, t: i == 2 and t < 3)
             if t == 3:
                 spoil(ps[0], float("nan"))
-                ps[1].grad.mul_(1e3)  # type: ignore[union-attr]
+                ps[1].grad.mul_(1e3)
             optimizer.step()
         results.append(ps)
-    assert distance(*results, parameters(case, torch.float64)) < 1e-8  # type: ignore[call-arg]
+    assert distance(*results, parameters(case, torch.float64)) < 1e-8

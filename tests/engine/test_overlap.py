@@ -49,7 +49,7 @@ def test_a_skipped_matrix_is_not_refreshed_either(case: OptimizerCase) -> None:
         batch.grad = torch.randn(3, 5, 4)
         optimizer.step()
     before = {p: {key: x.clone() for key, x in optimizer.state[p].items()} for p in (ps[0], batch)}
-    ps[0].grad.fill_(torch.nan)  # type: ignore[union-attr]
+    ps[0].grad.fill_(torch.nan)
     batch.grad[1] = torch.inf
     optimizer.step()
     assert all(torch.equal(optimizer.state[ps[0]][key], x) for key, x in before[ps[0]].items())
@@ -124,7 +124,7 @@ def test_whatever_reads_the_state_waits_for_it() -> None:
     class Watched(Ahead):
         def __init__(self) -> None:
             super().__init__()
-            self.streams = {torch.device("cuda"): None}  # type: ignore[dict-item]
+            self.streams = {torch.device("cuda"): None}
             self.waits = 0
 
         def wait(self) -> None:
@@ -159,7 +159,7 @@ def test_on_cuda_a_stream_of_its_own_makes_the_same_numbers(case: OptimizerCase,
     expected, _ = run(case, 8, **options)
     found, optimizer = run(case, 8, **options, device="cuda", execution=execution)
     assert distance(found, expected, parameters(case, torch.float64)) < 1e-6
-    (stream,) = optimizer._ahead.streams.values()  # type: ignore[attr-defined]
+    (stream,) = optimizer._ahead.streams.values()
     assert stream != torch.cuda.current_stream()
 
 
@@ -179,7 +179,7 @@ def test_on_cuda_a_step_does_not_wait_for_the_refresh_and_the_state_does() -> No
     basis = optimizer.__dict__["state"][w]["Q_L"]
     old, before = basis.clone(), torch.cuda.Event()
     torch.cuda.current_stream().synchronize()
-    optimizer._follow_user = lambda: None  # type: ignore[method-assign]  # the last refresh, which here is a sleep
+    optimizer._follow_user = lambda: None
     optimizer.step()
     before.record()
     before.synchronize()

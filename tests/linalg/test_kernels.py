@@ -31,7 +31,7 @@ def test_steps_on_the_gram_matrix_are_as_exact_as_the_plain_ones(
     kind: str, name: str, steps: int, M: int, N: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, sets = spectrum(kind, M, N), coefficients(name, steps)
-    if routes.gram_blocks(x.to(dtype), steps) is None:
+    if max(routes.gram_blocks(x, dtype, steps)) == 1:
         pytest.skip("the plain path")
     exact = torch.linalg.svdvals(newton_schulz(x.double(), sets))
 
@@ -45,15 +45,18 @@ def test_steps_on_the_gram_matrix_are_as_exact_as_the_plain_ones(
 
 
 def test_what_is_not_in_the_table_takes_the_plain_path() -> None:
-    assert routes.gram_blocks(torch.empty(1, 64, 512, dtype=torch.float64), 5) is None
-    assert routes.gram_blocks(torch.empty(1, 64, 128), 5) is None
-    assert routes.gram_blocks(torch.empty(1, 64, 512, device="meta"), 5) is None
-    assert routes.gram_blocks(torch.empty(1, 512, 2048, dtype=torch.bfloat16), 6) == (2, 1, 1, 1, 1)
+    plain = (1, 1, 1, 1, 1)
+    assert routes.gram_blocks(torch.empty(1, 64, 512), torch.float64, 5) == plain
+    assert routes.gram_blocks(torch.empty(1, 64, 128), torch.float32, 5) == plain
+    assert routes.gram_blocks(torch.empty(1, 64, 512, device="meta"), torch.float32, 5) == plain
+    assert routes.gram_blocks(torch.empty(1, 512, 2048), torch.bfloat16, 6) == (2, 1, 1, 1, 1)
 
 
 def test_calls_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, sets = torch.randn(7, 6, 4), coefficients("quintic", 5)
     whole = newton_schulz(x, sets)
     monkeypatch.setattr(routes, "CPU_CALL_BYTES", {torch.float32: 2 * 6 * 4 * 4})
-    assert [len(part) for part in routes.calls(x, x.dtype)] == [2, 2, 2, 1]
+    for threads, sizes in ((2, [4, 3]), (1, [2, 2, 2, 1])):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert [len(part) for part in routes.calls(x, x.dtype)] == sizes
     torch.testing.assert_close(newton_schulz(x, sets), whole, rtol=0, atol=1e-6)

@@ -147,7 +147,7 @@ def test_estimate_counts_half_of_a_product(place: str) -> None:
     w = torch.nn.Parameter(torch.ones(20, 30, device=place))
 
     def flops(**options: bool) -> float:
-        return estimate([w], lambda ps: Muon(ps, **options), seconds=False).flops  # type: ignore[arg-type]
+        return estimate([w], lambda ps: Muon(ps, **options), seconds=False).flops
 
     M, N = w.shape
     assert flops() - flops(use_syrk=True) == 5 * (M * (M - 1) * N + M * (M - 1) * M)
