@@ -28,8 +28,8 @@ from emerging_optimizers.engine.validate import label
 # each has at least one matrix where CHUNK_BYTES allow it. Accelerators, not measured yet, fill up later.
 CPU_CHUNK_BYTES = 4 * 2**20
 CHUNK_BYTES = 64 * 2**20
-# Elements in one call of an element-wise rule on a CPU: its temporaries stay in the cache. (64 K to 512 K take equally
-# long; with 32 K calls begin to count, 1.2.)
+# Elements in one call of an element-wise rule, for each thread of a CPU: its temporaries stay in the cache. (64 K to
+# 512 K take equally long; with 32 K calls begin to count, 1.2.)
 ELEMENT_CHUNK = 128 * 2**10
 # The same for torch's kernels, which make at most one temporary: each list that they are given costs 100 us.
 FUSED_CHUNK = 8 * ELEMENT_CHUNK
@@ -266,10 +266,10 @@ class Bucket:
         numbers = sum(x[:1].numel() for x in self.state if x is not None)
         size = max(numbers, torch.Size(self.item).numel()) * self.dtype.itemsize
         cap = max(1, CHUNK_BYTES // size)
-        if self.on_host:
+        if self.on_host and self.item:
             cap = min(cap, torch.get_num_threads() * max(1, CPU_CHUNK_BYTES // size))
-        if self.on_host and not self.item:
-            cap = FUSED_CHUNK if execution == "fused" else ELEMENT_CHUNK
+        elif self.on_host:
+            cap = FUSED_CHUNK if execution == "fused" else torch.get_num_threads() * ELEMENT_CHUNK
         chunk: list[Segment] = []
         room = cap
         for i, start, end in segments:

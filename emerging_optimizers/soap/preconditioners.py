@@ -165,9 +165,9 @@ class KlSoapPreconditioner:
 
     def _follow(self, factor: Tensor, basis: Tensor) -> Tensor:
         first = torch.equal(basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device))
-        return (
-            eigh_with_fallback(factor)[1] if first or self._eigh else orthogonal_iteration(factor[None], basis[None])[0]
-        )
+        if first or self._eigh:
+            return eigh_with_fallback(factor)[1]
+        return orthogonal_iteration(factor[None], basis[None])[0]
 
     def project_in(self, x: Tensor) -> Tensor:
         """Q_L^T X Q_R."""

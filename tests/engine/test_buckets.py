@@ -55,8 +55,7 @@ def test_chunks_cover_the_members_once_and_within_the_cap(
         chunks = bucket.chunks(rows(bucket, members), "stacked")
     covered = [(i, k) for chunk in chunks for i, start, stop in chunk for k in range(start, stop)]
     assert covered == [(i, k) for i in members for k in range(sizes[i])]
-    most = cap * threads if kind is experts else cap
-    assert all(0 < sum(stop - start for _, start, stop in chunk) <= most for chunk in chunks)
+    assert all(0 < sum(stop - start for _, start, stop in chunk) <= cap * threads for chunk in chunks)
 
 
 def test_chunks_of_the_other_executions() -> None:
