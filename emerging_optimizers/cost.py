@@ -221,7 +221,12 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in 
 def _extent(x: Tensor) -> tuple[int, int]:
     """From where to where a tensor lies in its storage."""
     begin = int(x.storage_offset())
-    return begin, begin + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return begin, begin + _span(x.shape, x.stride())
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements of memory from the first of a tensor to behind its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
 
 
 @register_flop_formula(torch.ops.emerging_optimizers.syrk)
@@ -251,9 +256,8 @@ class _Like:
 
     @property
     def nbytes(self) -> int:
-        """From the first element to the last."""
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        return (last + 1) * self.dtype.itemsize if 0 not in self.shape else 0
+        """Of the memory over which it lies."""
+        return _span(self.shape, self.stride) * self.dtype.itemsize
 
     def make(self) -> Tensor:
         """One with data: positive, so that a root of it is finite."""

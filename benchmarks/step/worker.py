@@ -148,7 +148,7 @@ class Worker:
         for _ in range(count):
             self.refresh()
             # Untyped in torch.
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_device else []  # type: ignore[no-untyped-call]
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_device else []  # type: ignore[no-untyped-call]  # untyped in torch
             self.wait()
             cpu_begin, wall_begin = time.process_time(), time.perf_counter()
             if events:
@@ -281,7 +281,7 @@ def serve(pipe: Connection, log: str, threads: int, device: str) -> None:
             do, arguments = pipe.recv()
             try:
                 reply = getattr(worker, do)(**arguments)
-            except Exception as error:
+            except Exception as error:  # whatever a peer raises is its result
                 traceback.print_exc()
                 # Results are published: they do not say where things are on this machine.
                 reply = {"error": PATHS.sub("...", f"{type(error).__name__}: {error}".splitlines()[0])[:300]}

@@ -208,7 +208,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self._check_parameter(p, rule, label(group, i, p), self._algorithm(group).__name__)
                 self._check_view(p, rule, group, label(group, i, p))
             self._algorithm(group)._announce(group)
-        except Exception:
+        except Exception:  # of whatever kind: a refused group leaves nothing behind
             self._rules.pop(len(self.param_groups) - 1, None)
             self.param_groups.pop()
             raise

@@ -368,7 +368,7 @@ class SOAPRule(EigenbasisRule):
             if self.published_start:
                 exp_avg_sq = _in_order(_in_order(s.exp_avg_sq, s.L, s.Q_L, dim=-2), s.R, s.Q_R, dim=-1)
             else:
-                exp_avg_sq = project_in(s.exp_avg_sq, _square_(T_L), _square_(T_R))
+                exp_avg_sq = project_in(s.exp_avg_sq, _square_(T_L), _square_(T_R))  # their last use
         return SOAPState(exp_avg, exp_avg_sq, s.L, s.R, left.basis, right.basis, left.eigvals, right.eigvals)
 
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:

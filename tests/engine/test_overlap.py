@@ -179,7 +179,7 @@ def test_on_cuda_a_step_does_not_wait_for_the_refresh_and_the_state_does() -> No
     basis = optimizer.__dict__["state"][w]["Q_L"]
     old, before = basis.clone(), torch.cuda.Event()
     torch.cuda.current_stream().synchronize()
-    optimizer._follow_user = lambda: None
+    optimizer._follow_user = lambda: None  # it waits for the last refresh, which here is a sleep
     optimizer.step()
     before.record()
     before.synchronize()
