@@ -7,6 +7,7 @@ from torch import Tensor
 
 from emerging_optimizers.linalg.coefficients import Coefficients
 from emerging_optimizers.linalg.kernels.routes import calls, gram_blocks
+from emerging_optimizers.linalg.kernels.spare import Spare
 from emerging_optimizers.linalg.kernels.symmetric import gram, symmetric_product
 
 
@@ -80,18 +81,24 @@ def _wide(x: Tensor, turned: bool) -> Tensor:
     return x.mT if turned else x
 
 
-def _times(polynomial: tuple[float, Tensor], x: Tensor, turned: bool) -> Tensor:
+def _times(polynomial: tuple[float, Tensor], x: Tensor, turned: bool, spare: Spare) -> Tensor:
     """(i I + Q) X; `turned`: X (i I + Q^T), as Q is symmetric in exact arithmetic only.
 
     i X is added by baddbmm, never folded into Q as i I: in bfloat16 that costs 3 x the error.
     """
     i, q_BMM = polynomial
-    return torch.baddbmm(x, x, q_BMM.mT, beta=i) if turned else torch.baddbmm(x, q_BMM, x, beta=i)
+    first, second = (x, q_BMM.mT) if turned else (q_BMM, x)
+    out = torch.baddbmm(x, first, second, beta=i, out=spare.take(x.shape))
+    spare.give(q_BMM)
+    spare.give(x)
+    return out
 
 
-def _polynomial(gram_BMM: Tensor, b: float, c: float, use_syrk: bool) -> Tensor:
+def _polynomial(gram_BMM: Tensor, b: float, c: float, use_syrk: bool, out: Tensor | None = None) -> Tensor:
     """b A + c A^2 of a symmetric A."""
-    return symmetric_product(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c, use_syrk=use_syrk) if c else gram_BMM * b
+    if not c:
+        return gram_BMM * b
+    return symmetric_product(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c, use_syrk=use_syrk, out=out)
 
 
 def unit_norm_of_parts(x_BMN: Tensor, eps: float | None, total: Callable[[Tensor], Tensor]) -> Tensor:
@@ -172,23 +179,36 @@ def _in_blocks(
     turned: bool,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The steps in blocks, each on one Gram matrix. Nothing of a block has a name here, which would keep it alive."""
+    """The steps in blocks, each on one Gram matrix. Several blocks may write over `x`.
+
+    Nothing of a block has a name here, which would keep it alive.
+    """
+    spare = Spare()
     first = 0
     for size in blocks:
-        x = _times(_composed(_wide(x, turned), coefficients[first : first + size], use_syrk, total), x, turned)
+        polynomial = coefficients[first : first + size]
+        x = _times(_composed(_wide(x, turned), polynomial, use_syrk, total, spare), x, turned, spare)
         first += size
     return x
 
 
 def _composed(
-    x_BMN: Tensor, coefficients: Coefficients, use_syrk: bool, total: Callable[[Tensor], Tensor] | None
+    x_BMN: Tensor,
+    coefficients: Coefficients,
+    use_syrk: bool,
+    total: Callable[[Tensor], Tensor] | None,
+    spare: Spare,
 ) -> tuple[float, Tensor]:
     """Steps on one Gram matrix: i and Q of their product i I + Q, which are never folded into one."""
-    gram_BMM = gram(x_BMN, use_syrk=use_syrk)
+    square = (*x_BMN.shape[:-1], x_BMN.size(-2))
+    gram_BMM = gram(x_BMN, use_syrk=use_syrk, out=spare.take(square))
     if total is not None:
         gram_BMM = total(gram_BMM)
     (a, b, c), *later = coefficients
-    i, p = a, _polynomial(gram_BMM, b, c, use_syrk)
+    i, p = a, _polynomial(gram_BMM, b, c, use_syrk, spare.take(square))
+    if not later:
+        spare.give(gram_BMM)
+        return i, p
     q = p
     for next_a, b, c in later:
         half = symmetric_product(p, gram_BMM, gram_BMM, beta=a)

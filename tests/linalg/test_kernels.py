@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.linalg.coefficients import coefficients
-from emerging_optimizers.linalg.kernels import routes
-from emerging_optimizers.linalg.newton_schulz import newton_schulz
+from emerging_optimizers.linalg.kernels import routes, spare
+from emerging_optimizers.linalg.newton_schulz import newton_schulz, newton_schulz_step
 
 SPECTRA = ("gaussian", "condition_1e3", "rank_8_and_noise")
 
@@ -60,3 +60,43 @@ def test_calls_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert [len(part) for part in routes.calls(x, x.dtype)] == sizes
     torch.testing.assert_close(newton_schulz(x, sets), whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["quintic", "simple"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("M", "N"), [(96, 96), (40, 64), (64, 40), (512, 1280)])
+def test_memory_that_is_taken_up_again_changes_nothing(
+    M: int, N: int, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, sets = torch.randn(2, M, N), coefficients(name, 5)
+    before = x.clone()
+    fresh = newton_schulz(x, sets, compute_dtype=dtype)
+    monkeypatch.setattr(spare, "_LEAST_BYTES", 0)
+    again = newton_schulz(x, sets, compute_dtype=dtype)
+    step = newton_schulz_step(x, *sets[0])
+    assert torch.equal(again, fresh)
+    assert torch.equal(x, before)
+    assert step.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+def test_memory_that_a_gradient_needs_is_not_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, sets = torch.randn(1, 8, 8, dtype=torch.float64, requires_grad=True), coefficients("simple", 3)
+    monkeypatch.setattr(spare, "_LEAST_BYTES", 0)
+    assert torch.autograd.gradcheck(lambda x: newton_schulz(x, sets), (x,))
+
+
+def test_a_square_iteration_lives_in_three_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int | None] = []
+
+    class Seen(spare.Spare):
+        def take(self, shape: tuple[int, ...]) -> Tensor | None:
+            out = super().take(shape)
+            taken.append(None if out is None else out.untyped_storage().data_ptr())
+            return out
+
+    monkeypatch.setattr(spare, "_LEAST_BYTES", 0)
+    monkeypatch.setattr("emerging_optimizers.linalg.newton_schulz.Spare", Seen)
+    newton_schulz(torch.randn(1, 16, 16), coefficients("quintic", 5))
+    assert taken[:3] == [None, None, taken[2]]
+    assert None not in taken[2:]
+    assert len(set(taken[2:])) == 3

@@ -7,8 +7,8 @@ from emerging_optimizers.linalg.kernels.routes import least_block, takes_syrk
 from emerging_optimizers.linalg.kernels.syrk import syrk
 
 
-def gram(x_BMK: Tensor, *, use_syrk: bool = False) -> Tensor:
-    """X X^T of every matrix; `use_syrk` asks for the triton kernel.
+def gram(x_BMK: Tensor, *, use_syrk: bool = False, out: Tensor | None = None) -> Tensor:
+    """X X^T of every matrix; `use_syrk` asks for the triton kernel. `out` is memory for it, which may be left aside.
 
     Example:
         >>> gram(torch.tensor([[[3.0, 4.0]]]))
@@ -17,14 +17,23 @@ def gram(x_BMK: Tensor, *, use_syrk: bool = False) -> Tensor:
     if use_syrk or takes_syrk(x_BMK):
         return syrk(x_BMK)
     if (least := least_block(x_BMK)) is not None:
-        return _stack_by_blocks(x_BMK, x_BMK, None, 1.0, 1.0, least)
-    return torch.bmm(x_BMK, x_BMK.mT)  # not `@`, which copies the transposed operand of a stack of one matrix
+        return _stack_by_blocks(x_BMK, x_BMK, None, 1.0, 1.0, least, out)
+    return torch.bmm(x_BMK, x_BMK.mT, out=out)  # not `@`, which copies the transposed operand of a stack of one matrix
 
 
 def symmetric_product(
-    x_BMM: Tensor, y_BMM: Tensor, plus_BMM: Tensor, *, beta: float, alpha: float = 1.0, use_syrk: bool = False
+    x_BMM: Tensor,
+    y_BMM: Tensor,
+    plus_BMM: Tensor,
+    *,
+    beta: float,
+    alpha: float = 1.0,
+    use_syrk: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     r""":math:`\beta P + \alpha X Y` of symmetric matrices that commute, as polynomials of one matrix do.
+
+    `out` is memory for it, and of none of the three; it may be left aside.
 
     Example:
         >>> a = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
@@ -35,14 +44,21 @@ def symmetric_product(
     if x_BMM is y_BMM and (use_syrk or takes_syrk(x_BMM)):
         return syrk(x_BMM, plus_BMM, alpha=alpha, beta=beta)
     if (least := least_block(x_BMM)) is not None:
-        return _stack_by_blocks(x_BMM, y_BMM, plus_BMM, beta, alpha, least)
-    return torch.baddbmm(plus_BMM, x_BMM, y_BMM, beta=beta, alpha=alpha)
+        return _stack_by_blocks(x_BMM, y_BMM, plus_BMM, beta, alpha, least, out)
+    return torch.baddbmm(plus_BMM, x_BMM, y_BMM, beta=beta, alpha=alpha, out=out)
 
 
 def _stack_by_blocks(
-    x_BMK: Tensor, y_BMK: Tensor, plus_BMM: Tensor | None, beta: float, alpha: float, least: int
+    x_BMK: Tensor,
+    y_BMK: Tensor,
+    plus_BMM: Tensor | None,
+    beta: float,
+    alpha: float,
+    least: int,
+    out_BMM: Tensor | None,
 ) -> Tensor:
-    out_BMM = x_BMK.new_empty(x_BMK.size(0), x_BMK.size(1), x_BMK.size(1))
+    if out_BMM is None:
+        out_BMM = x_BMK.new_empty(x_BMK.size(0), x_BMK.size(1), x_BMK.size(1))
     for i, out_MM in enumerate(out_BMM):
         _by_blocks(x_BMK[i], y_BMK[i], None if plus_BMM is None else plus_BMM[i], beta, alpha, out_MM, least)
     return out_BMM
