@@ -33,6 +33,8 @@ CHUNK_BYTES = 64 * 2**20
 ELEMENT_CHUNK = 128 * 2**10
 # The same for torch's kernels, which make at most one temporary: each list that they are given costs 100 us.
 FUSED_CHUNK = 8 * ELEMENT_CHUNK
+# From how many elements on a view of a piece costs less than copying it to where there is one (3 us, CPU).
+OUTBOX_PIECE = 8 * 2**10
 
 _KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
 
@@ -344,7 +346,7 @@ class Bucket:
         """
         if chunk.gathers and all(i in members for i in chunk.rows):
             parts = [self.parameters[i] for i in chunk.rows]
-            if self.on_host:
+            if self.on_host and stack.numel() < len(parts) * OUTBOX_PIECE:
                 return parts, self.outbox(chunk, stack, parts)
             return parts, list(_unflatten_dense_tensors(stack.reshape(-1), parts))  # type: ignore[no-untyped-call]  # as above
         parts = []
@@ -376,7 +378,7 @@ class Bucket:
         ]
 
     def outbox(self, chunk: Chunk, stack: Tensor, parts: list[Tensor]) -> list[Tensor]:
-        """A copy of `stack` in pieces shaped like `parts`: hundreds of new views cost more than the copy."""
+        """A copy of `stack` in pieces shaped like `parts`, for small ones, of which new views cost more."""
         count = stack.numel()
         if self._outbox.numel() < count:
             self._outbox = torch.empty(count, dtype=self.dtype, device=self.device)
