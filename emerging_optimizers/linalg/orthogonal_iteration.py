@@ -121,9 +121,10 @@ def cholesky_qr(product_BNN: Tensor, q_BNN: Tensor) -> Tensor:
         X \leftarrow X D^{-1}, \quad X \leftarrow X R^{-1} \quad\text{with}\quad R^\top R = X^\top X + s I
 
     four times, where D has the norms of X's columns and s is 0 in the last two. It runs on stacks, and asks the host
-    nothing: a matrix for which it fails all the same keeps Q. That is one of 80,000 finite ones, of conditions up to
-    1e12, of ranks down to 0 and after spikes of 1e5, with bases that fit and that do not; the others are orthogonal to
-    2e-6 in float32, as by Householder.
+    nothing: a matrix for which it fails all the same keeps Q until the next refresh. (To send it to Householder, the
+    host would have to wait for every refresh, which a CUDA graph and work on a side stream forbid.) That is one of
+    80,000 finite ones, of conditions up to 1e12, of ranks down to 0 and after spikes of 1e5, with bases that fit and
+    that do not; the others are orthogonal to 2e-6 in float32, as by Householder.
 
     Args:
         product_BNN: K Q, for positive semi-definite K.
