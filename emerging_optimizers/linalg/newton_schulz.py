@@ -186,8 +186,8 @@ def _in_blocks(
     spare = Spare()
     first = 0
     for size in blocks:
-        polynomial = coefficients[first : first + size]
-        x = _times(_composed(_wide(x, turned), polynomial, use_syrk, total, spare), x, turned, spare)
+        sets = coefficients[first : first + size]
+        x = _times(_composed(_wide(x, turned), sets, use_syrk, total, spare), x, turned, spare)
         first += size
     return x
 
@@ -206,9 +206,6 @@ def _composed(
         gram_BMM = total(gram_BMM)
     (a, b, c), *later = coefficients
     i, p = a, _polynomial(gram_BMM, b, c, use_syrk, spare.take(square))
-    if not later:
-        spare.give(gram_BMM)
-        return i, p
     q = p
     for next_a, b, c in later:
         half = symmetric_product(p, gram_BMM, gram_BMM, beta=a)
@@ -216,6 +213,7 @@ def _composed(
         a, p = next_a, _polynomial(gram_BMM, b, c, use_syrk)
         q = symmetric_product(p, q, q, beta=a) + i * p
         i = a * i
+    spare.give(gram_BMM)
     return i, q
 
 
