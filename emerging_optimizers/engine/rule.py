@@ -197,4 +197,4 @@ class Rule(ABC):
 
     @abstractmethod
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
-        """One step. Pure (see `works_in_place`): reads no value on the host, does not branch on the device."""
+        """One step. Pure (see `works_in_place`); with `capturable` it reads no value on the host."""

@@ -11,7 +11,12 @@ from emerging_optimizers.linalg.precision import fp32_matmul_precision
 
 
 def orthogonal_iteration(
-    k_BNN: Tensor, q_BNN: Tensor, steps: int = 1, orthonormalize: OrthonormalizerT | None = None
+    k_BNN: Tensor,
+    q_BNN: Tensor,
+    steps: int = 1,
+    orthonormalize: OrthonormalizerT | None = None,
+    *,
+    may_wait: bool = True,
 ) -> Tensor:
     r"""`steps` times :math:`Q \leftarrow \mathrm{qr}(K Q)`, for symmetric K (B, N, N) and orthogonal Q (B, N, N).
 
@@ -23,6 +28,7 @@ def orthogonal_iteration(
         q_BNN: the basis so far.
         steps: >= 1.
         orthonormalize: "householder" or "cholesky" (`cholesky_qr`); None: as `kernels/routes.py` says.
+        may_wait: let the host look for matrices to which `cholesky_qr` does not apply.
 
     Example:
         >>> k = torch.diag(torch.tensor([1.0, 3.0]))[None]
@@ -30,7 +36,7 @@ def orthogonal_iteration(
         tensor([[[0., 1.],
                  [1., 0.]]])
     """
-    return iterate(k_BNN, q_BNN, steps, orthonormalize).basis
+    return iterate(k_BNN, q_BNN, steps, orthonormalize, may_wait=may_wait).basis
 
 
 class Iterate(NamedTuple):
@@ -56,6 +62,7 @@ def iterate(
     *,
     wanted: Tensor | None = None,
     crosses: bool = False,
+    may_wait: bool = True,
 ) -> Iterate:
     r"""`orthogonal_iteration`, with `cross` where asked for and one step of Householder leaves it: it is R^T.
 
@@ -85,7 +92,7 @@ def iterate(
     for step in range(steps):
         product = turned_BNN @ k_BNN if step else product
         if by_cholesky:
-            turned_BNN = cholesky_qr(product.mT, turned_BNN.mT).mT
+            turned_BNN = cholesky_qr(product.mT, turned_BNN.mT, may_wait=may_wait).mT
         else:
             # R over the reflectors. linalg.qr always copies R out of them, which takes an eighth of its time.
             product, scales = torch.geqrf(product.mT)
@@ -113,22 +120,23 @@ _DAMPING_EPS = 8
 _SHIFTED_PASSES, _PLAIN_PASSES = 2, 2
 
 
-def cholesky_qr(product_BNN: Tensor, q_BNN: Tensor) -> Tensor:
+def cholesky_qr(product_BNN: Tensor, q_BNN: Tensor, *, may_wait: bool = True) -> Tensor:
     r"""The orthonormal factor of K Q by products, Cholesky factorizations and triangular solves; diag R is positive.
 
     .. math::
         X = K Q + d\,\|K\| Q, \qquad
         X \leftarrow X D^{-1}, \quad X \leftarrow X R^{-1} \quad\text{with}\quad R^\top R = X^\top X + s I
 
-    four times, where D has the norms of X's columns and s is 0 in the last two. It runs on stacks, and asks the host
-    nothing: a matrix for which it fails all the same keeps Q until the next refresh. (To send it to Householder, the
-    host would have to wait for every refresh, which a CUDA graph and work on a side stream forbid.) That is one of
-    80,000 finite ones, of conditions up to 1e12, of ranks down to 0 and after spikes of 1e5, with bases that fit and
-    that do not; the others are orthogonal to 2e-6 in float32, as by Householder.
+    four times, where D has the norms of X's columns and s is 0 in the last two. It runs on stacks. Of 80,000 finite
+    matrices, of conditions up to 1e12, of ranks down to 0 and after spikes of 1e5, with bases that fit and that do not,
+    it failed for one; the others are orthogonal to 2e-6 in float32, as by Householder. A matrix for which it fails goes
+    to Householder, for which the host waits until the device knows; where it must not, that matrix keeps Q until the
+    next refresh, as one that is not finite always does.
 
     Args:
         product_BNN: K Q, for positive semi-definite K.
         q_BNN: orthogonal.
+        may_wait: False: the host reads nothing, as a CUDA graph and work on a side stream demand.
 
     References:
         Yamamoto et al. 2015, Roundoff error analysis of the CholeskyQR2 algorithm.
@@ -158,4 +166,11 @@ def cholesky_qr(product_BNN: Tensor, q_BNN: Tensor) -> Tensor:
             x = torch.linalg.solve_triangular(L, x.mT, upper=False).mT
         # The last pass squares what the one before has left.
         left = (gram - identity).abs().amax(dim=(-2, -1), keepdim=True)
-    return torch.where(sound & (left < 1e-2), x, q_BNN)
+    sound = sound & (left < 1e-2)
+    out = torch.where(sound, x, q_BNN)
+    if may_wait and out.untyped_storage().device.type != "meta":  # a tensor without data (`estimate`) has no answer
+        failed = (~sound & product_BNN.isfinite().all(dim=(-2, -1), keepdim=True)).flatten()
+        if failed.any():
+            basis, R = torch.linalg.qr(product_BNN[failed])
+            out[failed] = basis * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).unsqueeze(-2)
+    return out

@@ -61,6 +61,7 @@ class MOSORule(Rule):
     max_update_rms: float = 0.0
     correct_bias: bool = True
     first_step: FirstStepT = "adam"
+    capturable: bool = False
 
     def phase(self, step: int, turn: int = 0) -> Phase:
         """FIRST makes the first basis; a refresh before it has no effect, see `EigenbasisRule.phase`."""
@@ -82,7 +83,10 @@ class MOSORule(Rule):
         share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
         factor = lerp(s.M, gram(momentum_BST), share)
 
-        basis = eigh_descending(factor)[1] if phase is Phase.FIRST else orthogonal_iteration(factor, s.Q_M)
+        if phase is Phase.FIRST:
+            basis = eigh_descending(factor)[1]
+        else:
+            basis = orthogonal_iteration(factor, s.Q_M, may_wait=not self.capturable)
         if self.first_step == "adam":
             # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
             seen = v_BST.amax(dim=(-2, -1), keepdim=True) > 0

@@ -142,6 +142,7 @@ class EigenbasisRule(Rule):
     overlap: bool = False
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
     qr_fp32_matmul_prec: FP32MatmulPrecT = "high"
+    capturable: bool = False
 
     @property
     def matmul_precision(self) -> FP32MatmulPrecT:
@@ -300,7 +301,12 @@ class EigenbasisRule(Rule):
             if self.floor < DEFAULT_RELATIVE_FLOOR:
                 values = None  # of small ones eigh is wrong by up to 5e-7 of the largest, and diag Q^T K Q by 1e-8
         else:
-            found = iterate(factor, basis, self.power_iter_steps, wanted=wanted, crosses=self.whitens_factors)
+            found = iterate(
+                *(factor, basis, self.power_iter_steps),
+                wanted=wanted,
+                crosses=self.whitens_factors,
+                may_wait=not (self.overlap or self.capturable),
+            )
             new = found.basis
             rotation = _rotation(basis, new)
             values = found.eigenvalues(rotation)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from emerging_optimizers import SOAP
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.emulation import emulate_tf32
 from emerging_optimizers.linalg.kernels import routes
@@ -138,6 +139,49 @@ def test_cholesky_keeps_the_basis_of_a_row_that_is_not_finite_and_leaves_the_oth
     out = orthogonal_iteration(k, q, 1, "cholesky")
     assert torch.equal(out[[0, 2]], expected[[0, 2]])
     torch.testing.assert_close(out[1].mT @ out[1], torch.eye(5, dtype=torch.float64))
+
+
+@pytest.fixture
+def cholesky_fails_for_low_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes 80,000 tries otherwise."""
+    for name in ("_SHIFTED_PASSES", "_DAMPING_EPS"):
+        monkeypatch.setattr(f"emerging_optimizers.linalg.orthogonal_iteration.{name}", 0)
+
+
+@pytest.mark.usefixtures("cholesky_fails_for_low_rank")
+def test_where_cholesky_fails_householder_takes_over():
+    flat, steep = torch.linspace(0.1, 1, 24, dtype=torch.float64), torch.zeros(24, dtype=torch.float64)
+    steep[:3] = 1
+    k = torch.cat([with_spectrum(flat, 0), with_spectrum(steep, 1), with_spectrum(flat, 2)]).float()
+    q = rotation(24, seed=3).float().repeat(3, 1, 1)
+    out, householder, kept = (
+        orthogonal_iteration(k, q, 1, name, may_wait=may_wait)
+        for name, may_wait in (("cholesky", True), ("householder", True), ("cholesky", False))
+    )
+    assert torch.equal(out[[0, 2]], kept[[0, 2]])
+    assert torch.equal(kept[1], sorted_basis(k, q)[1])
+    assert torch.equal(out[1].abs(), householder[1].abs())
+    diagonal = (out.mT @ (k @ sorted_basis(k, q))).diagonal(dim1=-2, dim2=-1)
+    assert (diagonal > -1e-6).all()
+
+
+@pytest.mark.usefixtures("cholesky_fails_for_low_rank")
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"capturable": True}], ids=str)
+def test_the_host_waits_for_householder_only_where_it_may(options, monkeypatch):
+    monkeypatch.setitem(routes.ORTHONORMALIZERS, "cpu", "cholesky")
+    qr, waits = torch.linalg.qr, []
+
+    def counted(x: Tensor) -> tuple[Tensor, Tensor]:
+        waits.append(len(x))
+        return qr(x)
+
+    monkeypatch.setattr(torch.linalg, "qr", counted)
+    w = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = SOAP([w], lr=0.1, **options)
+    for _ in range(4):
+        w.grad = torch.randn(8, 1, generator=torch.Generator().manual_seed(0)) @ torch.ones(1, 8)
+        optimizer.step()
+    assert bool(waits) is not bool(options)
 
 
 def test_cholesky_does_not_read_the_caller_s_precision():
