@@ -89,8 +89,8 @@ def estimate(
         model_or_params: a module, which may be on the meta device, or what any torch optimizer takes.
         optimizer: a name of `list_optimizers()`, made by `create_optimizer` with `options`; or a function, such as a
             class, from the module or the parameters to a torch optimizer.
-        device: where the step would run; None: where the parameters are.
-        seconds: time the operations; needs the device and the memory of the largest one's operands.
+        device: where the step would run, and one that is there; None: where the parameters are.
+        seconds: time the operations; needs the memory of the largest one's operands.
         **options: see `create_optimizer`.
 
     Returns:
@@ -100,8 +100,8 @@ def estimate(
 
     Raises:
         TypeError: `options` beside a function.
-        ValueError: the step depends on values of the weights (Spectron, MuonHyperball), or what
-            `create_optimizer` raises.
+        ValueError: the device is not there, the step depends on values of the weights (Spectron, MuonHyperball), or
+            what `create_optimizer` raises.
 
     Example:
         >>> cost = estimate(nn.Linear(64, 32, bias=False), "adamw", seconds=False)
@@ -110,6 +110,13 @@ def estimate(
     """
     if options and not isinstance(optimizer, str):
         raise TypeError(f"estimate: {next(iter(options))!r} belongs to a name; give it to the function instead")
+    kind = "cpu" if device is None else torch.device(device).type
+    if kind not in ("cpu", "meta") and not torch.get_device_module(kind).is_available():
+        raise ValueError(
+            f"estimate: device={str(device)!r} is not there (torch {torch.__version__} finds none), and without it "
+            "torch takes no view, not even of tensors without data; run this where it is, or give device='cpu', where "
+            "the state has the same bytes"
+        )
     target = model_or_params if isinstance(model_or_params, nn.Module) else list(model_or_params)
     with FakeTensorMode(), torch.no_grad():
         copied = copy.deepcopy(target, {id(x): _fake(x, device) for x in _tensors(target)})

@@ -125,6 +125,14 @@ def test_options_belong_to_a_name() -> None:
         estimate([matrix(2, 2)], Muon, momentum=0.9)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_device_that_is_not_there_is_named_before_anything_runs() -> None:
+    with pytest.raises(ValueError, match=r"device='cuda:0' is not there .* give device='cpu'"):
+        estimate([matrix(2, 2)], "muon", "cuda:0", seconds=False)
+    with pytest.raises(SystemExit, match="device='cuda' is not there"):
+        main(["estimate", "muon", "--device", "cuda"])
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["estimate", "muon", "--shapes", "2*8x4,4x4", "--no-seconds"])
     lines = capsys.readouterr().out.splitlines()
