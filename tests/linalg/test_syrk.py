@@ -191,9 +191,8 @@ def test_it_compiles_for_devices_that_are_not_here(kind: str, element: str, capa
     source = triton.compiler.ASTSource(
         _syrk, signature, {(_syrk.arg_names.index(name),): value for name, value in fixed.items()}
     )
-    kernel = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert kernel.metadata.shared <= 99 * 1024
 
 
