@@ -169,8 +169,9 @@ def cholesky_qr(product_BNN: Tensor, q_BNN: Tensor, *, may_wait: bool = True) ->
     sound = sound & (left < 1e-2)
     out = torch.where(sound, x, q_BNN)
     if may_wait and out.untyped_storage().device.type != "meta":  # a tensor without data (`estimate`) has no answer
-        failed = (~sound & product_BNN.isfinite().all(dim=(-2, -1), keepdim=True)).flatten()
+        failed = ~sound.flatten()
         if failed.any():
+            failed &= product_BNN.isfinite().all(dim=(-2, -1))
             basis, R = torch.linalg.qr(product_BNN[failed])
             out[failed] = basis * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).unsqueeze(-2)
     return out

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emerging_optimizers import SOAP
+from emerging_optimizers import MOSO, SOAP
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.emulation import emulate_tf32
 from emerging_optimizers.linalg.kernels import routes
@@ -166,8 +166,11 @@ def test_where_cholesky_fails_householder_takes_over():
 
 
 @pytest.mark.usefixtures("cholesky_fails_for_low_rank")
-@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"capturable": True}], ids=str)
-def test_the_host_waits_for_householder_only_where_it_may(options, monkeypatch):
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [(SOAP, {}), (SOAP, {"overlap": True}), (SOAP, {"capturable": True}), (MOSO, {}), (MOSO, {"capturable": True})],
+)
+def test_the_host_waits_for_householder_only_where_it_may(optimizer_class, options, monkeypatch):
     monkeypatch.setitem(routes.ORTHONORMALIZERS, "cpu", "cholesky")
     qr, waits = torch.linalg.qr, []
 
@@ -177,7 +180,7 @@ def test_the_host_waits_for_householder_only_where_it_may(options, monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "qr", counted)
     w = torch.nn.Parameter(torch.zeros(8, 8))
-    optimizer = SOAP([w], lr=0.1, **options)
+    optimizer = optimizer_class([w], lr=0.1, **options)
     for _ in range(4):
         w.grad = torch.randn(8, 1, generator=torch.Generator().manual_seed(0)) @ torch.ones(1, 8)
         optimizer.step()
