@@ -44,7 +44,7 @@ def main() -> None:
             for seed in SEEDS:
                 config = replace(TrainConfig(), seed=seed, **changes)
                 run = train_one(config, "soap", replace(arm, options={**arm.options, **options}), text)
-                losses.append(round(run.steps[-1].validation_loss or 0.0, 4))
+                losses.append(round(run.final_loss, 4))
             rows.append({"options": options, "job": job, "losses": losses})
             print(rows[-1], flush=True)
     write_json(OUT, rows)

@@ -28,7 +28,7 @@ def main() -> None:
             row: dict[str, object] = {"optimizer": name, "seed": seed}
             for label, options in (("float32", {}), ("bfloat16", {"state_dtype": torch.bfloat16})):
                 run = train_one(config, name, replace(arm, options={**arm.options, **options}), text)
-                row[f"loss_{label}"] = round(run.steps[-1].validation_loss or 0.0, 4)
+                row[f"loss_{label}"] = round(run.final_loss, 4)
                 row[f"state_bytes_{label}"] = run.state_bytes
             rows.append(row)
             print(row, flush=True)
