@@ -41,8 +41,8 @@ eigenbasis in the second step. `"eigenbasis"` is the published start, with the p
 `overlap=True` takes the update first, in the bases and moments that the state holds, and refreshes behind it; the first
 basis is that of the first gradient then, and rotates the second. On CUDA the refresh runs on a stream of its own while
 the model runs. It is another law: no basis has seen the gradient that it rotates. On the lab's training job that costs
-0.13 to 0.23 of loss, and 0.04 where the learning rate warms up for longer; a refresh in every tenth step costs 0.5 to
-0.6, and then 0.11 to 0.14 (docs/performance.md).
+0.13 to 0.23 of loss, and 0.04 to 0.05 where the learning rate warms up for longer; a refresh in every tenth step costs
+0.5 to 0.6, and then 0.11 to 0.14 (docs/performance.md).
 
 State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers, M + N more with KL. For the hidden matrices of a network, where
 a lower loss for the same number of steps is worth a costlier step.
