@@ -17,6 +17,7 @@ import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class OlderPython(importlib.machinery.SourceFileLoader):
     """Compiles a checkout that was written for Python 3.12 under Python 3.11, without touching its files."""
 
     # typeshed knows the method without `_optimize`, which importlib passes.
-    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:  # type: ignore[override]
+    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:  # type: ignore[override]  # as above
         source = importlib.util.decode_source(bytes(data))
         plain = TYPE_PARAMETERS.sub(r"\1", source)
         flags = 0 if plain == source else ANNOTATIONS_ARE_TEXT
@@ -224,8 +225,7 @@ class Worker:
             x = square.bfloat16() if name == "bfloat16" else square
             torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
             product = torch.empty_like(x)
-            # mypy infers no lambda that has defaults.
-            found[name] = self.rate(2 * square.size(0) ** 3, lambda x=x, out=product: torch.mm(x, x, out=out))  # type: ignore[misc]
+            found[name] = self.rate(2 * square.size(0) ** 3, partial(torch.mm, x, x, out=product))
         # A processor reads what a copy overwrites, so writing in place, as optimizers do, can be the faster of the two.
         copied = self.rate(2 * source.nbytes, lambda: target.copy_(source))
         in_place = self.rate(2 * target.nbytes, lambda: target.mul_(1.0))

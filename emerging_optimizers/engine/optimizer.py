@@ -51,8 +51,7 @@ def _eager(function: FunctionT) -> FunctionT:
 
     As torch.optim does it: `torch.compiler.disable` would import dynamo with this module, a second or more.
     """
-    # Not exported and not typed, but what torch.optim itself uses.
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined, return-value]
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined, return-value]  # torch.optim's own, untyped
 
 
 class EngineOptions(TypedDict, total=False):

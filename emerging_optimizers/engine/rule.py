@@ -145,7 +145,7 @@ class Rule(ABC):
         Updates weights and state, a `NamedTuple` of lists, in place; all tensors are contiguous, of one dtype, and
         `t.step` is a number.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # called where a rule `fuses`
 
     @classmethod
     def from_group(cls: type[RuleT], group: Mapping[str, Any]) -> RuleT:
@@ -177,7 +177,7 @@ class Rule(ABC):
 
         Runs before anything moves and may read the device, warn and raise; `labels` name the parameter of each matrix.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # called where it `starts_from_weight`
 
     @property
     def prepares(self) -> bool:
@@ -189,7 +189,7 @@ class Rule(ABC):
 
         Pure as `update`. Called when state and weights are written, not for REUSE; on CUDA beside whatever follows.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # called where it `prepares`
 
     def lost(self, state: Any) -> Tensor | None:
         """Which matrices need `start` again, as (B,) on the device; the host acts on it in the next step."""

@@ -149,7 +149,7 @@ class SoapBase(SOAP):
             betas: the group's.
             step: counts from 1.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the user's part
 
 
 class KlSoapV3(SoapBase):
