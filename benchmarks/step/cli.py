@@ -46,12 +46,16 @@ class Run:
 
     def run(self) -> None:
         """Measures workload by workload; what is done is saved."""
+        import torch
+
         from benchmarks.step.promises import keep
         from benchmarks.step.run import Request, measure
 
         names = self.workload or (*WORKLOADS, "promises")
         if unknown := [name for name in names if name not in (*WORKLOADS, "promises")]:
             raise UsageError(f"--workload {unknown[0]}: there are {', '.join(WORKLOADS)} and promises")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"--device cuda: torch {torch.__version__} finds none; leave it out to measure the CPU")
         request = Request(
             rounds=3 if self.quick else self.rounds,
             threads=self.threads,

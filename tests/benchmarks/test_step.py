@@ -10,12 +10,14 @@ import torch
 
 from benchmarks.step import checks
 from benchmarks.step.arms import ARMS, PEERS
+from benchmarks.step.cli import Run
 from benchmarks.step.floors import Eigenbasis, NewtonSchulz, Traffic, floor
 from benchmarks.step.promises import promise
 from benchmarks.step.render import BEGIN, END, render
 from benchmarks.step.run import ArmError, Request, chosen, compare, load, measure, quartiles, rounded, worker
 from benchmarks.step.worker import PATHS, TYPE_PARAMETERS, tensors
 from benchmarks.step.workloads import WORKLOADS, Workload, elements
+from emerging_optimizers.lab.config import UsageError
 from emerging_optimizers.linalg.coefficients import coefficients
 
 TINY = Workload(name="tiny", family="muon", about="three matrices", cpu=((2, (8, 8)), (1, (8, 16))), gpu=())
@@ -234,3 +236,10 @@ def test_arms_are_chosen_by_workload_device_and_pattern():
     assert names("square", only=["muon, H*"]) == ["Muon, highest"]
     assert names("gpt2", only=["*high"]) == []
     assert names("gpt2", only=["*high"], device="cuda") == ["Muon, high", "published Muon, high"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_device_that_is_not_there_is_named_before_anything_runs(tmp_path):
+    with pytest.raises(UsageError, match=r"--device cuda: torch .* finds none"):
+        Run(device="cuda", out=tmp_path / "out.json").run()
+    assert not list(tmp_path.iterdir())
