@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from emerging_optimizers.engine import RuleOptimizer
-from emerging_optimizers.engine.fused import look
+from emerging_optimizers.engine.fused import norms
+from emerging_optimizers.engine.validate import place
 from emerging_optimizers.routing import create_optimizer
 
 WARM_STEPS = 3  # state, the first basis, the first of the later ones
@@ -158,7 +159,7 @@ def _measure(optimizer: torch.optim.Optimizer, seconds: bool, looked: Container[
         with _Meter(tree_leaves([parameters, [p.grad for p in active], list(optimizer.state.values())])) as meter:
             for _ in range(steps):
                 meter.touched.clear()
-                look([p.grad for p in active if p in looked and p.grad is not None])
+                norms([p.grad for p in active if p in looked and p.grad is not None])
                 optimizer.step()
         return meter
 
@@ -413,12 +414,8 @@ def _tensors(target: Any) -> list[Tensor]:
 
 
 def _names(optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
-    names = {}
-    for index, group in enumerate(optimizer.param_groups):
-        given = group.get("param_names")
-        for i, p in enumerate(group["params"]):
-            names[p] = given[i] if given else f"param_groups[{index}]['params'][{i}]"
-    return names
+    groups = enumerate(optimizer.param_groups)
+    return {p: place(group, index, i) for index, group in groups for i, p in enumerate(group["params"])}
 
 
 def _texts(cost: Cost) -> tuple[str, str, str, str]:

@@ -6,7 +6,7 @@ Layer 1: imports linalg and torch; knows the contract of a rule (`engine/rule.py
 from emerging_optimizers.engine.observe import Alarm, SpikeWatch
 from emerging_optimizers.engine.optimizer import EngineOptions, RuleOptimizer
 from emerging_optimizers.engine.rule import Phase, Rule, Scalars, Step
-from emerging_optimizers.engine.scalars import debias, lerp, lerp_
+from emerging_optimizers.engine.scalars import debias, lerp
 
 __all__ = [
     "Alarm",
@@ -19,5 +19,4 @@ __all__ = [
     "Step",
     "debias",
     "lerp",
-    "lerp_",
 ]

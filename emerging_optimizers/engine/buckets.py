@@ -7,7 +7,7 @@ between many small matrices in one call, one expert stack in several, and cache-
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # one call for many tensors, as DDP has it
 
+from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.transit import Transit
@@ -35,6 +36,9 @@ ELEMENT_CHUNK = 128 * 2**10
 FUSED_CHUNK = 8 * ELEMENT_CHUNK
 # From how many elements on a view of a piece costs less than copying it to where there is one (3 us, CPU).
 OUTBOX_PIECE = 8 * 2**10
+
+# After how many skipped steps in a row a user is told.
+LONG_STREAK = 100
 
 _KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
 
@@ -168,6 +172,7 @@ class Bucket:
         self.rounded = bool(rounds) and rounded is not None
         if self.rounded:
             self.state = self.state._replace(**{name: getattr(self.state, name).to(rounded) for name in rounds})
+        self.kind = self.kind_of(rule)
         self.counts = [0] * len(parameters)
         # When each row's turn comes, for a rule with a period.
         self.turns = [0] * len(parameters)
@@ -181,9 +186,16 @@ class Bucket:
         # What is counted and guarded by itself: a matrix, or a parameter of an element-wise rule.
         self.units = self.offsets[-1] if item else len(parameters)
         self.step = torch.zeros(self.units if rule.counts_steps else 0, dtype=torch.float32, device=self.device)
+        self.step_version = self.step._version  # another one: somebody has written the counts
         self.guard: dict[str, Tensor] = {}
         self._mail: Transit | None = None
-        self.scaled, self.skipped = torch.zeros(2, self.units, dtype=torch.int64, device=self.device)
+        # How often each unit was scaled down and skipped, and how often it was skipped in a row.
+        self.scaled, self.skipped, self.streak = torch.zeros(3, self.units, dtype=torch.int64, device=self.device)
+        self._skips_in_a_row = False  # for all that the host knows
+        self._told: set[int] = set()
+        self._streak_mail: Transit | None = None
+        self._steps = 0
+        self.unmoved: Transit | None = None  # see `engine/rounding.py`
         # Which stacks are shaped like the gradient, for any gradient: a square matrix's factors are so by accident.
         shape = (1, 2, 3)[: 1 + len(item)]
         probe = rule.init(shape, self.dtype, torch.device("meta"))._asdict()
@@ -205,6 +217,12 @@ class Bucket:
             )
         return views
 
+    def kind_of(self, rule: Rule) -> Any:
+        """What makes a rule's state what it is, and its turns; as it compares."""
+        parts = rule.init((1, *self.item), self.dtype, torch.device("meta"))._asdict()
+        shapes = {name: None if x is None else x.shape for name, x in parts.items()}
+        return type(rule), rule.elementwise, rule.counts_steps, rule.period, shapes
+
     @property
     def on_host(self) -> bool:
         """Whether the numbers are in the host's memory."""
@@ -225,10 +243,15 @@ class Bucket:
         """Allocate the running means of the spike guard, and publish them beside the rule's state."""
         if self.guard:
             return
-        for name in ("guard_norm", "guard_weight"):
-            self.guard[name] = torch.zeros(self.units, dtype=self.dtype, device=self.device)
-            for i, views in enumerate(self.published):
-                views[name + self.blocks[i].key] = self.unit_view(i, self.guard[name])
+        names = ("guard_norm", "guard_weight")
+        self.guard = {name: torch.zeros(self.units, dtype=self.dtype, device=self.device) for name in names}
+        for i, views in enumerate(self.published):
+            views |= {name + self.blocks[i].key: self.unit_view(i, stack) for name, stack in self.guard.items()}
+
+    @property
+    def guard_stacks(self) -> dict[str, Tensor]:
+        """What the guard keeps of each unit, by name."""
+        return {**self.guard, "scaled": self.scaled, "skipped": self.skipped, "streak": self.streak}
 
     def fits(self) -> bool:
         """Whether every parameter still is what its stacks were made for."""
@@ -309,6 +332,13 @@ class Bucket:
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
         return type(self.state)(*map(part, self.state))
+
+    def as_kept(self, state: Any) -> Any:
+        """A chunk's new state as `read` will find it once it is written."""
+        if not self.rounded:
+            return state
+        kept = zip(state, self.state, strict=True)
+        return type(state)(*(x if x is None else x.to(stack.dtype).to(self.dtype) for x, stack in kept))
 
     def write(self, chunk: Chunk, state: Any) -> None:
         """Copy a chunk's new state into the stacks, in place."""
@@ -416,73 +446,163 @@ class Bucket:
 
     # ---- counting and adopting ----------------------------------------------------------------------------------
 
-    def count(self, members: Sequence[int], factor: Tensor | None) -> None:
-        """One more update of the parameters `members`, but not of the units whose factor is 0."""
+    def count(
+        self,
+        members: Sequence[int],
+        factor: Tensor | None,
+        news: Mapping[str, Tensor],
+        done: Sequence[Chunk] | None = None,
+    ) -> None:
+        """One more update of the parameters `members`, but not of the units whose factor is 0.
+
+        Args:
+            members: those with a gradient.
+            factor: of each unit; None: 1.
+            news: what the guard makes of its stacks.
+            done: the chunks that have moved, where an exception has stopped the others; None: all have.
+        """
+        if done is not None:
+            moved = self._moved(done)
+            members = [i for i in members if bool(self.unit_view(i, moved).any())]
+            stacks = self.guard_stacks
+            news = {name: torch.where(moved, new, stacks[name]) for name, new in news.items()}
+            factor = moved.to(self.dtype) if factor is None else factor * moved
+        writes: list[Write] = [partial(self.guard_stacks[name].copy_, new) for name, new in news.items()]
         if factor is not None:
             live = factor > 0
             if self.looks:
                 members = [i for i in members if self.unit_view(i, live).any()]
             if self.step.numel():
-                self.step += live
-        elif self.step.numel():
+                writes.append(partial(self.step.add_, live))
+        elif self.step.numel() and members:
             if len(members) == len(self.parameters):
-                self.step += 1
+                writes.append(partial(self.step.add_, 1))
             else:
-                for i in members:
-                    self.unit_view(i, self.step).add_(1)
-        if len(members) == len(self.parameters):
-            self.counts = [count + 1 for count in self.counts]
-        else:
-            for i in members:
-                self.counts[i] += 1
+                writes.append(partial(self.step.index_add_, 0, self.units_of(members), self._ones(members)))
+        if self._skips_in_a_row and "streak" not in news:
+            writes.append(partial(self.streak.index_fill_, 0, self.units_of(members), 0))
+        counts = self.counts.copy()
+        for i in members:
+            counts[i] += 1
+        commit([*writes, partial(self._take, counts, "streak" in news or self._skips_in_a_row)])
+
+    def _take(self, counts: list[int], skips: bool) -> None:
+        self.counts, self.step_version = counts, self.step._version
+        self._skips_in_a_row = skips and (not self.looks or bool(self.streak.any()))
+
+    def _ones(self, members: Sequence[int]) -> Tensor:
+        return torch.ones(len(self.units_of(members)), dtype=self.step.dtype, device=self.device)
+
+    def _moved(self, done: Iterable[Chunk]) -> Tensor:
+        """Which units are in these chunks, a parameter that was cut only with its last piece."""
+        moved = torch.zeros(self.units, dtype=torch.bool, device=self.device)
+        for chunk in done:
+            for i, start, stop in chunk:
+                if self.item:
+                    moved[self.offsets[i] + start : self.offsets[i] + stop] = True
+                elif stop == self.items(i):
+                    moved[i] = True
+        return moved
+
+    def follow_counts(self) -> bool:
+        """Take over step counts that somebody has written; whether there are any.
+
+        Raises:
+            ValueError: a count that is none, by its index.
+        """
+        if self.step._version == self.step_version:
+            return False
+        for i, p in enumerate(self.parameters):
+            self.counts[i] = _count_of(
+                self.published[i]["step" + self.blocks[i].key], f"a parameter of shape {tuple(p.shape)}"
+            )
+        self.step_version = self.step._version
+        return True
+
+    def unmoved_share(self) -> float:
+        """Which share of its weights a step has left where they were, where that was asked and is known by now."""
+        if self.unmoved is None or not self.unmoved.ready:
+            return 0.0
+        share, self.unmoved = float(self.unmoved.read()), None
+        return share
+
+    def skipped_for_long(self) -> list[int]:
+        """Rows with a unit that was skipped a hundred times in a row; each is told once."""
+        if self.looks:
+            streak = self.streak if self._skips_in_a_row else None
+        else:  # an accelerator is asked every fiftieth time, and answers fifty steps later: nobody waits
+            self._steps += 1
+            if self._steps % 50:
+                return []
+            streak = None if self._streak_mail is None else self._streak_mail.read()
+            self._streak_mail = Transit.send(self.streak.clone())
+        if streak is None or int(streak.max()) < LONG_STREAK:
+            return []
+        rows = [i for i in range(len(self.parameters)) if int(self.unit_view(i, streak).max()) >= LONG_STREAK]
+        rows = [i for i in rows if i not in self._told]
+        self._told.update(rows)
+        return rows
 
     def post(self, flags: Tensor) -> None:
         """Send (units,) flags to the host without waiting for the device."""
         self._mail = Transit.send(flags)
 
-    def collect(self) -> list[int]:
-        """The parameters with a flag in what was posted last, in an earlier step; each is told once."""
+    def flagged(self) -> list[int]:
+        """The parameters with a flag in what was posted last, in an earlier step, until they are forgotten."""
         if self._mail is None:
             return []
-        flags, self._mail = self._mail.read(), None
+        flags = self._mail.read()
         return [i for i in range(len(self.parameters)) if self.unit_view(i, flags).any()] if flags.any() else []
+
+    def forget_flags(self) -> None:
+        """What was posted has been acted on."""
+        self._mail = None
 
     def adopt(self, i: int, saved: Mapping[str, Any], name: str) -> None:
         """Copy a row's state from elsewhere, its parameter's, into the stacks, in the stacks' dtype.
 
+        Entries under other keys are somebody else's.
+
         Raises:
-            ValueError: a key is missing or unknown, or a shape differs.
+            ValueError: a key is missing, a shape differs, or a value is none; nothing was copied.
         """
         views, end = self.published[i], self.blocks[i].key
-        saved = {key: value for key, value in saved.items() if key.endswith(end)}
         missing = views.keys() - saved.keys() - {key + end for key in self.guard}
-        unknown = saved.keys() - views.keys()
-        if missing or unknown:
+        if missing:
             raise ValueError(
-                f"the optimizer state of {name} does not fit: "
-                + "; ".join(
-                    f"{what} {', '.join(sorted(keys))}"
-                    for what, keys in (("missing", missing), ("unknown", unknown))
-                    if keys
-                )
-                + ". It was written by another optimizer or with other options."
+                f"the optimizer state of {name} does not fit: missing {', '.join(sorted(missing))}. It was written by "
+                "another optimizer or with other options; delete the parameter's entry to start it anew"
             )
-        for key, view in views.items():
-            if key not in saved:  # the guard was turned on since
-                continue
-            value = torch.as_tensor(saved[key])
-            if value.shape != view.shape:
-                if key == "step" + end and value.numel() == 1:  # one count for a batch of matrices
-                    value = value.reshape(())
-                else:
-                    raise ValueError(
-                        f"the optimizer state {key!r} of {name} has shape {tuple(value.shape)}; "
-                        f"{tuple(view.shape)} is needed"
-                    )
-            if value is not view:
-                view.copy_(value)
-        if self.step.numel():
-            self.counts[i] = int(views["step" + end].max())
+        values = {key: self._fitting(key, saved[key], view, name) for key, view in views.items() if key in saved}
+        count = _count_of(values["step" + end], name) if self.step.numel() else 0
+        for key, value in values.items():  # the guard's may be missing: it was turned on since
+            if value is not views[key]:
+                views[key].copy_(value)
+        self.counts[i] = count
+        self.step_version = self.step._version
+
+    def _fitting(self, key: str, value: Any, view: Tensor, name: str) -> Tensor:
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"the optimizer state {key!r} of {name} is {value!r}; a tensor of shape {tuple(view.shape)} is needed"
+            ) from None
+        if value.shape != view.shape:
+            if key.startswith("step") and value.numel() == 1:  # one count for a batch of matrices
+                return value.reshape(())
+            raise ValueError(
+                f"the optimizer state {key!r} of {name} has shape {tuple(value.shape)}; {tuple(view.shape)} is needed"
+            )
+        return value
+
+
+def _count_of(step: Tensor, name: str) -> int:
+    """The largest of some step counts."""
+    counts = step.detach().double().flatten()
+    if not bool(((counts >= 0) & (counts == counts.round()) & counts.isfinite()).all()):
+        raise ValueError(f"the optimizer state 'step' of {name} is {step.tolist()}; a whole number >= 0 is needed")
+    return int(counts.max())
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
@@ -512,7 +632,7 @@ def fill_buckets(
         ):
             bucket.start_guard()
         for row, (i, p, _) in enumerate(rows):
-            if saved.get(p):
+            if bucket.published[row].keys() & saved.get(p, {}).keys():
                 bucket.adopt(row, saved[p], label(group, i, p))
         buckets.append(bucket)
     return buckets

@@ -59,26 +59,19 @@ def step_elements(
     _compiled_elements(rule, BACKEND)(grad.data, state, weight.data, scale, t, maximize)
 
 
-def copied(state: Any) -> Any:
-    """A state that may be written into; in a graph these copies take no memory."""
-    return type(state)(*(None if x is None else x.clone() for x in state))
-
-
 @cache
 def _compiled_elements(rule: Rule, backend: str) -> Any:
     def step(grad: Tensor, state: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool) -> None:
         old = weight.to(grad.dtype)
-        own = state
         live = None
         if scale is not None:
             live = scale > 0
             grad = torch.where(live, grad * scale, 0)
-            own = copied(state)
         if maximize:
             grad = -grad
         if t.l2 is not None:
             grad = grad + old * t.l2
-        out = rule.update(grad, own, t, Phase.REUSE)
+        out = rule.update(grad, state, t, Phase.REUSE)
         assert out.direction is not None
         # Not `add_(direction, alpha=-lr)`: compiled, an alpha can be lost, and a number freezes at its second value
         # (torch 2.13). Every number comes as a 0-D tensor.
@@ -96,7 +89,7 @@ def _compiled(rule: Rule, phase: Phase, backend: str) -> Any:
     # Only the pure rule is compiled. The weight is written by the engine: compiled, `add_(a @ b, alpha=-lr)` loses
     # its alpha and a float learning rate freezes at its second value (torch 2.13).
     def update(grad: Tensor, state: Any, t: Any) -> Step:
-        return rule.update(grad, copied(state) if rule.works_in_place else state, t, phase)
+        return rule.update(grad, state, t, phase)
 
     return torch.compile(update, fullgraph=True, dynamic=False, backend=backend)
 

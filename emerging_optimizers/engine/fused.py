@@ -1,21 +1,30 @@
 """torch's kernels that update lists of tensors in one pass over memory, and what they can be made to say.
 
-The tensors of one place in the lists have one dtype and as many elements, and are contiguous.
+The tensors of one place in the lists have one dtype and as many elements, and are contiguous. Nothing is written when a
+function here is called: it returns the writes, which `commit` makes.
 """
 
-import math
+import threading
 from collections.abc import Iterable
+from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # one call for many tensors, as DDP has it
+
+from emerging_optimizers.engine.commit import Write
 
 DEVICES = ("cpu", "cuda")
+# Tensors of fewer elements are gathered before they are looked at, up to so many: a call costs as much as 20,000.
+_SMALL = 2**14
+_GATHERED = 2**17
 
 
 def adam_(
     weights: list[Tensor],
     grads: list[Tensor],
-    moments: list[Tensor],
+    moments: list[Tensor] | None,
     squares: list[Tensor],
     *,
     betas: tuple[float, float],
@@ -23,30 +32,54 @@ def adam_(
     step: float,
     lr: float,
     keep: float,
-) -> None:
+) -> list[Write]:
     """M <- beta1 M + (1 - beta1) G, V <- beta2 V + (1 - beta2) G^2, W <- keep W - lr M' / (sqrt(V') + eps), in place.
 
     M' = M / (1 - beta1^step) and V' = V / (1 - beta2^step); a step of infinity: the moments as they are. Any numbers
-    will do: with beta1 = 0, where `moments` may be `grads`, the gradient itself is divided by its size.
+    will do: with beta1 = 0, where `moments` may be None, the gradient itself is divided by its size. `keep` is 1 where
+    `lr` is 0.
     """
-    # The kernel knows decoupled decay only, 1 - lr weight_decay, which can say any `keep` unless lr is 0.
-    if not lr and keep != 1:
-        torch._foreach_mul_(weights, keep)
-    torch._fused_adamw_(
+    call = partial(
+        torch._fused_adamw_,
         weights,
         grads,
-        moments,
+        _scratch(grads) if moments is None else moments,
         squares,
         [],
         [torch.full((), step, dtype=torch.float32, device=weights[0].device)] * len(weights),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],
-        weight_decay=(1 - keep) / lr if lr else 0.0,
+        weight_decay=(1 - keep) / lr if lr else 0.0,  # the kernel knows decoupled decay, which can say any `keep`
         eps=eps,
         amsgrad=False,
         maximize=False,
     )
+    return [call]
+
+
+class _Held(threading.local):
+    """Where kernels write what nobody needs; each thread of the host has its own."""
+
+    def __init__(self) -> None:
+        self.by_kind: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_HELD = _Held()
+
+
+def _scratch(like: list[Tensor]) -> list[Tensor]:
+    """Finite numbers, in tensors that may be written."""
+    count, kind, held = sum(map(Tensor.numel, like)), (like[0].dtype, like[0].device), _HELD.by_kind
+    if kind not in held or held[kind].numel() < count:
+        held[kind] = torch.zeros(count, dtype=kind[0], device=kind[1])
+    pieces: Iterable[Tensor] = _unflatten_dense_tensors(held[kind][:count], like)  # type: ignore[no-untyped-call]  # untyped in torch
+    return list(pieces)
+
+
+def forget_scratch() -> None:
+    """Drop what kernels have written for nobody; needed where that may not be finite."""
+    _HELD.by_kind.clear()
 
 
 def adam_of_averages_(
@@ -61,7 +94,7 @@ def adam_of_averages_(
     step: float,
     lr: float,
     keep: float,
-) -> None:
+) -> list[Write]:
     """`adam_` with a numerator out of several averages and the gradient, in place.
 
     N = own G + the sum of factor M over the (M, decay, gain, factor) of `averages`, each M <- decay M + gain G before;
@@ -71,11 +104,13 @@ def adam_of_averages_(
     share = 2**-8
     rest = 1 - share
     sums = list(torch._foreach_mul(grads, (own - share) / rest))
-    for moments, decay, gain, factor in averages:
+    writes = [
         # Where its momentum is 0, the kernel takes no buffer.
         _sgd_(sums, grads, moments, lr=-factor / rest, momentum=decay or 1e-300, dampening=1 - gain)
+        for moments, decay, gain, factor in averages
+    ]
     lr *= 1 - rest**step
-    adam_(weights, grads, sums, squares, betas=(rest, beta2), eps=eps, step=step, lr=lr, keep=keep)
+    return [*writes, *adam_(weights, grads, sums, squares, betas=(rest, beta2), eps=eps, step=step, lr=lr, keep=keep)]
 
 
 def accepts(device: torch.device, tensors: Iterable[Tensor]) -> bool:
@@ -83,14 +118,18 @@ def accepts(device: torch.device, tensors: Iterable[Tensor]) -> bool:
     return device.type in DEVICES and all(map(Tensor.is_contiguous, tensors))
 
 
-def subtract_(weights: list[Tensor], directions: list[Tensor], lr: float, keep: float) -> None:
+def subtract_(weights: list[Tensor], directions: list[Tensor], lr: float, keep: float) -> list[Write]:
     """W <- keep W - lr U, in place."""
     decay = 1 - keep
     if weights[0].device.type in DEVICES and abs(decay) <= 2**20 * abs(lr):
-        _sgd_(weights, directions, [], lr=lr, weight_decay=decay / lr if decay else 0.0)
-    else:  # or of U next to nothing is subtracted: the kernel adds decay / lr W to it first
-        torch._foreach_mul_(weights, keep)
-        torch._foreach_add_(weights, directions, alpha=-lr)
+        return [_sgd_(weights, directions, [], lr=lr, weight_decay=decay / lr if decay else 0.0)]
+
+    new: list[Tensor] = []
+
+    def make() -> None:  # or of U next to nothing is subtracted: the kernel adds decay / lr W to it first
+        new[:] = torch._foreach_add(torch._foreach_mul(weights, keep), directions, alpha=-lr)
+
+    return [make, partial(torch._foreach_copy_, weights, new)]
 
 
 def _sgd_(
@@ -102,8 +141,9 @@ def _sgd_(
     weight_decay: float = 0.0,
     momentum: float = 0.0,
     dampening: float = 0.0,
-) -> None:
-    torch._fused_sgd_(
+) -> Write:
+    call = partial(
+        torch._fused_sgd_,
         weights,
         grads,
         averages,
@@ -115,19 +155,40 @@ def _sgd_(
         maximize=False,
         is_first_step=False,
     )
+    return call
 
 
-def are_finite(tensors: list[Tensor]) -> bool:
-    """Whether all numbers are, on a CPU. False too where finite ones add up to more than their dtype holds."""
-    return all(map(math.isfinite, look(tensors)))
+def are_below(tensors: list[Tensor], limit: float) -> bool:
+    """Whether each norm, or that of several tensors together, is at most a limit, on a CPU; that of a NaN is not."""
+    return all(isfinite(norm) and norm <= limit for norm in map(float, norms(tensors)))
 
 
-def look(tensors: list[Tensor]) -> list[Tensor]:
-    """Numbers, 0-D, that are finite only if all of the tensors' are."""
-    # A sum only reads, and is finite only if all of its terms are.
-    seen = [x.sum() for x in tensors if x.numel() >= 2**14]
-    if small := [x for x in tensors if x.numel() < 2**14]:  # one call for all of them; they are written, each as it is
-        found = torch.zeros(())
-        torch._amp_foreach_non_finite_check_and_unscale_(small, found, torch.ones(()))
-        seen.append(1 / (1 - found))  # found is 0 or 1
-    return seen
+def norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Norms that bound those of all the tensors, 0-D each; the tensors are only read."""
+    found = [_norm(x) for x in tensors if x.numel() >= _SMALL]
+    gathered: list[Tensor] = []
+    room = _GATHERED
+    for x in tensors:
+        if x.numel() >= _SMALL:
+            continue
+        if gathered and x.numel() > room:
+            found.append(_norm(_gather(gathered)))
+            gathered, room = [], _GATHERED
+        gathered.append(x)
+        room -= x.numel()
+    if gathered:
+        found.append(_norm(_gather(gathered)))
+    return found
+
+
+def _gather(tensors: list[Tensor]) -> Tensor:
+    flat: Tensor = tensors[0] if len(tensors) == 1 else _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]  # untyped in torch
+    return flat
+
+
+def _norm(x: Tensor) -> Tensor:
+    # In full precision the dot product is as fast as memory; `vector_norm` takes up to twice as long.
+    if x.dtype in (torch.float32, torch.float64) and x.is_contiguous():
+        flat = x.view(-1)
+        return torch.dot(flat, flat).sqrt_()
+    return torch.linalg.vector_norm(x)

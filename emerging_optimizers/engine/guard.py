@@ -7,65 +7,71 @@ A unit is a matrix for a matrix rule and a parameter for an element-wise rule. I
     f_t = \min\!\left(1, \; c\,\bar n_{t-1} / n_t\right), \qquad
     \bar n_t = \text{bias-corrected average of } f_t n_t \text{ with decay } 0.95
 
-and :math:`f_t G_t` is what enters momentum, factors and moments. A unit whose norm is not finite is skipped: its weight
-and every part of its state, its step count included, stay as they are. All of it is decided on the device.
+and :math:`f_t G_t` is what enters momentum, factors and moments. A unit whose norm is not finite, or so large that the
+step would overflow (`Rule.largest_norm`), is skipped: its weight and every part of its state, its step count included,
+stay as they are. All of it is decided on the device.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emerging_optimizers.engine.buckets import Bucket
+from emerging_optimizers.engine.rule import Rule
 
 NonfiniteT = Literal["skip", "raise", "propagate"]
 DECAY = 0.95
 
 
-def decide(
-    bucket: Bucket,
-    members: Sequence[int],
-    group: Mapping[str, Any],
-    total: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor | None:
-    """By what the gradient of each unit is multiplied, 0: not at all; None: every member's by one.
+class Decision(NamedTuple):
+    """What the guard makes of the gradients of a bucket; all tensors run over its units.
 
-    `total` sums over the processes among which a unit is spread.
-
-    Updates the running means and the counters of the bucket. Where looking is free, on the CPU, nothing to do is None.
+    Attributes:
+        factor: by what each gradient is multiplied, 0: not at all; None: by one, every one of them.
+        news: what becomes of the bucket's running means and counters, by name, when the step is taken.
     """
+
+    factor: Tensor | None
+    news: Mapping[str, Tensor]
+
+
+def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any], rule: Rule) -> Decision | None:
+    """A decision for the gradients of `members`, which changes nothing yet; None: there is nothing to do."""
     threshold, skips = group["spike_guard"], group["nonfinite"] == "skip"
     if threshold is None and not skips:
         return None
     norm = _unit_norms(bucket, members)
-    if total is not None:
-        norm = total(norm.double().square()).sqrt().to(norm.dtype)
-    finite = norm.isfinite()
+    if rule.total is not None:
+        norm = rule.total(norm.double().square()).sqrt().to(norm.dtype)
+    sound = norm <= rule.largest_norm(bucket.dtype)  # which no NaN is
     everywhere = len(members) == len(bucket.parameters)
-    if threshold is None and everywhere and bucket.looks and bool(finite.all()):
+    if threshold is None and everywhere and bucket.looks and bool(sound.all()):
         return None
 
-    factor = torch.ones_like(norm)
     index: Any = slice(None) if everywhere else bucket.units_of(members)
+    factor = torch.ones_like(norm)
+    new: dict[str, Tensor] = {}
     if threshold is not None:
-        mean, weight = bucket.guard["guard_norm"], bucket.guard["guard_weight"]
-        limit = threshold * mean[index] / weight[index]  # no history: 0 / 0, which no norm exceeds
-        spikes = finite & (norm > limit)
+        mean, weight = bucket.guard["guard_norm"][index], bucket.guard["guard_weight"][index]
+        limit = threshold * mean / weight  # no history: 0 / 0, which no norm exceeds
+        spikes = sound & (norm > limit)
         factor = torch.where(spikes, limit / norm, factor)
-        bucket.scaled[index] += spikes
+        new["scaled"] = bucket.scaled[index] + spikes
         # A zero gradient (an expert without tokens) says nothing about the size of the next one.
-        counts = finite & (norm > 0)
-        for stack, new in ((mean, norm * factor), (weight, torch.ones_like(norm))):
-            stack[index] = torch.where(counts, torch.lerp(stack[index], new, 1 - DECAY), stack[index])
+        counts = sound & (norm > 0)
+        for name, old, seen in (("guard_norm", mean, norm * factor), ("guard_weight", weight, torch.ones_like(norm))):
+            new[name] = torch.where(counts, torch.lerp(old, seen, 1 - DECAY), old)
     if skips:
-        factor = torch.where(finite, factor, 0)
-        bucket.skipped[index] += ~finite
-    if bucket.looks and bool((factor == 1).all()):
-        return None
+        factor = torch.where(sound, factor, 0)
+        new["skipped"] = bucket.skipped[index] + ~sound
+        new["streak"] = torch.where(sound, 0, bucket.streak[index] + 1)
+    plain = bucket.looks and bool((factor == 1).all())  # where looking is free
     if everywhere:
-        return factor
-    return torch.zeros(bucket.units, dtype=factor.dtype, device=bucket.device).index_copy(0, index, factor)
+        return Decision(None if plain else factor, new)
+    news = {name: bucket.guard_stacks[name].index_copy(0, index, value) for name, value in new.items()}
+    return Decision(None if plain else factor.new_zeros(bucket.units).index_copy(0, index, factor), news)
 
 
 def _unit_norms(bucket: Bucket, members: Sequence[int]) -> Tensor:

@@ -50,7 +50,7 @@ from emerging_optimizers.engine.momenta import momentum_of
 from emerging_optimizers.engine.optimizer import RuleOptimizer
 from emerging_optimizers.engine.rule import Phase
 from emerging_optimizers.engine.transit import Transit
-from emerging_optimizers.engine.validate import COUNT, POSITIVE, Check, check_group, optional, suggest
+from emerging_optimizers.engine.validate import COUNT, POSITIVE, Check, check_group, optional, place, suggest
 from emerging_optimizers.engine.weight_decay import keep_factor
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
@@ -297,10 +297,9 @@ spike_guard=2.0 scales such gradients down.
 
     def _parameters(self) -> Iterator[tuple[str, int, Tensor]]:
         for index, group in enumerate(self.optimizer.param_groups):
-            names = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 if p.numel():
-                    yield names[i] if names else f"param_groups[{index}]['params'][{i}]", index, p
+                    yield place(group, index, i), index, p
 
     def _blocks(self, index: int, p: Tensor) -> list[Block]:
         group = self.optimizer.param_groups[index]

@@ -1,16 +1,19 @@
 """The only `step()` of the library.
 
-Life of a step: hyper-parameters and gradients are checked; then, bucket by bucket: rows that have gradients ->
-stack in float32 -> l2 decay -> rule -> state written back into its stacks -> decay and update, or what a hook makes of
-them, written to the parameters -> what the rule prepares for its next step. Whatever can raise does so before the first
-weight or state has changed.
+Life of a step: hyper-parameters, groups and gradients are checked; what users did since the last step is taken over;
+then, bucket by bucket and chunk by chunk: rows that have gradients -> stack in float32 -> l2 decay -> rule -> what the
+rule prepares for its next step -> weights and state written together. What `step` promises when something raises stands
+in its docstring.
 """
 
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import fields
 from itertools import chain
-from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, get_args
+from operator import attrgetter, is_, itemgetter
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,11 +21,13 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.ahead import Ahead
-from emerging_optimizers.engine.buckets import Bucket, Chunk, fill_buckets
+from emerging_optimizers.engine.ambient import undisturbed
+from emerging_optimizers.engine.buckets import LONG_STREAK, Bucket, Chunk, fill_buckets, state_dtype
 from emerging_optimizers.engine.executors import Execution, many_graphs
 from emerging_optimizers.engine.guard import NonfiniteT
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
+from emerging_optimizers.engine.rounding import MOST
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.run import BucketStep
 from emerging_optimizers.engine.validate import (
@@ -34,8 +39,10 @@ from emerging_optimizers.engine.validate import (
     Check,
     check_group,
     label,
+    misspelled,
     one_of,
     optional,
+    place,
     plain_options,
     suggest,
 )
@@ -146,8 +153,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             name = next(iter(engine))
             raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, defaults)}")
         self._ahead = Ahead()
+        self._events: dict[Tensor, Tensor] = {}
+        self._foreign: frozenset[str] = frozenset()
+        self._told: set[int] = set()  # groups whose updates are rounded away
         self._forget_stacks()
-        super().__init__(params, plain_options(defaults))
+        super().__init__(params, plain_options(defaults, defaults))
 
     @property
     def _name(self) -> str:
@@ -176,6 +186,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The class whose rule and ranges hold for a group."""
         return type(self)
 
+    def _defaults_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a group has where it says nothing."""
+        return self.defaults
+
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a group whose hyper-parameters have been checked."""
         return self._algorithm(group).rule.from_group(group)
@@ -195,52 +209,77 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; it is checked whole, and not added if it is refused."""
-        for name in param_group:
-            hint = "" if name in self.defaults else suggest(name, self.defaults)
-            if hint:
-                raise ValueError(f"{self._name}: a parameter group sets {name!r}, which is not an option{hint}")
-        super().add_param_group(plain_options(param_group))
-        group = self.param_groups[-1]
+        self._check_names(param_group)
+        super().add_param_group(plain_options(param_group, self.defaults))
+        index = len(self.param_groups) - 1
         try:
-            rule = self._checked_rule(len(self.param_groups) - 1)
-            for i, p in enumerate(group["params"]):
-                self._check_parameter(p, rule, label(group, i, p), self._algorithm(group).__name__)
-                self._check_view(p, rule, group, label(group, i, p))
-            self._algorithm(group)._announce(group)
+            rule = self._checked_rule(index)
+            self._check_members(index, rule)
+            self._algorithm(self.param_groups[index])._announce(self.param_groups[index])
         except Exception:  # of whatever kind: a refused group leaves nothing behind
-            self._rules.pop(len(self.param_groups) - 1, None)
+            self._rules.pop(index, None)
             self.param_groups.pop()
             raise
+
+    def _check_names(self, group: Mapping[str, Any]) -> None:
+        """Raise for an entry that is a misspelled option; every other one is the user's."""
+        known = self._defaults_of(group)
+        for name in group:
+            if meant := misspelled(name, known):
+                raise ValueError(
+                    f"{self._name}: a parameter group sets {name!r}, which is not an option; did you mean {meant!r}?"
+                )
 
     def _checked_rule(self, index: int) -> Rule:
         """The rule of a group; built and checked again only where a value of the group has changed."""
         group = self.param_groups[index]
         algorithm = self._algorithm(group)
         ranges = {**self._common_ranges, **algorithm.ranges}
-        values = _identities(group, ranges)
         known = self._rules.get(index)
-        if known is not None and known[0] == values:
-            return known[1]
-        check_group(algorithm.__name__, f"param_groups[{index}]", group, ranges)
-        algorithm._check_choice(group)
-        rule = self._make_rule(group)
-        self._check_hook(rule, group, algorithm.__name__)
-        self._check_rounding(rule, group, algorithm.__name__)
-        law = self._law(rule, group)
+        if known is None or len(group) != known.entries:
+            self._check_names(group)
+            if lacking := ranges.keys() - group.keys():  # a user has put it together
+                defaults = self._defaults_of(group)
+                group.update({name: defaults[name] for name in lacking})
+        given = [*map(group.__getitem__, ranges)]
+        if known is not None and all(map(is_, given, known.given)):
+            return known.rule
+        options = plain_options(group, ranges)
+        if known is not None and known.values == _identities(options, ranges):
+            group.update({name: options[name] for name in ranges})
+            self._rules[index] = known._replace(given=[*map(group.__getitem__, ranges)])
+            return known.rule
+        check_group(algorithm.__name__, f"param_groups[{index}]", options, ranges)
+        algorithm._check_choice(options)
+        rule = self._make_rule(options)
+        self._check_hook(rule, options, algorithm.__name__)
+        self._check_rounding(rule, options, algorithm.__name__)
+        law = self._law(rule, options)
         if self.execution == "compiled" and (rule.reads_parameters or isinstance(law, InPlaceLaw)):
             raise ValueError(
                 f"{self._name}: execution='compiled' cannot run a rule that is given by a Python function of one "
                 "parameter; use execution='stacked' or 'per_matrix'"
             )
-        if known is None or known[1] != rule:
+        if known is None or known.rule != rule:
             for i, p in enumerate(group["params"]):
                 if p.numel() and (obstacle := rule.obstacle(p.dtype, p.device)):
                     raise ValueError(f"{algorithm.__name__}: {label(group, i, p)}: {obstacle}")
-        if group["capturable"]:
-            self._make_capturable(rule, group, f"{algorithm.__name__}: param_groups[{index}]")
-            values = _identities(group, ranges)
-        self._rules[index] = (values, rule)
+        if options["capturable"]:
+            self._make_capturable(rule, options, f"{algorithm.__name__}: param_groups[{index}]")
+        if known is not None and known.rule == rule:
+            rule = known.rule
+        group.update({name: options[name] for name in ranges})
+        given = [*map(group.__getitem__, ranges)]
+        self._rules[index] = _Checked(given, _identities(group, ranges), len(group), rule)
         return rule
+
+    def _check_members(self, index: int, rule: Rule) -> None:
+        """Raise for a parameter of a group that the rule cannot update."""
+        group = self.param_groups[index]
+        owner = self._algorithm(group).__name__
+        for i, p in enumerate(group["params"]):
+            self._check_parameter(p, rule, label(group, i, p), owner)
+            self._check_view(p, rule, group, label(group, i, p))
 
     def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
         """The law by which the weights of a group move, if it is not the ordinary one."""
@@ -337,45 +376,166 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _forget_stacks(self) -> None:
         """Drop what is derived from groups and `state`; the next step builds it again from them."""
-        self._rules: dict[int, tuple[tuple[Any, ...], Rule]] = {}
+        self._rules: dict[int, _Checked] = {}
         self._buckets: list[tuple[int, Bucket]] = []
         self._homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
-        self._bound: dict[int, list[int]] = {}  # by group: all of its parameters, where each has its home
+        self._placed: list[_Placed] = []  # of each group
         self._seen: tuple[list[int], list[str], list[int]] | None = None
 
+    @undisturbed
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create the state of a group's parameters now instead of in the first step."""
-        index = next(i for i, g in enumerate(self.param_groups) if g is group)
-        self._bind(index, self._checked_rule(index), skip_non_grad_params)
+        rules = [self._checked_rule(index) for index in range(len(self.param_groups))]
+        self._place(rules, None if skip_non_grad_params else group)
 
-    def _bind(self, index: int, rule: Rule, only_trainable: bool = True) -> None:
-        """Give every parameter of a group a place in a stack, and adopt the state that it already has."""
-        group = self.param_groups[index]
-        members = [*map(id, group["params"])]
-        if self._bound.get(index) == members:
+    def _place(self, rules: Sequence[Rule], eager: dict[str, Any] | None = None) -> None:
+        """Give parameters their places in stacks, as groups and `state` are now, and take over what they say.
+
+        A group keeps its stacks while it has the same parameters, of the same kinds, and a rule with the same state;
+        otherwise they are made anew out of `state`, so that they never depend on how the groups came about. All that
+        can raise does so before anything is installed.
+
+        Args:
+            rules: of the groups.
+            eager: a group whose frozen parameters get state too.
+        """
+        everything = self.state
+        members = [[*map(id, group["params"])] for group in self.param_groups]
+        placed = self._placed
+        stale = {i for i, ids in enumerate(members) if i >= len(placed) or placed[i].members != ids}
+        if stale or len(placed) > len(members):
+            self._check_twice()
+        for index, bucket in self._buckets:
+            if index not in stale and not (index < len(members) and bucket.fits()):
+                stale.add(index)
+        for index, rule in enumerate(rules):
+            if index not in stale and placed[index].rule is not rule and not self._keeps(index, rule):
+                stale.add(index)
+        for index, group in enumerate(self.param_groups):
+            if index not in stale and (group is eager or placed[index].waiting):
+                lacking = (p for p in group["params"] if p not in self._homes)
+                if any(self._joins(p, everything, group is eager) for p in lacking):
+                    stale.add(index)
+        if not stale and self._seen == self._seen_now():  # as nearly always
+            for _, bucket in self._buckets:
+                bucket.follow_counts()
             return
-        homes = self._homes
-        strangers = [(i, p) for i, p in enumerate(group["params"]) if p not in homes]
-        new = [
-            (i, p)
-            for i, p in strangers
-            if p.numel() and (p.requires_grad or p.grad is not None or p in self.state or not only_trainable)
-        ]
-        if len(new) == len(strangers):
-            self._bound[index] = members
-        if new:
-            self._install(index, fill_buckets(new, group, rule, self.state))
+        changed: list[tuple[Tensor, dict[str, Any]]] = []
+        home_of = {id(p): index for index, bucket in self._buckets for p in bucket.parameters}
+        for p in self._homes:
+            if home_of[id(p)] in stale:
+                continue
+            state, views = everything.get(p), self._views(p)
+            if not isinstance(state, dict) or not views.keys() & state.keys():  # deleted: it starts anew
+                stale.add(home_of[id(p)])
+            elif any(state.get(key) is not view for key, view in views.items()):
+                changed.append((p, state))
+        staged = {
+            i: self._fill(i, rules[i], everything, self.param_groups[i] is eager)
+            for i in sorted(stale)
+            if i < len(rules)
+        }
+        # Nothing has changed so far.
+        for p, state in changed:
+            if home_of[id(p)] not in stale:
+                for bucket, row in self._homes[p]:
+                    bucket.adopt(row, state, self._label_of(p))
+                everything[p] = {**state, **self._views(p)}
+        for _, bucket in self._buckets:
+            bucket.follow_counts()
+        if stale:
+            self._replace(stale, staged, rules)
+        # What was taken over may go, and others come under its ids: then the next step looks again.
+        self._seen = None if changed else self._seen_now()
 
-    def _install(self, index: int, buckets: list[Bucket]) -> None:
-        for bucket in buckets:
-            self._buckets.append((index, bucket))
+    def _seen_now(self) -> tuple[list[int], list[str], list[int]]:
+        """Parameters, keys and tensors of `state`, as three lists; no parameter is hashed."""
+        everything = self.__dict__["state"]
+        states = [state for state in everything.values() if isinstance(state, dict)]
+        tensors = [*map(id, chain.from_iterable(map(dict.values, states)))]
+        return [*map(id, everything)], [*chain.from_iterable(states)], tensors
+
+    @staticmethod
+    def _joins(p: Tensor, everything: Mapping[Tensor, Any], frozen_too: bool) -> bool:
+        """Whether a parameter needs state."""
+        return bool(p.numel()) and (p.requires_grad or p.grad is not None or bool(everything.get(p)) or frozen_too)
+
+    def _fill(self, index: int, rule: Rule, everything: Mapping[Tensor, Any], frozen_too: bool) -> list[Bucket]:
+        """New stacks of a group, with the state that there is."""
+        group = self.param_groups[index]
+        self._check_members(index, rule)
+        joined = {p: i for i, p in enumerate(group["params"]) if self._joins(p, everything, frozen_too)}
+        saved = {p: rule.translate(state) for p in joined if isinstance(state := everything.get(p), dict)}
+        try:
+            buckets = fill_buckets([(i, p) for p, i in joined.items()], group, rule, saved)
+            keys = _keys(buckets)
+            for p in joined.keys() & self._homes.keys():
+                left = self._views(p).keys() & saved.get(p, {}).keys() - keys[p]
+                if left:
+                    raise ValueError(f"the optimizer state of {label(group, joined[p], p)} also has {', '.join(left)}")
+        except ValueError as wrong:
+            ids = [*map(id, group["params"])]
+            before = next((x for x in self._placed if x.members == ids), None)
+            if before is None:
+                raise
+            options = ", ".join(f"{name}={group[name]!r}" for name in before.differences(rule, group))
+            raise ValueError(
+                f"{self._algorithm(group).__name__}: param_groups[{index}] now has {options or 'another rule'}, and "
+                f"its parameters have state of another kind: {wrong}. Set the option back, or clear the "
+                "state to start anew"
+            ) from None
+        return buckets
+
+    def _keeps(self, index: int, rule: Rule) -> bool:
+        """Whether the stacks of a group also serve a rule that has changed; it is then theirs."""
+        group, placed = self.param_groups[index], self._placed[index]
+        if placed.options != _shaping(group):
+            return False
+        if any(i == index and bucket.kind != bucket.kind_of(rule) for i, bucket in self._buckets):
+            return False
+        self._placed[index] = placed._replace(rule=rule)
+        return True
+
+    def _replace(self, stale: Container[int], staged: Mapping[int, list[Bucket]], rules: Sequence[Rule]) -> None:
+        """Put new stacks in the place of those of some groups."""
+        everything = self.state
+        kept = [(i, bucket) for i, bucket in self._buckets if i not in stale]
+        new = [(i, bucket) for i, buckets in staged.items() for bucket in buckets]
+        buckets = sorted((*kept, *new), key=itemgetter(0))
+        homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
+        for _, bucket in buckets:
             for row, p in enumerate(bucket.parameters):
-                self._homes.setdefault(p, []).append((bucket, row))
-            self._publish(bucket)
+                homes.setdefault(p, []).append((bucket, row))
+        events = {**self._events}
+        entries: dict[Tensor, dict[str, Any]] = {}
+        for p in {p: None for _, bucket in (*self._buckets, *new) for p in bucket.parameters}:
+            if p in self._homes and self._homes[p] == homes.get(p):
+                continue
+            state = state if isinstance(state := everything.get(p), dict) else {}
+            mine: Mapping[str, Tensor] = self._views(p) if p in self._homes else {}
+            if p in self._homes:
+                events[p] = self._events_of(p)
+            if p in homes:
+                views = {key: view for bucket, row in homes[p] for key, view in bucket.published[row].items()}
+                others = {key: x for key, x in state.items() if key not in views and key not in mine}
+                entries[p] = {**views, **others}
+            else:  # its entry keeps no stack alive
+                entries[p] = {key: mine[key].clone() if mine.get(key) is x else x for key, x in state.items()}
+        placed = [
+            _Placed([*map(id, group["params"])], rule, _shaping(group), any(p not in homes for p in group["params"]))
+            for rule, group in zip(rules, self.param_groups, strict=True)
+        ]
+        everything.update(entries)
+        self._buckets, self._homes, self._placed, self._events = buckets, homes, placed, events
 
-    def _publish(self, bucket: Bucket) -> None:
-        for p in bucket.parameters:
-            self.state[p] = {**self._views(p)}
+    def _start_guards(self) -> None:
+        """Running means where a group asks for them."""
+        for index, bucket in self._buckets:
+            if self.param_groups[index]["spike_guard"] is not None and not bucket.guard:
+                bucket.start_guard()
+                for p in bucket.parameters:
+                    self.state[p].update(self._views(p))
+                self._seen = None
 
     def _views(self, p: Tensor) -> Mapping[str, Tensor]:
         """The state of a parameter: of all its blocks."""
@@ -385,85 +545,130 @@ class RuleOptimizer(torch.optim.Optimizer):
             return bucket.published[row]
         return {key: view for bucket, row in home for key, view in bucket.published[row].items()}
 
-    def _follow_user(self) -> None:
-        """Take over what users did since the last step: moved parameters, replaced or deleted entries of `state`."""
-        everything = self.state
-        fits = all(bucket.fits() for _, bucket in self._buckets)
-        # Parameters, keys and tensors as three lists: nearly always those of the last step. No parameter is hashed.
-        states: Iterable[dict[str, Any]] = everything.values()
-        tensors = chain.from_iterable(map(dict.values, states))
-        seen = [*map(id, everything)], [*chain.from_iterable(states)], [*map(id, tensors)]
-        if fits and seen == self._seen:
-            return
-        if not fits or not all(map(everything.get, self._homes)):
-            self._forget_stacks()
-            for index in range(len(self.param_groups)):  # the rule may not run where its parameters are now
-                self._checked_rule(index)
-            return
-        self._seen = seen
-        for p, home in self._homes.items():
-            state, views = everything[p], self._views(p)
-            if len(state) == len(views) and all(map(is_, map(state.get, views), views.values())):
-                continue
-            for bucket, row in home:
-                bucket.adopt(row, state, f"a parameter of shape {tuple(p.shape)}")
-            everything[p] = {**views}
-            self._seen = None  # the user's tensors may go, and others come under their ids
+    def _check_twice(self) -> None:
+        """Raise for a parameter in two groups."""
+        where: dict[Tensor, int] = {}
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if where.setdefault(p, index) != index:
+                    raise ValueError(
+                        f"{self._name}: {label(group, i, p)} is in param_groups[{where[p]}] and in "
+                        f"param_groups[{index}]; leave it in one of them"
+                    )
+
+    def _label_of(self, p: Tensor) -> str:
+        for group in self.param_groups:
+            for i, q in enumerate(group["params"]):
+                if p is q:
+                    return label(group, i, p)
+        return f"a parameter of shape {tuple(p.shape)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+        kept = {name: getattr(self, name) for name in self._kept}
+        events = {p: self._events_of(p) for p in (*self._homes, *self._events)}
+        return {**super().__getstate__(), **kept, "_events": events, "_foreign": self._others()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.setdefault("_ahead", Ahead())
+        for name, value in (("_ahead", Ahead()), ("_events", {}), ("_foreign", frozenset()), ("_told", set())):
+            self.__dict__.setdefault(name, value)
         super().__setstate__(state)
         self._forget_stacks()
         for group in self.param_groups:  # a checkpoint from before an option existed
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def _others(self) -> frozenset[str]:
+        """The keys of entries that somebody keeps beside ours."""
+        if not self._homes:
+            return self._foreign
+        states = ((self._views(p), self.state.get(p)) for p in self._homes)
+        return frozenset(key for views, state in states if isinstance(state, dict) for key in state if key not in views)
+
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, loadable with `weights_only=True`. The state's tensors are views of the live stacks."""
-        packed = super().state_dict()
+        """As in torch, loadable with `weights_only=True`. The state's tensors are views of the live stacks.
+
+        State of parameters that are in no group is left out. Beside torch's entries there are "format"; "events", the
+        counts of `guard_events`; and "others", the keys of entries that somebody keeps beside the optimizer's own.
+        """
+        order = {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))}
+        everything = self.state
+        inside = {key: x for key, x in everything.items() if not isinstance(key, Tensor) or key in order}
+        try:
+            self.state = defaultdict(dict, inside)
+            packed = super().state_dict()
+        finally:
+            self.state = everything
         for group in packed["param_groups"]:
             hook = group["weight_update_hook"]
             if not (hook is None or isinstance(hook, (str, tuple))):  # code, which whoever resumes brings along
                 del group["weight_update_hook"]
-        return {**packed, "format": checkpoint.FORMAT}
+        events = {order[p]: self._events_of(p).tolist() for p in order if p in self._homes or p in self._events}
+        return {
+            **packed,
+            "format": checkpoint.FORMAT,
+            "events": {i: counts for i, counts in events.items() if any(counts)},
+            "others": sorted(self._others()),
+        }
 
+    @undisturbed
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its own dtype (torch casts it to the parameter's).
 
+        Where parameters have names on both sides, the names say what belongs to what; otherwise the order does.
+
         Raises:
-            ValueError: the checkpoint does not belong to this optimizer; nothing has changed.
+            ValueError: the checkpoint does not belong to this optimizer, or a value in it is none; nothing has changed.
         """
-        staged: list[tuple[int, list[Bucket]]] = []
+        staged: dict[int, list[Bucket]] = {}
         hooks: list[WeightUpdateHookT] = []
+        entries: dict[Any, Any] = {}
+        events: dict[Tensor, Tensor] = {}
 
         def stage(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check_format(incoming)
+            incoming = checkpoint.arranged(self._name, self.param_groups, incoming)
             self._check_route(incoming["param_groups"])
-            saved = checkpoint.state_by_parameter([g["params"] for g in self.param_groups], incoming)
+            saved = checkpoint.state_by_parameter(self._name, self.param_groups, incoming)
             if saved is None:  # torch says what does not correspond
                 return incoming
+            others = set(incoming.get("others", ()))
             # What an older or a published checkpoint does not say, and what is code, stays as it is here.
             pairs = list(zip(self.param_groups, incoming["param_groups"], strict=True))
-            groups = [{**mine, **theirs, "params": theirs["params"]} for mine, theirs in pairs]
+            groups = [self._checked_options(i, mine, theirs) for i, (mine, theirs) in enumerate(pairs)]
             hooks.extend(theirs.get("weight_update_hook", mine["weight_update_hook"]) for mine, theirs in pairs)
             for index, (mine, group) in enumerate(zip(self.param_groups, groups, strict=True)):
                 members = [(i, p) for i, p in enumerate(mine["params"]) if p in saved]
                 told = {**group, "params": mine["params"]}
                 rule = self._make_rule(told)
                 states = {p: rule.translate(saved[p]) for _, p in members}
-                staged.append((index, fill_buckets(members, told, rule, states)))
+                staged[index] = fill_buckets(members, told, rule, states)
+                keys = _keys(staged[index])
+                for i, p in members:
+                    left = states[p].keys() - keys[p]
+                    if unknown := left - others:
+                        raise ValueError(
+                            f"the optimizer state of {label(mine, i, p)} does not fit: unknown "
+                            f"{', '.join(sorted(map(str, unknown)))}. It was written by another optimizer or with "
+                            "other options."
+                        )
+                    entries[p] = {key: _copy_to(states[p][key], p.device) for key in left}
+            ids = dict(zip(chain.from_iterable(g["params"] for g in incoming["param_groups"]),
+                           chain.from_iterable(g["params"] for g in self.param_groups), strict=True))  # fmt: skip
+            entries.update({key: deepcopy(x) for key, x in incoming["state"].items() if key not in ids})
+            counts = incoming.get("events", {})
+            events.update({ids[i]: torch.tensor(x, device="cpu") for i, x in counts.items() if i in ids})
             return {**incoming, "state": {}, "param_groups": groups}
 
         def install(_: Any) -> None:
             self._forget_stacks()
+            self._foreign = frozenset()
             self.state.clear()
-            for index, buckets in staged:
-                self._install(index, buckets)
+            self.state.update(entries)
             for group, hook in zip(self.param_groups, hooks, strict=True):
                 group["weight_update_hook"] = hook  # itself; torch has copied it
+            self._events = {}
+            self._replace((), staged, [self._checked_rule(index) for index in range(len(self.param_groups))])
+            self._events = events
 
         # Registered for this call alone, so that it sees what the user's own hooks have made of the checkpoint.
         before = self.register_load_state_dict_pre_hook(stage)
@@ -474,12 +679,32 @@ class RuleOptimizer(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
+    def _checked_options(self, index: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+        """A group of a checkpoint, completed by the one that is here; it is checked like that."""
+        algorithm = self._algorithm(mine)
+        ranges = {**self._common_ranges, **algorithm.ranges}
+        own = {key: mine[key] for key in ("param_names",) if key in mine}
+        group = plain_options({**mine, **theirs, **own, "params": theirs["params"]}, ranges)
+        check_group(algorithm.__name__, f"the checkpoint's param_groups[{index}]", group, ranges)
+        algorithm._check_choice(group)
+        return group
+
     # ---- the step -----------------------------------------------------------------------------------------------
 
     @_eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient.
+
+        Groups are read as they are now: parameters may have been moved, taken out or replaced since the last step. A
+        learning rate of 0 moves no weight. Ambient settings (autocast, inference mode, the default dtype and device)
+        change nothing; the closure runs under them.
+
+        Whatever else is raised (memory runs out, a factorization fails, a hook raises, Ctrl-C), the weight, the state
+        and the step count of each matrix have changed together or not at all, and the optimizer goes on working. What
+        came before the error has taken its step: groups, and in them shapes, move one after the other. A parameter of
+        an element-wise optimizer that is larger than a chunk may have moved in part. With `execution="compiled"` this
+        does not hold for an interrupt inside of a compiled element-wise step.
 
         Args:
             closure: evaluates the model again and returns the loss; it runs with gradients enabled.
@@ -488,30 +713,46 @@ class RuleOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a hyper-parameter or a gradient that cannot be used; no weight and no state has changed.
+            ValueError: a hyper-parameter, a group, a gradient or an entry of `state` that cannot be used; no weight and
+                no state has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @undisturbed
+    def _step(self) -> None:
         rules = [self._checked_rule(index) for index in range(len(self.param_groups))]
-        self._check_gradients()
-        self._follow_user()
+        self._check_gradients(rules)
+        self._place(rules)
+        self._start_guards()
         if _is_capturing():
             self._check_capture(rules)
-        for index, rule in enumerate(rules):
-            self._bind(index, rule)
         for index, bucket in self._buckets:
             if rules[index].starts_from_weight:
                 self._start(bucket, rules[index], self.param_groups[index])
         with many_graphs(self.execution):
             for index, bucket in self._buckets:
                 rule, group = rules[index], self.param_groups[index]
-                if group["spike_guard"] is not None and not bucket.guard:
-                    bucket.start_guard()
-                    self._publish(bucket)
                 BucketStep(bucket, rule, self._law(rule, group), group, self.execution, self._ahead).take()
-        return loss
+                for row in bucket.skipped_for_long():
+                    self._warn_of_skips(bucket.parameters[row], rule)
+                if (share := bucket.unmoved_share()) > MOST and index not in self._told:
+                    self._told.add(index)
+                    self._warn_of_rounding(index, bucket, share)
+
+    def _warn_of_skips(self, p: Tensor, rule: Rule) -> None:
+        warnings.warn(
+            f"{self._name}: the gradient of {self._label_of(p)} was not finite, or its norm above "
+            f"{rule.largest_norm(p.dtype if p.dtype == torch.float64 else torch.float32):.1e}, in each of the last "
+            f"{LONG_STREAK} steps, and the weight has not moved since. guard_events() counts the skipped steps of all "
+            "parameters; nonfinite='raise' stops at the first one",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def _check_capture(self, rules: Sequence[Rule]) -> None:
         """Raise for a step that is recorded in a CUDA graph and that those which repeat it would not equal."""
@@ -532,57 +773,130 @@ class RuleOptimizer(torch.optim.Optimizer):
                         "ones, as it makes state; take three steps outside of a graph first"
                     )
 
-    def _check_gradients(self) -> None:
-        for group in self.param_groups:
+    def _check_gradients(self, rules: Sequence[Rule]) -> None:
+        for group, rule in zip(self.param_groups, rules, strict=True):
             raises = group["nonfinite"] == "raise"
             gradients = (g for p in group["params"] if (g := p.grad) is not None)
             if not raises and set(map(_LAYOUT, gradients)) <= {torch.strided}:
                 continue
             for i, p in enumerate(group["params"]):
-                if (grad := p.grad) is None or (grad.layout is torch.strided and not raises):
+                if (grad := p.grad) is None:
                     continue
-                if raises and not bool(grad.isfinite().all()):
-                    raise ValueError(
-                        f"{self._name}: the gradient of {label(group, i, p)} is not finite, and its group says "
-                        "nonfinite='raise'; nothing has moved. nonfinite='skip' lets it sit the step out"
-                    )
                 if grad.layout != torch.strided:
                     raise ValueError(
                         f"{self._name}: the gradient of {label(group, i, p)} has layout {grad.layout}; only "
                         "dense gradients can be used (nn.Embedding(sparse=False))"
                     )
+                if not raises:
+                    continue
+                dtype = state_dtype(p)
+                norm, limit = torch.linalg.vector_norm(grad, dtype=dtype), rule.largest_norm(dtype)
+                if not bool(norm <= limit):
+                    what = f"has a norm above {limit:.1e}" if bool(grad.isfinite().all()) else "is not finite"
+                    raise ValueError(
+                        f"{self._name}: the gradient of {label(group, i, p)} {what}, and its group says "
+                        "nonfinite='raise'; nothing has moved. nonfinite='skip' lets it sit the step out"
+                    )
 
     def guard_events(self) -> dict[str, tuple[int, int]]:
         """How often each parameter's gradient was scaled down as a spike, and skipped as non-finite.
 
-        Parameters without an event are left out; a batch of matrices counts each matrix. Waits for the device.
+        Parameters without an event are left out; a batch of matrices counts each matrix. Waits for the device. The
+        counts go into copies and checkpoints.
         """
         events: dict[str, tuple[int, int]] = {}
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                if p not in self._homes:
-                    continue
-                counts = [
-                    torch.stack([bucket.unit_view(row, n).sum() for n in (bucket.scaled, bucket.skipped)])
-                    for bucket, row in self._homes[p]
-                ]
-                scaled, skipped = map(int, torch.stack(counts).sum(dim=0))
+                scaled, skipped = self._events_of(p).tolist()
                 if scaled or skipped:
-                    names = group.get("param_names")
-                    events[names[i] if names else f"param_groups[{index}]['params'][{i}]"] = (scaled, skipped)
+                    events[place(group, index, i)] = (scaled, skipped)
         return events
+
+    def _events_of(self, p: Tensor) -> Tensor:
+        """(2,): how often a parameter was scaled down, and skipped."""
+        total = self._events.get(p, torch.zeros(2, dtype=torch.int64, device="cpu"))
+        for bucket, row in self._homes.get(p, ()):
+            total = total + torch.stack([bucket.unit_view(row, n).sum() for n in (bucket.scaled, bucket.skipped)]).cpu()
+        return total
 
     @staticmethod
     def _start(bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
         """Make the state of matrices before their first step, and of those that have lost it."""
-        for i in bucket.collect():
-            bucket.counts[i] = 0
-        new = {i: p for i, p in enumerate(bucket.parameters) if p.grad is not None and not bucket.counts[i]}
-        if new:
-            chunk = Chunk(bucket, (bucket.whole[i] for i in new))
-            order = {p: i for i, p in enumerate(group["params"])}
-            labels = [label(group, order[p], p) for i, p in new.items() for _ in range(bucket.items(i))]
-            bucket.write(chunk, rule.start(bucket.stack(chunk, new), labels))
+        lost = bucket.flagged()
+        new = {
+            i: p for i, p in enumerate(bucket.parameters) if p.grad is not None and (i in lost or not bucket.counts[i])
+        }
+        counts = [0 if i in lost else count for i, count in enumerate(bucket.counts)]
+        if not new:
+            bucket.counts = counts
+            bucket.forget_flags()
+            return
+        chunk = Chunk(bucket, (bucket.whole[i] for i in new))
+        order = {p: i for i, p in enumerate(group["params"])}
+        labels = [label(group, order[p], p) for i, p in new.items() for _ in range(bucket.items(i))]
+        state = rule.start(bucket.stack(chunk, new), labels)
+        bucket.write(chunk, state)
+        bucket.counts = counts
+        bucket.forget_flags()
+
+    def _warn_of_rounding(self, index: int, bucket: Bucket, share: float) -> None:
+        warnings.warn(
+            f"{self._name}: {share:.0%} of the weights in param_groups[{index}] that were looked at stayed where they "
+            f"were at lr={float(self.param_groups[index]['lr']):.3g}: in {bucket.param_dtype} an update below half a "
+            "unit in the last place is rounded away. Keep the weights in float32 and compute in low precision "
+            "(torch.autocast, or FSDP's mixed precision), or raise lr",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+class _Checked(NamedTuple):
+    """A group whose hyper-parameters have been checked: its values, how they compare, its entries, its rule."""
+
+    given: list[Any]
+    values: tuple[Any, ...]
+    entries: int
+    rule: Rule
+
+
+class _Placed(NamedTuple):
+    """What the stacks of a group were made for.
+
+    Attributes:
+        members: ids of all of its parameters.
+        rule: of the group.
+        options: see `_shaping`.
+        waiting: whether some parameters, frozen ones, have no place yet.
+    """
+
+    members: list[int]
+    rule: Rule
+    options: dict[str, Any]
+    waiting: bool
+
+    def differences(self, rule: Rule, group: Mapping[str, Any]) -> list[str]:
+        """Names of the options that differ now."""
+        names = [name for name, value in _shaping(group).items() if self.options.get(name) != value]
+        known = {field.name for field in fields(rule)} & {field.name for field in fields(self.rule)}
+        return names + sorted(n for n in known if getattr(rule, n) != getattr(self.rule, n) and n in group)
+
+
+def _shaping(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that shape the state of whatever rule."""
+    return {name: group[name] for name in ("matrix_view", "state_dtype")}
+
+
+def _keys(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:
+    """The keys of the state of each parameter in some stacks."""
+    keys: dict[Tensor, set[str]] = {}
+    for bucket in buckets:
+        for p, views in zip(bucket.parameters, bucket.published, strict=True):
+            keys.setdefault(p, set()).update(views)
+    return keys
+
+
+def _copy_to(x: Any, device: torch.device) -> Any:
+    return x.to(device, copy=True) if isinstance(x, Tensor) else deepcopy(x)
 
 
 def _is_capturing() -> bool:

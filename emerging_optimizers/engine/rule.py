@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
@@ -74,8 +75,6 @@ class Rule(ABC):
         elementwise: the rule acts on each element by itself; its state has the gradient's shape.
         counts_steps: `update` reads `t.step`; the count is saved as `step`.
         handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
-        works_in_place: `update` writes the new state into the tensors of `state`; the engine gives it copies where old
-            values have to survive, which elsewhere saves two passes over memory.
         rounds: parts of the state that may be kept in bfloat16 (`state_dtype`): averages over at most some hundred
             steps, whose increments it does not round away, and bases that a refresh makes orthonormal again.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
@@ -88,7 +87,6 @@ class Rule(ABC):
     counts_steps: ClassVar[bool] = False
     handles_l2: ClassVar[bool] = False
     reads_parameters: ClassVar[bool] = False
-    works_in_place: ClassVar[bool] = False
     rounds: ClassVar[tuple[str, ...]] = ("momentum_buffer", "exp_avg", "exp_avg_fast", "Q_L", "Q_R", "Q_M")
     rewrites_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
@@ -107,6 +105,13 @@ class Rule(ABC):
     def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why `update` cannot run for parameters of a dtype on a device, and what helps; None: it can."""
         return None
+
+    def largest_norm(self, dtype: torch.dtype) -> float:
+        """The largest Frobenius norm of a gradient whose step does not overflow when it is computed in `dtype`.
+
+        The guard treats a larger one like a gradient that is not finite. Here the norm's square has room to spare.
+        """
+        return torch.finfo(dtype).max ** 0.5 / 16
 
     @property
     def total(self) -> Callable[[Tensor], Tensor] | None:
@@ -139,11 +144,13 @@ class Rule(ABC):
         first = next(c for c in type(self).__mro__ if not {"fused", "update"}.isdisjoint(vars(c)))
         return "fused" in vars(first) and first is not Rule
 
-    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+    def fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> list[Write]:
         """W <- keep W - lr direction in torch's own kernels (`engine/fused.py`); it equals `update` within rounding.
 
-        Updates weights and state, a `NamedTuple` of lists, in place; all tensors are contiguous, of one dtype, and
-        `t.step` is a number.
+        Returns the writes that update weights and state, a `NamedTuple` of lists, in place; `grads` are only read. All
+        tensors are contiguous, of one dtype, and `t.step` is a number.
         """
         raise NotImplementedError  # called where a rule `fuses`
 
@@ -197,4 +204,4 @@ class Rule(ABC):
 
     @abstractmethod
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
-        """One step. Pure (see `works_in_place`); with `capturable` it reads no value on the host."""
+        """One step. Pure: it writes into none of its arguments; with `capturable` it reads no value on the host."""

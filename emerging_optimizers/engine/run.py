@@ -1,6 +1,8 @@
 """One step of a bucket, from gradients to weights: guard, chunks, rule, state, weights, and work for the next step."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -10,10 +12,12 @@ from torch import Tensor
 
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment
-from emerging_optimizers.engine.executors import Execution, call, copied, prepare, step_elements
-from emerging_optimizers.engine.fused import accepts, are_finite, subtract_
+from emerging_optimizers.engine.commit import Write, commit
+from emerging_optimizers.engine.executors import Execution, call, prepare, step_elements
+from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_
 from emerging_optimizers.engine.guard import decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
+from emerging_optimizers.engine.rounding import watch
 from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.weight_decay import keep_factor
@@ -50,27 +54,54 @@ class BucketStep:
         self.execution: Execution = "per_matrix" if alone else execution
         method, decay = group["weight_decay_method"], group["weight_decay"]
         self.lr: Any = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        self.lr_moves = isinstance(self.lr, Tensor) or self.lr != 0
         self.keep = keep_factor(method, self.lr, decay)
+        # What the guard has decided, and the chunks that have moved.
+        self.factor: Tensor | None = None
+        self.news: Mapping[str, Tensor] = {}
+        self.done: list[Chunk] = []
         # By how much of itself the weight joins the gradient; None: not at all, or the rule sees to it.
         self.l2 = decay if method == "l2" and decay != 0 and not rule.handles_l2 else None
 
     def take(self) -> None:
-        """Move weights and state."""
-        bucket, rule, group, execution, hook = self.bucket, self.rule, self.group, self.execution, self.hook
+        """Move weights and state.
+
+        Whatever is raised, a chunk has moved as a whole, with its counts, or not at all.
+        """
+        bucket = self.bucket
         gradients = {i: g for i, p in enumerate(bucket.parameters) if (g := p.grad) is not None}
         if not gradients:
             return
+        self.done.clear()
+        watched = watch(bucket, gradients) if self.lr_moves else None
+        try:
+            self._take_chunks(gradients)
+        except BaseException:
+            if self.done:
+                bucket.count(list(gradients), self.factor, self.news, self.done)
+            raise
+        bucket.count(list(gradients), self.factor, self.news)
+        if watched is not None and self.factor is None:
+            bucket.unmoved = watched.unmoved()
+        if (lost := self.rule.lost(bucket.state)) is not None:
+            bucket.post(lost)
+        if self.rule.prepares and bucket.capturable:  # a graph ends on the stream on which it began
+            self.ahead.wait()
+
+    def _take_chunks(self, gradients: Mapping[int, Tensor]) -> None:
+        bucket, rule, group, execution, hook = self.bucket, self.rule, self.group, self.execution, self.hook
         simple = rule.elementwise and not (hook or rule.reads_weight or rule.reads_parameters or rule.rewrites_weight)
         one_pass = simple and execution == "compiled" and not bucket.capturable
         plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor)
         plain = plain and not bucket.rounded and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
         kernel = plain and rule.fuses
         cut = "elements" if one_pass else "fused" if kernel else execution
-        active = list(gradients)
-        # Looking costs nothing on the host, least of all at a chunk that is needed anyway: it is asked whether it is
-        # finite, and the guard is called when it is not. Until then every factor was one.
+        # Looking costs nothing on the host, least of all at a chunk that is needed anyway: its norm is taken, and the
+        # guard is called when that is too large. Until then every factor was one.
         lazy = bucket.looks and group["spike_guard"] is None and group["nonfinite"] == "skip" and not rule.total
-        factor = None if lazy else decide(bucket, active, group, rule.total)
+        limit = rule.largest_norm(bucket.dtype)
+        if not lazy:
+            self._decide(gradients)
         for (phase, count), segments in self._by_phase(gradients).items():
             members: Mapping[int, Tensor] = gradients
             if segments is not bucket.whole:
@@ -81,26 +112,27 @@ class BucketStep:
             if one_pass:
                 t = as_tensors(t, bucket.device)
             for chunk in bucket.chunks(segments, cut):
-                if plain and factor is None and (kernel or len(chunk) == 1):
+                if plain and self.factor is None and (kernel or len(chunk) == 1):
                     grads = self._wide(bucket.pieces(chunk, members))
                     whole = grads if chunk.has_wholes else []
-                    if not lazy or are_finite([*whole, *(members[i] for i in chunk.opens)]):
+                    if not lazy or are_below([*whole, *(members[i] for i in chunk.opens)], limit):
                         self._run_plain(chunk, grads, kernel, phase, t)
                         continue
                 grad = bucket.stack(chunk, members)
-                if lazy and factor is None:
+                if lazy and self.factor is None:
                     # A parameter that is cut is looked at as a whole before its first piece moves.
                     seen = [grad] * chunk.has_wholes + [members[i] for i in chunk.opens]
-                    factor = None if are_finite(seen) else decide(bucket, active, group, rule.total)
+                    if not are_below(seen, limit):
+                        self._decide(gradients)
                 if one_pass:
-                    self._run_compiled(chunk, grad, members, factor, t)
+                    self._run_compiled(chunk, grad, members, t)
                 else:
-                    self._run(chunk, grad, members, factor, phase, count)
-        bucket.count(active, factor)
-        if (lost := rule.lost(bucket.state)) is not None:
-            bucket.post(lost)
-        if rule.prepares and bucket.capturable:  # a graph ends on the stream on which it began
-            self.ahead.wait()
+                    self._run(chunk, grad, members, phase, count)
+
+    def _decide(self, gradients: Mapping[int, Tensor]) -> None:
+        decision = decide(self.bucket, list(gradients), self.group, self.rule)
+        if decision is not None:
+            self.factor, self.news = decision
 
     def _by_phase(self, gradients: Mapping[int, Tensor]) -> dict[tuple[Phase, int], Sequence[Segment]]:
         """What runs together: a phase; pieces of vectors also share their step count, so that it is a number."""
@@ -124,16 +156,15 @@ class BucketStep:
         chunk: Chunk,
         grad: Tensor,
         gradients: Mapping[int, Tensor],
-        factor: Tensor | None,
         phase: Phase,
         count: int,
     ) -> None:
         """One call of the rule, from the gradients to the weights.
 
-        `factor` scales the gradients of units; where it is 0, neither weight nor state moves.
+        The guard's factor scales the gradients of units; where it is 0, neither weight nor state moves.
         """
         bucket, rule, group, execution = self.bucket, self.rule, self.group, self.execution
-        live = None
+        factor, live = self.factor, None
         if len(gradients) < len(bucket.parameters) and any(i not in gradients for i in chunk.rows):
             members = torch.zeros(bucket.units, device=bucket.device)
             members.index_fill_(0, bucket.units_of(list(gradients)), 1)
@@ -159,20 +190,30 @@ class BucketStep:
             extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
         t = make_scalars(rule.scalars, group, extra)
         state = bucket.read(chunk)
-        own = copied(state) if rule.works_in_place and live is not None else state
         now = Phase.REUSE if rule.prepares else phase
-        out = call(rule, grad, own, t, now, execution)
-        bucket.write(chunk, out.state if live is None else _keep(live, out.state, state))
-        self._move(chunk, gradients, live, out)
+        out = call(rule, grad, state, t, now, execution)
+        new = out.state if live is None else _keep(live, out.state, state)
+        behind: Callable[[], AbstractContextManager[object]] = nullcontext
         if now is not phase:
-            with self.ahead.beside(x for x in (*bucket.state, live) if x is not None):
-                state = bucket.read(chunk)
-                new = prepare(rule, state, phase, execution)
-                bucket.write(chunk, new if live is None else _keep(live, new, state))
+            ready = bucket.as_kept(new)
+            with self.ahead.beside(x for x in (*bucket.state, *ready, live) if x is not None) as behind:
+                new = prepare(rule, ready, phase, execution)
+                new = new if live is None else _keep(live, new, ready)
+        writes = self._moves(chunk, gradients, live, out)
 
-    def _run_compiled(self, chunk: Chunk, grad: Tensor, members: Container[int], factor: Tensor | None, t: Any) -> None:
+        def write_state() -> None:
+            with behind():
+                bucket.write(chunk, new)
+
+        self._commit(chunk, [*writes, write_state])
+
+    def _commit(self, chunk: Chunk, writes: Sequence[Write]) -> None:
+        """What a chunk writes, and the note that it has."""
+        commit([*writes, partial(self.done.append, chunk)])
+
+    def _run_compiled(self, chunk: Chunk, grad: Tensor, members: Container[int], t: Any) -> None:
         """`_run` for an element-wise rule: one compiled pass over gradient, state and weight."""
-        bucket, rule = self.bucket, self.rule
+        bucket, rule, factor = self.bucket, self.rule, self.factor
         scale = None if factor is None else bucket.spread(chunk, factor)
         if rule.counts_steps and scale is not None and not bucket.on_host:
             t = t._replace(step=bucket.spread(chunk, bucket.step.double() + 1))
@@ -182,8 +223,8 @@ class BucketStep:
         state = bucket.read(chunk)
         step_elements(rule, grad.contiguous(), state, weight, scale, t, self.group["maximize"])
         bucket.write(chunk, state)
-        if not in_place:
-            torch._foreach_copy_(*bucket.targets(chunk, weight, members))
+        writes = [] if in_place else [partial(torch._foreach_copy_, *bucket.targets(chunk, weight, members))]
+        self._commit(chunk, writes)
 
     def _element_scalars(self, count: int) -> Any:
         """What `step_elements` and kernels take, the same for all chunks of a step."""
@@ -203,39 +244,46 @@ class BucketStep:
         if self.l2 is not None:
             grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, self.l2)))
         if kernel:
-            rule.fused(wide, grads, chunk.parts, t, self.lr, self.keep)
+            writes = rule.fused(wide, grads, chunk.parts, t, self.lr, self.keep)
         else:
             out = rule.update(grads[0].view(-1), bucket.read(chunk), t, phase)
             assert out.direction is not None
-            bucket.write(chunk, out.state)
-            subtract_(wide, [out.direction.view(wide[0].shape)], self.lr, self.keep)
+            writes = [partial(bucket.write, chunk, out.state)]
+            writes += subtract_(wide, [out.direction.view(wide[0].shape)], self.lr, self.keep)
         if wide is not parts:
-            torch._foreach_copy_(parts, wide)
+            writes.append(partial(torch._foreach_copy_, parts, wide))
+        self._commit(chunk, writes)
+        if self.group["nonfinite"] == "propagate":
+            forget_scratch()
 
     def _wide(self, parts: list[Tensor]) -> list[Tensor]:
         """Parts of parameters or gradients in the dtype of the computation; themselves where that is theirs."""
         dtype = self.bucket.dtype
         return parts if set(map(_DTYPE, parts)) == {dtype} else [x.to(dtype) for x in parts]
 
-    def _move(self, chunk: Chunk, members: Container[int], live: Tensor | None, out: Step) -> None:
-        """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype."""
+    def _moves(self, chunk: Chunk, members: Container[int], live: Tensor | None, out: Step) -> list[Write]:
+        """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype.
+
+        A law that modifies parameters in place moves here already, and takes its step back if it raises.
+        """
         bucket, hook, lr, keep = self.bucket, self.hook, self.lr, self.keep
+        if not self.lr_moves:
+            return []
         if hook is None and live is None and out.direction is not None and not isinstance(lr, Tensor):
             parts, directions = bucket.targets(chunk, out.direction, members)
             wide = self._wide(parts)
             if not accepts(bucket.device, chain(wide, directions)):  # copies, so that it is rounded alike
                 wide, directions = ([x.contiguous() for x in xs] for xs in (wide, directions))
-            subtract_(wide, directions, lr, keep)
-            if wide is not parts:
-                torch._foreach_copy_(parts, wide)
-            return
+            if wide is parts:
+                return subtract_(wide, directions, lr, keep)
+            for write in subtract_(wide, directions, lr, keep):
+                write()
+            return [partial(torch._foreach_copy_, parts, wide)]
         if isinstance(hook, InPlaceLaw):
             assert out.direction is not None
             if live is None or bool(live.any()):  # one parameter, or one matrix of it
-                p = bucket.parameters[chunk[0].row]
-                for part, direction in zip(*bucket.targets(chunk, out.direction, members), strict=True):
-                    hook.step(p if part.shape == p.shape else part, direction.view(part.shape), keep, lr)
-            return
+                self._follow_law(hook, bucket.parameters[chunk[0].row], *bucket.targets(chunk, out.direction, members))
+            return []
         old = bucket.stack(chunk, {row: bucket.parameters[row] for row, _, _ in chunk})
         if out.direction is None:
             assert out.parameter is not None
@@ -246,8 +294,19 @@ class BucketStep:
             pairs = zip(bucket.by_unit(chunk, old), bucket.by_unit(chunk, out.direction), strict=True)
             moved = [hook.move(w, u, keep, lr).reshape(-1, *bucket.item) for w, u in pairs]
             new = moved[0] if len(moved) == 1 else torch.cat(moved)
+        if isinstance(lr, Tensor):  # at 0 nothing moves, and the host does not look
+            live = lr != 0 if live is None else live & (lr != 0)
         new = new if live is None else torch.where(live, new, old)
-        torch._foreach_copy_(*bucket.targets(chunk, new, members))
+        return [partial(torch._foreach_copy_, *bucket.targets(chunk, new, members))]
+
+    def _follow_law(self, law: InPlaceLaw, p: Tensor, parts: list[Tensor], directions: list[Tensor]) -> None:
+        before = [part.clone() for part in parts]
+        try:
+            for part, direction in zip(parts, directions, strict=True):
+                law.step(p if part.shape == p.shape else part, direction.view(part.shape), self.keep, self.lr)
+        except BaseException:
+            torch._foreach_copy_(parts, before)
+            raise
 
 
 def _keep(live: Tensor, new: Any, old: Any) -> Any:

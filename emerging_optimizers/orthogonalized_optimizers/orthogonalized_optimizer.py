@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp, lerp_
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import FLAG, FRACTION, one_of, suggest
@@ -42,7 +42,6 @@ class OrthogonalizedRule(Rule):
     """Momentum, then `orthogonalize`; here that is the identity, subclasses override it."""
 
     scalars: ClassVar[tuple[str, ...]] = ("momentum",)
-    works_in_place = True
     nesterov: bool = False
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
 
@@ -62,7 +61,7 @@ class OrthogonalizedRule(Rule):
 
     def average(self, grad_BMN: Tensor, momentum_BMN: Tensor, t: Scalars) -> tuple[Tensor, Tensor]:
         """The new momentum M, and what the map is applied to, N."""
-        momentum_BMN = lerp_(momentum_BMN, grad_BMN, 1 - t.momentum)
+        momentum_BMN = lerp(momentum_BMN, grad_BMN, 1 - t.momentum)
         return momentum_BMN, lerp(grad_BMN, momentum_BMN, t.momentum) if self.nesterov else momentum_BMN
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
@@ -75,7 +74,6 @@ class FunctionRule(OrthogonalizedRule):
     """The map O is a Python function of one parameter and one matrix; the rest is the other base's rule."""
 
     reads_parameters = True
-    works_in_place = False  # the function may write into the momentum that it is given
     function: Callable[[Tensor, Tensor], Tensor]
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:

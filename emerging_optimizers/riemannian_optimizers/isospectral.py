@@ -95,6 +95,10 @@ class IsoRule(Rule):
         """Of all products."""
         return self.fp32_matmul_prec
 
+    def largest_norm(self, dtype: torch.dtype) -> float:
+        """From 1 / eps on, Cayley's I minus a skew matrix is that matrix alone, which may be singular."""
+        return 1 / torch.finfo(dtype).eps if self.retraction == "cayley" else super().largest_norm(dtype)
+
     @property
     def needs_host(self) -> str | None:
         """The polar retraction does."""

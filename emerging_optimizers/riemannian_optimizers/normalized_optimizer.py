@@ -97,7 +97,6 @@ class ObliqueAdamRule(ObliqueRule):
 
     scalars = ("betas", "eps")
     counts_steps = True
-    works_in_place = True
     correct_bias: CorrectBiasT = True
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:

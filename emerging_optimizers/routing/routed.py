@@ -7,7 +7,7 @@ import torch
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine import RuleOptimizer
-from emerging_optimizers.engine.validate import suggest
+from emerging_optimizers.engine.checkpoint import plain_names
 from emerging_optimizers.routing.plan import RoutePlan, default_lr
 
 
@@ -38,12 +38,12 @@ class RoutedOptimizer(RuleOptimizer):
                 'RoutedOptimizer: a parameter group needs "algorithm", a name of list_optimizers(); the groups of this '
                 "optimizer follow different rules"
             )
-        lr = param_group["lr"] if "lr" in param_group else default_lr(param_group["algorithm"])
-        defaults = group_options(param_group["algorithm"], {"lr": lr})
-        for name in param_group:
-            if name not in defaults and (hint := suggest(name, defaults)):
-                raise ValueError(f"RoutedOptimizer: a parameter group sets {name!r}, which is not an option{hint}")
-        super().add_param_group({**defaults, **param_group})
+        self._check_names(param_group)
+        super().add_param_group({**self._defaults_of(param_group), **param_group})
+
+    def _defaults_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        name = group["algorithm"]
+        return group_options(name, {"lr": group["lr"] if "lr" in group else default_lr(name)})
 
     def _check_route(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
         mine, saved = _routes(self.param_groups), _routes(saved_groups)
@@ -58,12 +58,6 @@ class RoutedOptimizer(RuleOptimizer):
                 + "\n  ".join(lines)
                 + "\nCreate the optimizer with the arguments of the run that wrote it, or name the routes in overrides."
             )
-        for mine_group, saved_group in zip(self.param_groups, saved_groups, strict=False):
-            if _names(saved_group) != _names(mine_group):
-                raise ValueError(
-                    f"the parameters of the checkpoint stand in another order: {', '.join(_names(saved_group))} there, "
-                    f"{', '.join(_names(mine_group))} here; build the model as in the run that wrote it"
-                )
 
 
 def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,10 +67,8 @@ def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _routes(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    return {name: group.get("algorithm", "unknown") for group in groups for name in _names(group)}
-
-
-def _names(group: Mapping[str, Any]) -> list[str]:
-    """The names of a group's parameters, without what torch.compile and DistributedDataParallel put before them."""
-    names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
-    return [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]
+    return {
+        name: group.get("algorithm", "unknown")
+        for group in groups
+        for name in plain_names(group) or [f"parameter {i}" for i in range(len(group["params"]))]
+    }

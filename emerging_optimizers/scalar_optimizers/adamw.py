@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp_
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_
 from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -44,10 +45,10 @@ class AdamState(NamedTuple):
 def adam_direction(
     grad: Tensor, s: AdamState, t: Scalars, *, correct_bias: bool = True, nesterov: bool = False
 ) -> tuple[Tensor, AdamState]:
-    """Adam's direction and new moments, in their own memory, for a tensor of any shape; `t` has betas, eps, step."""
+    """Adam's direction and new moments, for a tensor of any shape; `t` has betas, eps, step."""
     beta1, beta2 = t.betas
-    m = lerp_(s.exp_avg, grad, 1 - beta1)
-    v = lerp_(s.exp_avg_sq, grad.square(), 1 - beta2)
+    m = lerp(s.exp_avg, grad, 1 - beta1)
+    v = lerp(s.exp_avg_sq, grad.square(), 1 - beta2)
 
     bias1 = debias(beta1, t.step, grad) if correct_bias else 1.0
     bias2 = debias(beta2, t.step, grad) if correct_bias else 1.0
@@ -66,7 +67,6 @@ class AdamWRule(Rule):
     scalars = ("betas", "eps")
     elementwise = True
     counts_steps = True
-    works_in_place = True
     correct_bias: bool = True
     nesterov: bool = False
 
@@ -83,11 +83,13 @@ class AdamWRule(Rule):
         """Not with Nesterov momentum."""
         return super().fuses and not self.nesterov
 
-    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+    def fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> list[Write]:
         """torch's AdamW, which reads and writes every number once."""
         m, v = state
         step = t.step if self.correct_bias else math.inf
-        adam_(weights, grads, m, v, betas=t.betas, eps=t.eps, step=step, lr=lr, keep=keep)
+        return adam_(weights, grads, m, v, betas=t.betas, eps=t.eps, step=step, lr=lr, keep=keep)
 
 
 class AdamW(RuleOptimizer):

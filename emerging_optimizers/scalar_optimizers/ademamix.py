@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_of_averages_
-from emerging_optimizers.engine.scalars import add_, addcmul_, lerp_
+from emerging_optimizers.engine.scalars import add_, addcmul_, lerp
 from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, NON_NEGATIVE, Check, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -76,7 +77,6 @@ class AdEMAMixRule(Rule):
 
     scalars = ("betas", "eps", "alpha")
     elementwise = True
-    works_in_place = True
     counts_steps = True
     correct_bias: bool = True
     num_beta_slow_warmup_steps: int | None = None
@@ -91,9 +91,9 @@ class AdEMAMixRule(Rule):
         beta_fast, beta2, beta_slow = t.betas
         beta_slow = half_life_warmup(t.step, beta_fast, beta_slow, self.num_beta_slow_warmup_steps)
         alpha = t.alpha * warmup(t.step, self.num_alpha_warmup_steps)
-        fast = lerp_(state.exp_avg_fast, grad, 1 - beta_fast)
-        slow = lerp_(state.exp_avg_slow, grad, 1 - beta_slow)
-        v = addcmul_(state.exp_avg_sq.mul_(beta2), grad, grad, 1 - beta2)
+        fast = lerp(state.exp_avg_fast, grad, 1 - beta_fast)
+        slow = lerp(state.exp_avg_slow, grad, 1 - beta_slow)
+        v = addcmul_(state.exp_avg_sq * beta2, grad, grad, 1 - beta2)
 
         bias_fast = debias(beta_fast, t.step, grad) if self.correct_bias else 1.0
         bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
@@ -102,19 +102,21 @@ class AdEMAMixRule(Rule):
         numerator = add_(fast * (root2 / bias_fast), slow, root2 * alpha)
         return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdEMAMixState(fast, slow, v))
 
-    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+    def fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> list[Write]:
         """torch's AdamW behind its SGD, twice, whose momenta are the averages."""
         (fast, slow, v), (beta_fast, beta2, beta_slow) = state, t.betas
         beta_slow = half_life_warmup(t.step, beta_fast, beta_slow, self.num_beta_slow_warmup_steps)
         # As the kernel rounds it: what is left for the gradient is so small that the two would not add up to 1.
-        beta_slow = torch.tensor(beta_slow, dtype=grads[0].dtype).item()
+        beta_slow = torch.tensor(beta_slow, dtype=grads[0].dtype, device="cpu").item()
         alpha = t.alpha * warmup(t.step, self.num_alpha_warmup_steps)
         step = t.step if self.correct_bias else math.inf
         averages = (
             (fast, beta_fast, 1 - beta_fast, 1 / (1 - beta_fast**step)),
             (slow, beta_slow, 1 - beta_slow, alpha),
         )
-        adam_of_averages_(weights, grads, averages, 0.0, v, beta2=beta2, eps=t.eps, step=step, lr=lr, keep=keep)
+        return adam_of_averages_(weights, grads, averages, 0.0, v, beta2=beta2, eps=t.eps, step=step, lr=lr, keep=keep)
 
 
 class AdEMAMix(RuleOptimizer):

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_, subtract_
 from emerging_optimizers.engine.hooks import KeepNorm
 from emerging_optimizers.engine.scalars import addcdiv_, addcmul_
@@ -36,7 +37,6 @@ class LaPropRule(Rule):
 
     scalars = ("betas", "eps")
     elementwise = True
-    works_in_place = True
     counts_steps = True
     correct_bias: bool = True
     frob_normalize: bool = False
@@ -55,18 +55,20 @@ class LaPropRule(Rule):
         beta1, beta2 = t.betas
         bias1 = debias(beta1, t.step, grad) if self.correct_bias else 1.0
         bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
-        v = addcmul_(state.exp_avg_sq.mul_(beta2), grad, grad, 1 - beta2)
+        v = addcmul_(state.exp_avg_sq * beta2, grad, grad, 1 - beta2)
         # G / (sqrt(v / bias2) + eps) with the root of bias2 taken out: a pass less.
         root2 = bias2**0.5
-        m = addcdiv_(state.exp_avg.mul_(beta1), grad, v.sqrt().add_(t.eps * root2), (1 - beta1) * root2)
+        m = addcdiv_(state.exp_avg * beta1, grad, v.sqrt().add_(t.eps * root2), (1 - beta1) * root2)
         return Step(m * (1 / bias1), AdamState(m, v))
 
-    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+    def fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> list[Write]:
         """torch's AdamW, for which the momentum is the weight that decays; then its SGD."""
         (m, v), (beta1, beta2) = state, t.betas
         step = t.step if self.correct_bias else math.inf
-        adam_(m, grads, grads, v, betas=(0.0, beta2), eps=t.eps, step=step, lr=beta1 - 1, keep=beta1)
-        subtract_(weights, m, lr / (1 - beta1**step), keep)
+        fit = adam_(m, grads, None, v, betas=(0.0, beta2), eps=t.eps, step=step, lr=beta1 - 1, keep=beta1)
+        return [*fit, *subtract_(weights, m, lr / (1 - beta1**step), keep)]
 
 
 class LaProp(RuleOptimizer):

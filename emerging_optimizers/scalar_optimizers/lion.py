@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
-from emerging_optimizers.engine.scalars import lerp_
 from emerging_optimizers.engine.validate import BETAS
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -38,7 +37,6 @@ class LionRule(Rule):
     scalars = ("betas",)
     elementwise = True
     derived = ("step",)  # August 2026 counts, and never reads it
-    works_in_place = True
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LionState:
         """Zero momentum."""
@@ -48,7 +46,7 @@ class LionRule(Rule):
         """See the module's equations."""
         beta1, beta2 = t.betas
         direction = lerp(state.exp_avg, grad, 1 - beta1).sign_()
-        return Step(direction, LionState(lerp_(state.exp_avg, grad, 1 - beta2)))
+        return Step(direction, LionState(lerp(state.exp_avg, grad, 1 - beta2)))
 
 
 class Lion(RuleOptimizer):

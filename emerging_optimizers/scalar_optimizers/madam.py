@@ -53,6 +53,11 @@ def madam_direction(
     return torch.where(v == 0, 0, direction), MAdamState(m, v)
 
 
+def madam_largest_norm(unscaled: float, scale_log2: int) -> float:
+    """What is left of the largest norm of a gradient when its square is kept times 2^k."""
+    return unscaled / max(1.0, 2.0 ** (scale_log2 // 2))
+
+
 @dataclass(frozen=True, kw_only=True)
 class MAdamRule(Rule):
     """MAdam, element by element."""
@@ -66,6 +71,10 @@ class MAdamRule(Rule):
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MAdamState:
         """Zero moments."""
         return MAdamState(*(torch.zeros(shape, dtype=dtype, device=device) for _ in MAdamState._fields))
+
+    def largest_norm(self, dtype: torch.dtype) -> float:
+        """The square is kept scaled."""
+        return madam_largest_norm(super().largest_norm(dtype), self.scale_log2)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

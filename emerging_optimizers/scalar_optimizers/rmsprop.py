@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_
 from emerging_optimizers.engine.scalars import addcmul_
 from emerging_optimizers.engine.validate import FRACTION, NON_NEGATIVE
@@ -38,7 +39,6 @@ class RMSPropRule(Rule):
 
     scalars = ("alpha", "eps")
     elementwise = True
-    works_in_place = True
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> RMSPropState:
         """Zero."""
@@ -46,13 +46,15 @@ class RMSPropRule(Rule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        v = addcmul_(state.exp_avg_sq.mul_(t.alpha), grad, grad, 1 - t.alpha)
+        v = addcmul_(state.exp_avg_sq * t.alpha, grad, grad, 1 - t.alpha)
         return Step(grad / v.sqrt().add_(t.eps), RMSPropState(v))
 
-    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+    def fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> list[Write]:
         """torch's AdamW without memory in its first moment."""
         betas = (0.0, t.alpha)
-        adam_(weights, grads, grads, state.exp_avg_sq, betas=betas, eps=t.eps, step=math.inf, lr=lr, keep=keep)
+        return adam_(weights, grads, None, state.exp_avg_sq, betas=betas, eps=t.eps, step=math.inf, lr=lr, keep=keep)
 
 
 class RMSProp(RuleOptimizer):

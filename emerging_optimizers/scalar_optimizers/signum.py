@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
-from emerging_optimizers.engine.scalars import lerp_
+from emerging_optimizers.engine.scalars import lerp
 from emerging_optimizers.engine.validate import FLAG, FRACTION
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -39,7 +39,6 @@ class SignumRule(Rule):
 
     scalars = ("momentum",)
     counts_steps = True
-    works_in_place = True
     correct_bias: bool = True
     nesterov: bool = False
     use_shape_scaling: bool = False
@@ -55,7 +54,7 @@ class SignumRule(Rule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        m = lerp_(state.exp_avg, grad, 1 - t.momentum)
+        m = lerp(state.exp_avg, grad, 1 - t.momentum)
         ahead = m
         if self.nesterov:
             bias = debias(t.momentum, t.step, grad) if self.correct_bias else 1.0

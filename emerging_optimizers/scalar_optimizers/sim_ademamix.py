@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_of_averages_
 from emerging_optimizers.engine.scalars import add_, addcmul_
 from emerging_optimizers.engine.validate import BETAS, COUNT, FLAG, FRACTION, NON_NEGATIVE, optional
@@ -38,7 +39,6 @@ class SimplifiedAdEMAMixRule(Rule):
 
     scalars = ("betas", "eps", "alpha", "min_beta_fast")
     elementwise = True
-    works_in_place = True
     counts_steps = True
     correct_bias: bool = True
     num_beta_fast_warmup_steps: int | None = None
@@ -53,21 +53,25 @@ class SimplifiedAdEMAMixRule(Rule):
         beta1 = half_life_warmup(t.step, t.min_beta_fast, beta1, self.num_beta_fast_warmup_steps)
         bias1 = debias(beta1, t.step, grad) / (1 - beta1) if self.correct_bias else 1.0
         bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
-        m = state.exp_avg.mul_(beta1).add_(grad)
-        v = addcmul_(state.exp_avg_sq.mul_(beta2), grad, grad, 1 - beta2)
+        m = (state.exp_avg * beta1).add_(grad)
+        v = addcmul_(state.exp_avg_sq * beta2, grad, grad, 1 - beta2)
         # Numerator and denominator both times the root of bias2, which then takes no pass of its own. Step counts
         # that differ from element to element make bias1 a float64 stack.
         root2 = bias2**0.5
         numerator = add_((m * (root2 / bias1)).to(grad.dtype), grad, root2 * t.alpha)
         return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdamState(m, v))
 
-    def fused(self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float) -> None:
+    def fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> list[Write]:
         """torch's AdamW behind its SGD, whose momentum is the sum."""
         (m, v), (beta1, beta2) = state, t.betas
         beta1 = half_life_warmup(t.step, t.min_beta_fast, beta1, self.num_beta_fast_warmup_steps)
         step = t.step if self.correct_bias else math.inf
         averages = ((m, beta1, 1.0, (1 - beta1) / (1 - beta1**step) if self.correct_bias else 1.0),)
-        adam_of_averages_(weights, grads, averages, t.alpha, v, beta2=beta2, eps=t.eps, step=step, lr=lr, keep=keep)
+        return adam_of_averages_(
+            weights, grads, averages, t.alpha, v, beta2=beta2, eps=t.eps, step=step, lr=lr, keep=keep
+        )
 
 
 class SimplifiedAdEMAMix(RuleOptimizer):

@@ -28,7 +28,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Rule, Scalars
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
-from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direction
+from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direction, madam_largest_norm
 from emerging_optimizers.scalar_optimizers.update_functions import calculate_adam_update, calculate_madam_update
 from emerging_optimizers.soap.preconditioners import (
     KlSoapPreconditioner,
@@ -228,6 +228,10 @@ class KlMSoapRule(SOAPRule):
     """SOAP with MAdam in the eigenbasis."""
 
     scale_log2: ClassVar[int] = 16  # published, and fixed there too
+
+    def largest_norm(self, dtype: torch.dtype) -> float:
+        """The square is kept scaled."""
+        return madam_largest_norm(super().largest_norm(dtype), self.scale_log2)
 
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
         """MAdam."""

@@ -62,7 +62,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp_
+from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.validate import (
     BETAS,
     COUNT,
@@ -133,7 +133,6 @@ class EigenbasisRule(Rule):
     """What SOAP and its relatives share: Kronecker factors of the gradient, and their eigenbases."""
 
     counts_steps = True
-    works_in_place = True
     divides_by_eigvals: ClassVar[bool] = False  # `update` needs those of the factors that have seen its gradient
     use_eigh: bool = False
     power_iter_steps: int = 1
@@ -257,7 +256,7 @@ class EigenbasisRule(Rule):
         return s._replace(eigvals_L=_eigvals(L, s.Q_L), eigvals_R=_eigvals(R, s.Q_R))
 
     def factors(self, grad: Tensor, s: Any, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
-        """The Kronecker factors with this gradient taken in, in their own memory; for KL both from the old ones."""
+        """The Kronecker factors with this gradient taken in; for KL both from the old ones."""
         left_BMN = right_BMN = grad
         if self.whitens_factors:
             if s.R is not None:
@@ -270,8 +269,8 @@ class EigenbasisRule(Rule):
         share = 1 - t.shampoo_beta
         if self.corrects_factors:
             share = share / debias(t.shampoo_beta, t.step, grad)
-        L = None if s.L is None else lerp_(s.L, gram(left_BMN), share)
-        R = None if s.R is None else lerp_(s.R, gram(right_BMN.mT), share)
+        L = None if s.L is None else lerp(s.L, gram(left_BMN), share)
+        R = None if s.R is None else lerp(s.R, gram(right_BMN.mT), share)
         return L, R
 
     def floored(self, values: Tensor, grad: Tensor, t: Scalars) -> Tensor:

@@ -1,0 +1,33 @@
+"""What is set around a call and would change what it computes."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+
+def undisturbed(function: FunctionT) -> FunctionT:
+    """Run a function without autocast and outside of inference mode, whose tensors nobody could write later.
+
+    The default dtype and device are not changed, since other threads have the same: whatever makes a tensor says which.
+    """
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        cast = [device for device in _AUTOCAST if torch.is_autocast_enabled(device)]
+        if not cast and not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with ExitStack() as settings:
+            for device in cast:
+                settings.enter_context(torch.autocast(device, enabled=False))
+            if torch.is_inference_mode_enabled():
+                settings.enter_context(torch.inference_mode(False))
+                settings.enter_context(torch.no_grad())  # which has gone with inference mode
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # of the same signature
