@@ -564,7 +564,9 @@ def _guarded(grad: Tensor, limits: Sequence[Tensor | None]) -> Tensor:
 def _stable_rank(unit: Tensor) -> Tensor:
     """Of matrices with norm 1, or 0; from below the spectral norm, so from above the rank."""
     # Random, since a vector of ones can be orthogonal to what is sought; its own generator leaves training's alone.
-    start = torch.randn(unit.size(-1), 1, generator=torch.Generator().manual_seed(0), dtype=unit.dtype)
+    start = torch.randn(
+        unit.size(-1), 1, generator=torch.Generator("cpu").manual_seed(0), dtype=unit.dtype, device="cpu"
+    )
     v = start.to(unit.device, non_blocking=True)
     for _ in range(POWER_STEPS):
         v = unit.mT @ (unit @ v)

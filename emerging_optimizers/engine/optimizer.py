@@ -409,7 +409,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             if index not in stale and not (index < len(members) and bucket.fits()):
                 stale.add(index)
         for index, rule in enumerate(rules):
-            if index not in stale and placed[index].rule is not rule and not self._keeps(index, rule):
+            if index in stale:
+                continue
+            changed_rule = placed[index].rule is not rule or placed[index].options != _shaping(self.param_groups[index])
+            if changed_rule and not self._keeps(index, rule):
                 stale.add(index)
         for index, group in enumerate(self.param_groups):
             if index not in stale and (group is eager or placed[index].waiting):
@@ -525,6 +528,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             _Placed([*map(id, group["params"])], rule, _shaping(group), any(p not in homes for p in group["params"]))
             for rule, group in zip(rules, self.param_groups, strict=True)
         ]
+        for index, bucket in new:  # which matrices have lost their state stands in it
+            if rules[index].starts_from_weight and (lost := rules[index].lost(bucket.state)) is not None:
+                bucket.post(lost)
         everything.update(entries)
         self._buckets, self._homes, self._placed, self._events = buckets, homes, placed, events
 
@@ -871,19 +877,22 @@ class _Placed(NamedTuple):
 
     members: list[int]
     rule: Rule
-    options: dict[str, Any]
+    options: tuple[Any, ...]
     waiting: bool
 
     def differences(self, rule: Rule, group: Mapping[str, Any]) -> list[str]:
         """Names of the options that differ now."""
-        names = [name for name, value in _shaping(group).items() if self.options.get(name) != value]
+        names = [name for name, old, new in zip(_SHAPING, self.options, _shaping(group), strict=True) if old != new]
         known = {field.name for field in fields(rule)} & {field.name for field in fields(self.rule)}
         return names + sorted(n for n in known if getattr(rule, n) != getattr(self.rule, n) and n in group)
 
 
-def _shaping(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that shape the state of whatever rule."""
-    return {name: group[name] for name in ("matrix_view", "state_dtype")}
+# Options that shape the state of whatever rule.
+_SHAPING = ("matrix_view", "state_dtype")
+
+
+def _shaping(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(map(group.__getitem__, _SHAPING))
 
 
 def _keys(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:

@@ -17,7 +17,7 @@ class Transit(NamedTuple):
         """Start the copy."""
         if x.device.type == "cpu":
             return cls(x, None)
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
         arrived = torch.Event(x.device)
         arrived.record()
         return cls(host, arrived)

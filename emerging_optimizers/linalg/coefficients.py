@@ -246,7 +246,7 @@ def _nearest_to_one(low: float, high: float) -> tuple[tuple[float, float, float]
     while True:
         rows = [(x, x**3, x**5, sign) for x, sign in zip((low, *inner, high), (1, -1, 1, -1), strict=True)]
         a, b, c, error = torch.linalg.solve(
-            torch.tensor(rows, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+            torch.tensor(rows, dtype=torch.float64, device="cpu"), torch.ones(4, dtype=torch.float64, device="cpu")
         ).tolist()
         root = math.sqrt(9 * b * b - 20 * a * c)
         extrema = (math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c)))

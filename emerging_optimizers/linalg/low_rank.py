@@ -69,5 +69,5 @@ def leading_left(x_BMN: Tensor) -> Tensor:
 
 def _noise(rows: int, columns: int, like: Tensor) -> Tensor:
     """Normal numbers that follow the seed and the shape alone, and move no generator."""
-    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)
+    generator = torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu").to(like)

@@ -261,7 +261,7 @@ def _norm(x_BMN: Tensor) -> Tensor:
 
 def _largest_stretch(values: Mapping[str, Any]) -> float:
     """The largest number to which Newton-Schulz maps a singular value; normalised, those lie in [0, 1]."""
-    x = torch.linspace(0, 1, 10001, dtype=torch.float64)
+    x = torch.linspace(0, 1, 10001, dtype=torch.float64, device="cpu")
     for a, b, c in coefficients(values["coefficient_type"], values["num_ns_steps"]):
         x = a * x + b * x**3 + c * x**5
     # Measured in bfloat16: at most 0.5 % above it, from rank one to 128 x 64 and spectra of five decades.

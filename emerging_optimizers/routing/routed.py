@@ -62,7 +62,7 @@ class RoutedOptimizer(RuleOptimizer):
 
 def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All hyper-parameters of a group of the optimizer `name`; raises as its constructor does."""
-    nothing = torch.zeros(0, 2)  # which any matrix view fits
+    nothing = torch.zeros(0, 2, device="cpu")  # which any matrix view fits
     return dict(registry.entry(name).load()([nothing], **options).defaults)
 
 
