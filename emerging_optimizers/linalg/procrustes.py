@@ -46,7 +46,9 @@ def procrustes_step(
         return q_BNN + a * (once + a / 2 * twice)
     thrice = skew @ twice
     third = _trace(skew, twice)
-    best = (-second - (second.square() - 1.5 * first * third).sqrt()) / (0.75 * third)
+    # Where first + second a + 3/8 third a^2 vanishes, with the square root below: near a symmetric matrix, where first
+    # vanishes too, the usual form is a difference of two equal numbers, and the step their rounding.
+    best = 2 * first / ((second.square() - 1.5 * first * third).sqrt() - second)
     a = torch.where(first > 0, best.clamp_max(max_step_size), 0)  # a symmetric matrix has no rotation to make
     return q_BNN + a * (once + a / 2 * (twice + a / 4 * thrice))
 
