@@ -162,7 +162,8 @@ CASES: list[OptimizerCase] = [
             "bf16": {"fp32_matmul_prec": "medium", "reference": False, "batched": 0.02},
             "simple": {"coefficient_type": "simple"},
             "polar_express": {"coefficient_type": "polar_express", "num_ns_steps": 8},
-            "cans": {"coefficient_type": "cans"},
+            # No margin for rounding is in its polynomials; 1e-4 comes of it on some CPUs.
+            "cans": {"coefficient_type": "cans", "batched": 1e-3},
             "aol": {"coefficient_type": "aol", "num_ns_steps": 4, "warns": "wrong sign", "descends": 0.2},
             "deepseekv4": {"coefficient_type": "deepseekv4", "num_ns_steps": 10},
             "cubic5": {"coefficient_type": "cubic5"},
@@ -182,6 +183,7 @@ CASES: list[OptimizerCase] = [
                 "weight_update_hook": ("spectral_weight_decay", 4.0, 0.5),
                 "reference": False,
                 "rests": False,
+                "batched": 1e-3,  # the sign of s - 4 is eight steps of Polar Express, whose slope at 0 is 6000
             },
         },
         state=("momentum_buffer",),

@@ -5,8 +5,11 @@ with which hyper-parameters each golden case was made.
 
 One number is not in any recipe. The first gradient has rank 6, so the first left factor G G^T has a null
 space of two dimensions, and which two of its vectors an eigensolver returns is an accident of float32
-rounding. Where the next basis is made from the last one (orthogonal iteration), that accident decides the
-rest of the run: the final weights of ``soap_eps1e-2`` move by up to 2.6e-2 with it.
+rounding, another one on another machine. Where the next basis is made from the last one (orthogonal
+iteration), that accident decides the rest of the run: the final weights of ``soap_eps1e-2`` move by up to
+2.6e-2 with it. Where every basis is a decomposition of its own (``soap_eigh_eps1e-2``) it decides only which
+column of the second moment a null vector takes up, and for 80 of 90 degrees that is the same one; with the
+other the weights move by 8e-3. ``rekls_eps1e-2`` is the same whatever it is.
 ``GoldenCase.null_angle`` is the accident of the golden run, found by a search over the one free angle;
 ``null_space`` gives the two vectors, and ``golden_reference`` a reference that starts with them. An
 implementation under test takes its first step, then the reference's weight and state after that step, and
@@ -116,7 +119,8 @@ def _adaptive(**kwargs: Any) -> GoldenCase:
 
 
 def _soap(null_angle: float | None = None, optimizer: str = "soap", **kwargs: Any) -> GoldenCase:
-    return _case(optimizer, 2e-3, null_angle, eps=1e-2, first_step="eigenbasis", **kwargs)
+    # Rounding, on 25 imitated machines: 4e-5. With the l2 term the first step depends on the null vectors by 2e-4.
+    return _case(optimizer, 3e-4, null_angle, eps=1e-2, first_step="eigenbasis", **kwargs)
 
 
 def golden_reference(name: str) -> Reference:
@@ -157,7 +161,7 @@ CASES: dict[str, GoldenCase] = {
     "spel": _case("spel", 2e-5, fp32_matmul_prec="highest"),
     "muown": _case("muown", 2e-5, fp32_matmul_prec="highest"),
     "soap_eps1e-2": _soap(null_angle=35.764),
-    "soap_eigh_eps1e-2": _soap(use_eigh=True),
+    "soap_eigh_eps1e-2": _soap(null_angle=10.0, use_eigh=True),
     "soap_kl_eps1e-2": _soap(null_angle=89.124, use_kl_shampoo=True),
     "rekls_eps1e-2": _soap(optimizer="rekls"),
     "soap_nesterov_nobias_eps1e-2": _soap(null_angle=13.633, nesterov=True, correct_bias=False),

@@ -221,8 +221,10 @@ def test_the_published_start_is_there_by_name_and_explodes(shape: tuple[int, int
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(shape, generator=generator) for _ in range(3)]
     rms = update_rms(lambda p: SOAP(p, lr=1.0, weight_decay=0.0, first_step="eigenbasis"), grads)
-    assert rms[0] == pytest.approx(0.96, abs=0.01)
-    assert rms[1] > 10
+    # The gradient in its own eigenbasis is diagonal; Adam makes a sign of what rounding leaves beside the diagonal. How
+    # large the next update is follows from that: 24 to 270 on the CPUs that were tried.
+    assert 0.9 < rms[0] <= 1
+    assert rms[1] > 5
 
 
 @pytest.mark.parametrize("make", [SOAP, REKLS, partial(SOAP, overlap=True), partial(REKLS, overlap=True)])

@@ -17,6 +17,7 @@ from tests.goldens import (
     golden_start,
     gradient,
     initial_weight,
+    null_space,
 )
 from tests.reference import (
     Reference,
@@ -72,7 +73,7 @@ def test_golden(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.null_angle is not None])
-def test_the_null_space_decides_a_golden_of_orthogonal_iteration(name: str) -> None:
+def test_the_null_space_decides_a_golden(name: str) -> None:
     """Turned by 45 degrees the same run ends elsewhere: the angle is part of the golden case."""
     reference = golden_reference(name)
     assert isinstance(reference, ReferenceSOAP)
@@ -90,6 +91,18 @@ def test_the_null_space_decides_a_golden_of_orthogonal_iteration(name: str) -> N
     for t in range(1, STEPS + 1):
         weight = reference.step(weight, gradient(t, torch.float64))
     assert float((weight - golden(name).final).abs().max()) > 100 * TIGHT
+
+
+@pytest.mark.parametrize("angle", range(0, 90, 5))  # a right angle further the two have changed places
+def test_no_null_space_decides_a_golden_without_an_angle(angle: float) -> None:
+    (name,) = [name for name, case in CASES.items() if "first_step" in case.kwargs and case.null_angle is None]
+    reference = golden_reference(name)
+    assert isinstance(reference, ReferenceSOAP)
+    reference.left_null_space = null_space(angle)
+    weight = initial_weight(torch.float64)
+    for t in range(1, STEPS + 1):
+        weight = reference.step(weight, gradient(t, torch.float64))
+    torch.testing.assert_close(weight, golden(name).final, rtol=0, atol=TIGHT)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
