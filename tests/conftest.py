@@ -1,4 +1,6 @@
-"""Fixtures that every test shares."""
+"""Fixtures that every test shares, and what of the table is collected."""
+
+import re
 
 import pytest
 import torch
@@ -6,16 +8,34 @@ import torch
 from emerging_optimizers.engine import executors
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
+def asks_for_gpu(config: pytest.Config) -> bool:
+    """Whether the marker expression names `gpu`, as `make test-gpu` does."""
+    return "gpu" in re.findall(r"\w+", config.option.markexpr)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `device` runs on the CPU; its twin on CUDA exists where the marker expression names `gpu`.
+
+    The twins double the table. Where nobody asks for them they would be thousands of skips between which one that
+    matters is not seen.
+    """
+    if "device" in metafunc.fixturenames:
+        twin = [pytest.param("cuda", marks=pytest.mark.gpu)] if asks_for_gpu(metafunc.config) else []
+        metafunc.parametrize("device", ["cpu", *twin], indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are left out unless the marker expression names them; without a CUDA device they say so."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not asks_for_gpu(config):
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    elif not torch.cuda.is_available():
+        for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that the table runs on."""
     return torch.device(request.param)
