@@ -25,7 +25,9 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.fused import norms
 from emerging_optimizers.engine.validate import place
+from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.routing import create_optimizer
+from emerging_optimizers.routing.routed import devices_that_cast
 
 WARM_STEPS = 3  # state, the first basis, the first of the later ones
 LONGEST_PERIOD = 50
@@ -65,6 +67,8 @@ class Estimate(Cost):
     peak_bytes: int
     """The most that a step holds at a time beside weights, gradients and state."""
     by_parameter: Mapping[str, Cost] = field(default_factory=dict)
+    products: str = ""
+    """In which dtype Newton-Schulz multiplies, where that follows from the device ("medium")."""
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "state bytes", "GFLOP a step", "ms a step")]
@@ -73,7 +77,7 @@ class Estimate(Cost):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         sides = ("<", "<", ">", ">", ">")
         layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-        return "\n".join(layout.format(*row).rstrip() for row in rows)
+        return "\n".join(layout.format(*row).rstrip() for row in rows) + self.products
 
 
 def estimate(
@@ -186,7 +190,14 @@ def _measure(optimizer: torch.optim.Optimizer, seconds: bool, looked: Container[
         if key not in alone:
             alone[key] = run([p])
         by_parameter[names[p]] = Cost(shape=tuple(p.shape), **cost(alone[key], [p]))
-    return Estimate(shape=None, peak_bytes=everyone.peak, by_parameter=by_parameter, **cost(everyone, parameters))
+    products = newton_schulz_in_words(devices_that_cast(optimizer)) if isinstance(optimizer, RuleOptimizer) else ""
+    return Estimate(
+        shape=None,
+        peak_bytes=everyone.peak,
+        by_parameter=by_parameter,
+        products=products,
+        **cost(everyone, parameters),
+    )
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch

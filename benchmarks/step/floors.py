@@ -79,7 +79,10 @@ def floor(cost: Cost, shapes: Shapes, rates: Mapping[str, float]) -> Floor | Non
     """The floor of a cost at measured rates (operations or bytes a second); None where the rate is not known."""
     if cost.rate not in rates:
         return None
-    usual, least = (count / rates[cost.rate] for count in cost.counts(shapes))
+    rate = rates[cost.rate]
+    if cost.rate == "bfloat16":  # no dtype is prescribed: on a CPU without hardware for it float32 is the faster one
+        rate = max(rate, rates.get("float32", 0.0))
+    usual, least = (count / rate for count in cost.counts(shapes))
     return Floor(usual=usual, least=least)
 
 

@@ -27,6 +27,7 @@ import torch
 from emerging_optimizers._version import __version__
 from emerging_optimizers.lab.config import Arm
 from emerging_optimizers.lab.data import Text
+from emerging_optimizers.linalg.precision import reduced_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,7 @@ def environment(threads: int, text: Text | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "cpu": _cpu_model(),
+        "medium": str(reduced_dtype(torch.device("cpu"))).removeprefix("torch."),
         "threads": threads,
     }
     if text is not None:

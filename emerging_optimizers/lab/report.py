@@ -57,10 +57,10 @@ def watching(console: Console, title: str, steps: int, tokens_per_step: int) -> 
 
 def print_changes(console: Console, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Notes where results continued now and results begun earlier may not be those of one run."""
-    for key in ("emerging_optimizers", "revision", "python", "torch", "cpu"):
-        if then[key] != now[key]:
+    for key in ("emerging_optimizers", "revision", "python", "torch", "cpu", "medium"):
+        if then.get(key) != now[key]:
             console.print(
-                f"note: {key} was {then[key]}, is now {now[key]}; losses may differ from one run's",
+                f"note: {key} was {then.get(key)}, is now {now[key]}; losses may differ from one run's",
                 soft_wrap=True,
             )
 

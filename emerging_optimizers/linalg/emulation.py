@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emerging_optimizers.linalg.precision import fp32_matmul_precision
+from emerging_optimizers.linalg.precision import fp32_matmul_precision, reduced_precision
 
 _ATEN = torch.ops.aten
 # The position of the first of the two operands, in every overload.
@@ -95,7 +95,8 @@ def emulate_tf32() -> Iterator[None]:
 def emulate_bf16() -> Iterator[None]:
     """Round the operands of float32 matrix products to bfloat16 where the float32 matmul precision is "medium".
 
-    At "high" nothing is rounded; put `emulate_tf32` around it for hardware that has both.
+    At "high" nothing is rounded; put `emulate_tf32` around it for hardware that has both. Newton-Schulz, which casts by
+    itself, multiplies in bfloat16 as on such hardware.
 
     Example:
         >>> third = torch.full((1, 1), 1 / 3)
@@ -103,7 +104,7 @@ def emulate_bf16() -> Iterator[None]:
         ...     print(f"{(third @ torch.ones(1, 1)).item():.7f}")
         0.3339844
     """
-    with _Rounding(round_to_bf16, ("medium",)):
+    with reduced_precision("bfloat16"), _Rounding(round_to_bf16, ("medium",)):
         yield
 
 

@@ -61,7 +61,8 @@ class Muon(PolarOptimizer):
         weight_decay: >= 0.
         nesterov: look one step ahead.
         weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: Newton-Schulz in bfloat16 ("medium"), TF32 where the device has it ("high") or float32
+        fp32_matmul_prec: Newton-Schulz in bfloat16 where the device multiplies it fast, else float32 ("medium";
+            `repr` says which, `linalg.precision` how that is decided), TF32 where the device has it ("high") or float32
             ("highest"). float64 parameters are computed in float64.
         coefficient_type: "quintic" (5 steps), "simple" (any), "polar_express" (8), "cans" (5), "aol" (4),
             "deepseekv4" (10), "cubic5" (5) or "custom". Another number of steps than a set is made for is

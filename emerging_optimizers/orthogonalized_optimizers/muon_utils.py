@@ -1,6 +1,7 @@
 """Newton-Schulz, on one process and on shards, and scale factors under the published names."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain, cycle, islice, repeat
 from typing import Literal, get_args
 
@@ -13,6 +14,7 @@ from emerging_optimizers.linalg.kernels.syrk import no_syrk
 from emerging_optimizers.linalg.newton_schulz import newton_schulz as _newton_schulz
 from emerging_optimizers.linalg.newton_schulz import newton_schulz_step as _newton_schulz_step
 from emerging_optimizers.linalg.newton_schulz import unit_norm_of_parts
+from emerging_optimizers.linalg.precision import fp32_matmul_precision, reduced_dtype
 from emerging_optimizers.linalg.scaling import MuonScaleT
 from emerging_optimizers.linalg.scaling import muon_scale_factor as get_muon_scale_factor
 from emerging_optimizers.utils import get_pg_rank, get_pg_size
@@ -48,7 +50,9 @@ def newton_schulz(
 ) -> Tensor:
     """Orthogonalize one (M, N) matrix or a (B, M, N) stack; see `linalg.newton_schulz` for the equation.
 
-    The products are bfloat16 where the global float32 matmul precision is "medium", as published.
+    Where the global float32 matmul precision is "medium", the products are bfloat16 on a device that multiplies it fast
+    and float32 on others (`linalg.precision`; published: bfloat16 everywhere). The processes of `tp_group` on CPUs take
+    float32 if one of them does.
 
     Args:
         x: (M, N) or (B, M, N), float32.
@@ -78,18 +82,23 @@ def newton_schulz(
         raise TypeError(f"newton_schulz takes (M, N) or (B, M, N); given is {tuple(x.shape)}")
     if x.dtype != torch.float32:
         raise TypeError(f"newton_schulz takes float32; given is {x.dtype}")
-    medium = torch.get_float32_matmul_precision() == "medium"
-    if use_syrk and (wrong := no_syrk(x.device, torch.bfloat16 if medium else x.dtype)):
+    medium, total = torch.get_float32_matmul_precision() == "medium", _total(tp_group)
+    dtype = reduced_dtype(x.device) if medium else x.dtype
+    if use_syrk and (wrong := no_syrk(x.device, dtype)):
         raise ValueError(f"newton_schulz: {wrong}")
-    out = _newton_schulz(
-        x if x.ndim == 3 else x[None],
-        coefficients(coefficient_type, steps, custom_coefficient_sets),
-        compute_dtype=torch.bfloat16 if medium else None,
-        eps=None if normalize_in_double else eps,
-        transpose=transpose,
-        total=_total(tp_group),
-        use_syrk=use_syrk,
-    )
+    if total is not None and medium and x.device.type == "cpu":
+        # The processes add up Gram matrices in that dtype, and may sit on unlike CPUs.
+        dtype = torch.float32 if total(torch.tensor(float(dtype == torch.float32))) else dtype
+    with fp32_matmul_precision("medium") if medium else nullcontext():  # "highest" where `reduced_precision` says so
+        out = _newton_schulz(
+            x if x.ndim == 3 else x[None],
+            coefficients(coefficient_type, steps, custom_coefficient_sets),
+            compute_dtype=dtype,
+            eps=None if normalize_in_double else eps,
+            transpose=transpose,
+            total=total,
+            use_syrk=use_syrk,
+        )
     return out if x.ndim == 3 else out[0]
 
 

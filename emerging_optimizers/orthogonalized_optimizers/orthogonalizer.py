@@ -36,13 +36,14 @@ from emerging_optimizers.linalg.coefficients import (
 from emerging_optimizers.linalg.kernels.syrk import no_syrk
 from emerging_optimizers.linalg.newton_schulz import gram_newton_schulz, newton_schulz
 from emerging_optimizers.linalg.polar import polar_qdwh, polar_svd
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT, newton_schulz_in_words, reduced_dtype
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
     OrthogonalizedOptimizer,
     OrthogonalizedRule,
 )
 
-# docs/orthogonalizers.md: how far TF32 and bfloat16 carry a singular value past what the polynomials say.
+# docs/orthogonalizers.md: how far TF32 and bfloat16 carry a singular value past what the polynomials say. It holds
+# at "medium" also where that is float32, so that a program that runs on one machine runs on every other.
 LEAST_ACCURACY = 0.05
 
 OrthogonalizerT = Literal["newton_schulz", "gram_newton_schulz", "qdwh", "svd"]
@@ -80,7 +81,7 @@ class PolarRule(OrthogonalizedRule):
     def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Where the kernel for symmetric products is asked for and cannot be had."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32  # of the state
-        return no_syrk(device, self._compute_dtype(wide) or wide) if self.use_syrk else None
+        return no_syrk(device, self._compute_dtype(wide, device)) if self.use_syrk else None
 
     @property
     def needs_host(self) -> str | None:
@@ -89,11 +90,11 @@ class PolarRule(OrthogonalizedRule):
             return "the host checks the success of orthogonalizer='svd'; give 'qdwh', which is as exact"
         return super().needs_host
 
-    def _compute_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
-        return torch.bfloat16 if self.fp32_matmul_prec == "medium" and dtype == torch.float32 else None
+    def _compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        return reduced_dtype(device) if self.fp32_matmul_prec == "medium" and dtype == torch.float32 else dtype
 
     def polar(self, x_BMN: Tensor) -> Tensor:
-        """The polar factor of each matrix; Newton-Schulz in bfloat16 at "medium", unless the parameters are float64."""
+        """The polar factor of each matrix; Newton-Schulz in `reduced_dtype` at "medium", but not for float64."""
         if self.orthogonalizer == "qdwh":
             return polar_qdwh(x_BMN)
         if self.orthogonalizer == "svd":
@@ -103,7 +104,8 @@ class PolarRule(OrthogonalizedRule):
             sets = minimax(self.accuracy)
         else:
             sets = coefficients(self.coefficient_type, self.num_ns_steps, self.custom_coefficient_sets)
-        return iterate(x_BMN, sets, compute_dtype=self._compute_dtype(x_BMN.dtype), use_syrk=self.use_syrk)
+        dtype = self._compute_dtype(x_BMN.dtype, x_BMN.device)
+        return iterate(x_BMN, sets, compute_dtype=dtype, use_syrk=self.use_syrk)
 
 
 class PolarOptimizer(OrthogonalizedOptimizer):
@@ -135,6 +137,15 @@ class PolarOptimizer(OrthogonalizedOptimizer):
             "use_syrk": False,
         }
         super().__init__(params, lr, momentum, weight_decay, **{**defaults, **options})
+
+    def __repr__(self) -> str:
+        casting = [group for group in self.param_groups if self.casts(group)]
+        return super().__repr__() + newton_schulz_in_words(p.device for group in casting for p in group["params"])
+
+    @classmethod
+    def casts(cls, group: Mapping[str, Any]) -> bool:
+        """Whether a group's Newton-Schulz multiplies in what "medium" is on a device."""
+        return group["fp32_matmul_prec"] == "medium" and "newton_schulz" in group["orthogonalizer"]
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:

@@ -52,7 +52,12 @@ from emerging_optimizers.linalg.coefficients import (
 from emerging_optimizers.linalg.low_rank import balanced_factors, leading_left, rank_of
 from emerging_optimizers.linalg.newton_schulz import newton_schulz
 from emerging_optimizers.linalg.power_iteration import power_iteration
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
+from emerging_optimizers.linalg.precision import (
+    FP32MatmulPrecT,
+    fp32_matmul_precision,
+    newton_schulz_in_words,
+    reduced_dtype,
+)
 
 
 class Factor(NamedTuple):
@@ -200,7 +205,7 @@ class SpectronRule(Rule):
         schedule = coefficients(self.coefficient_type, self.num_ns_steps)
         low = self.fp32_matmul_prec == "medium" and x_BMR.dtype == torch.float32
         with fp32_matmul_precision(self.fp32_matmul_prec):
-            polar = newton_schulz(x_BMR, schedule, compute_dtype=torch.bfloat16 if low else None)
+            polar = newton_schulz(x_BMR, schedule, compute_dtype=reduced_dtype(x_BMR.device) if low else None)
         return polar / self.stretch
 
 
@@ -264,7 +269,8 @@ def _largest_stretch(values: Mapping[str, Any]) -> float:
     x = torch.linspace(0, 1, 10001, dtype=torch.float64, device="cpu")
     for a, b, c in coefficients(values["coefficient_type"], values["num_ns_steps"]):
         x = a * x + b * x**3 + c * x**5
-    # Measured in bfloat16: at most 0.5 % above it, from rank one to 128 x 64 and spectra of five decades.
+    # Measured in bfloat16: at most 0.5 % above it, from rank one to 128 x 64 and spectra of five decades. It is part of
+    # "medium" also where that is float32, so that the step has one length on every machine.
     return float(x.abs().max()) * (1 + (2**-7 if values["fp32_matmul_prec"] == "medium" else 2**-18))
 
 
@@ -289,8 +295,8 @@ class Spectron(RuleOptimizer):
         momentum_beta: beta, in [0, 1).
         weight_decay: >= 0, applied to both factors.
         weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: Newton-Schulz in bfloat16 ("medium"), TF32 where the device has it ("high") or float32
-            ("highest"). Everything else is float32.
+        fp32_matmul_prec: Newton-Schulz in bfloat16 where the device multiplies it fast, else float32 ("medium"; see
+            `Muon`), TF32 where the device has it ("high") or float32 ("highest"). Everything else is float32.
         num_ns_steps: Newton-Schulz steps, >= 1.
         num_power_iter: power iterations a step, >= 1.
         coefficient_type: as in `Muon`.
@@ -358,6 +364,15 @@ class Spectron(RuleOptimizer):
             "out_features": out_features,
         }
         super().__init__(params, defaults, **engine)
+
+    def __repr__(self) -> str:
+        casting = [group for group in self.param_groups if self.casts(group)]
+        return super().__repr__() + newton_schulz_in_words(p.device for group in casting for p in group["params"])
+
+    @classmethod
+    def casts(cls, group: Mapping[str, Any]) -> bool:
+        """Whether a group's Newton-Schulz multiplies in what "medium" is on a device."""
+        return bool(group["fp32_matmul_prec"] == "medium")
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:

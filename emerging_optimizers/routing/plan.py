@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine.matrix_view import MatrixViewT
+from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.lowrank import LowRankLinear
 from emerging_optimizers.routing.layouts import layout
 
@@ -46,9 +47,15 @@ class Route:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutePlan:
-    """All routes of a model, in the order of its parameters. Prints as a table."""
+    """All routes of a model, in the order of its parameters. Prints as a table.
+
+    Attributes:
+        routes: one for each parameter.
+        devices: on which the model lies; for the line that says what "medium", the default of Muon's family, is there.
+    """
 
     routes: tuple[Route, ...]
+    devices: frozenset[torch.device] = frozenset()
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self.routes)
@@ -83,7 +90,8 @@ class RoutePlan:
         widths = [max(len(row[k]) for row in (header, *rows)) for k in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths, strict=True)), row[4]])
                  for row in (header, *rows)]  # fmt: skip
-        return "\n".join(line.rstrip() for line in lines)
+        casting = any(_casts_by_default(name) for name in {r.optimizer for r in self.routes} - {FROZEN})
+        return "\n".join(line.rstrip() for line in lines) + newton_schulz_in_words(self.devices if casting else ())
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless the plan names every parameter of a model exactly once, with its shape."""
@@ -221,7 +229,7 @@ def plan_parameters(
         )
     if unused:
         raise ValueError(f"overrides match no parameter: {', '.join(map(repr, sorted(unused)))}")
-    plan = RoutePlan(routes=tuple(routes))
+    plan = RoutePlan(routes=tuple(routes), devices=frozenset(p.device for p in model.parameters()))
     if strict and plan.fallbacks:
         lines = "\n  ".join(f"{r.name} {r.shape}: {r.reason}" for r in plan.fallbacks)
         raise ValueError(
@@ -236,6 +244,13 @@ def default_lr(name: str) -> Any:
     if default is inspect.Parameter.empty:
         raise ValueError(f"{name!r} has no default learning rate; give lr")
     return default
+
+
+def _casts_by_default(name: str) -> bool:
+    """Whether Newton-Schulz of `name` multiplies in what "medium" is on a device, unless it is told otherwise."""
+    optimizer = registry.entry(name).load()
+    default = inspect.signature(optimizer).parameters.get("fp32_matmul_prec")
+    return hasattr(optimizer, "casts") and default is not None and default.default == "medium"
 
 
 def _choose(

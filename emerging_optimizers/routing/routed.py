@@ -8,6 +8,7 @@ import torch
 from emerging_optimizers import registry
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.checkpoint import plain_names
+from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.routing.plan import RoutePlan, default_lr
 
 
@@ -26,6 +27,9 @@ class RoutedOptimizer(RuleOptimizer):
     def __init__(self, groups: list[dict[str, Any]], plan: RoutePlan | None = None, **engine: Any) -> None:
         self.plan = plan
         super().__init__(groups, {"lr": 0.0}, **engine)
+
+    def __repr__(self) -> str:
+        return super().__repr__() + newton_schulz_in_words(devices_that_cast(self))
 
     def _algorithm(self, group: Mapping[str, Any]) -> type[RuleOptimizer]:
         algorithm: type[RuleOptimizer] = registry.entry(group["algorithm"]).load()
@@ -58,6 +62,16 @@ class RoutedOptimizer(RuleOptimizer):
                 + "\n  ".join(lines)
                 + "\nCreate the optimizer with the arguments of the run that wrote it, or name the routes in overrides."
             )
+
+
+def devices_that_cast(optimizer: RuleOptimizer) -> list[torch.device]:
+    """Where the parameters lie whose Newton-Schulz multiplies in what "medium" is there."""
+    groups = [
+        group
+        for group in optimizer.param_groups
+        if (casts := getattr(optimizer._algorithm(group), "casts", None)) and casts(group)
+    ]
+    return [p.device for group in groups for p in group["params"]]
 
 
 def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

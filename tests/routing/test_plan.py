@@ -182,7 +182,8 @@ def test_an_unknown_optimizer_is_an_error_with_a_suggestion():
 
 def test_printed_it_is_a_table_of_names_shapes_learning_rates_and_reasons():
     plan = plan_parameters(MODELS["frozen"](), "muon", lr=0.02)
-    header, *rows = str(plan).splitlines()
+    header, *rows, products = str(plan).splitlines()
+    assert products.startswith('Newton-Schulz at "medium" multiplies in ')
     assert header.split() == ["parameter", "shape", "optimizer", "lr", "reason"]
     assert len(rows) == len(plan)
     for row, route in zip(rows, plan, strict=True):
