@@ -34,7 +34,7 @@ BETAS = Check(
 )
 FLAG = Check(lambda v: isinstance(v, bool), "True or False")
 COUNT = Check(lambda v: _integer(v) and v >= 1, "an integer >= 1")
-SEED = Check(lambda v: _integer(v) and v >= 0, "an integer >= 0")
+WHOLE = SEED = Check(lambda v: _integer(v) and v >= 0, "an integer >= 0")
 LEARNING_RATE = Check(
     # A tensor on an accelerator is not read: that would wait for the device.
     lambda v: (

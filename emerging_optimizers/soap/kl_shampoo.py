@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, POSITIVE, one_of, optional
+from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, POSITIVE, WHOLE, one_of, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
@@ -122,6 +122,7 @@ class KLShampoo(RuleOptimizer):
         "qr_fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
         "power_iter_steps": COUNT,
         "precondition_frequency": COUNT,
+        "refresh_ramp": WHOLE,
         "max_precond_dim": optional(COUNT),
         "relative_floor": optional(FRACTION),
         "overlap": FLAG,
@@ -142,6 +143,7 @@ class KLShampoo(RuleOptimizer):
         qr_fp32_matmul_prec: FP32MatmulPrecT = "high",
         power_iter_steps: int = 1,
         precondition_frequency: int = 1,
+        refresh_ramp: int = 0,
         max_precond_dim: int | None = 10000,
         relative_floor: float | None = None,
         overlap: bool = False,
@@ -159,6 +161,7 @@ class KLShampoo(RuleOptimizer):
             "qr_fp32_matmul_prec": qr_fp32_matmul_prec,
             "power_iter_steps": power_iter_steps,
             "precondition_frequency": precondition_frequency,
+            "refresh_ramp": refresh_ramp,
             "max_precond_dim": max_precond_dim,
             "relative_floor": relative_floor,
             "overlap": overlap,

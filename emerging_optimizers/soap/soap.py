@@ -56,6 +56,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, Unpack, get_args
 
 import torch
@@ -70,6 +71,7 @@ from emerging_optimizers.engine.validate import (
     FRACTION,
     NON_NEGATIVE,
     POSITIVE,
+    WHOLE,
     one_of,
     optional,
 )
@@ -107,6 +109,17 @@ FirstStepT = Literal["adam", "eigenbasis"]
 DEFAULT_RELATIVE_FLOOR = 1e-2
 
 
+@lru_cache  # those of a step are asked for once a matrix
+def turns_taken(since: int, period: int, ramp: int) -> int:
+    """How many turns have been taken `since` steps after the first basis, where each matrix has one in `period`.
+
+    One a step, and at the start `period * ramp / since`, rounded to the nearest integer and at most all of them: the
+    matrix whose last refresh is oldest waits for since / ramp steps. The v-th turn of a step, v > 1, is thus taken as
+    long as since <= 2 period ramp / (2 v - 1), and the sum has no rounding of its own.
+    """
+    return since + sum(max(0, min(since, 2 * period * ramp // (2 * v - 1))) for v in range(2, period + 1))
+
+
 class SOAPState(NamedTuple):
     """Moments in the eigenbasis, factors, bases; a side that is not preconditioned has no factor and no basis."""
 
@@ -137,6 +150,7 @@ class EigenbasisRule(Rule):
     use_eigh: bool = False
     power_iter_steps: int = 1
     precondition_frequency: int = 1
+    refresh_ramp: int = 0
     max_precond_dim: int | None = 10000
     relative_floor: float | None = None
     overlap: bool = False
@@ -210,7 +224,8 @@ class EigenbasisRule(Rule):
         since = step - (1 if self.published_start or self.overlap else 2)
         if since == 0:
             return Phase.FIRST
-        return Phase.REFRESH if (since + turn) % self.period == 0 else Phase.REUSE
+        before, now = (turn + turns_taken(k, self.period, self.refresh_ramp) for k in (since - 1, since))
+        return Phase.REFRESH if now // self.period > before // self.period else Phase.REUSE
 
     def start_factors(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -475,6 +490,7 @@ class SOAP(RuleOptimizer):
         "correct_shampoo_beta_bias": optional(FLAG),
         "first_step": one_of(*get_args(FirstStepT)),
         "precondition_frequency": COUNT,
+        "refresh_ramp": WHOLE,
         "max_precond_dim": optional(COUNT),
         "relative_floor": optional(FRACTION),
         "overlap": FLAG,
@@ -502,6 +518,7 @@ class SOAP(RuleOptimizer):
         stream_list: Sequence[Any] | None = None,
         first_step: FirstStepT = "adam",
         precondition_frequency: int = 1,
+        refresh_ramp: int = 0,
         max_precond_dim: int | None = 10000,
         relative_floor: float | None = None,
         overlap: bool = False,
@@ -531,6 +548,7 @@ class SOAP(RuleOptimizer):
             "correct_shampoo_beta_bias": correct_shampoo_beta_bias,
             "first_step": first_step,
             "precondition_frequency": precondition_frequency,
+            "refresh_ramp": refresh_ramp,
             "max_precond_dim": max_precond_dim,
             "relative_floor": relative_floor,
             "overlap": overlap,
