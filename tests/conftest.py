@@ -1,7 +1,6 @@
 """Fixtures that every test shares, and what of the table is collected."""
 
 import re
-
 from collections.abc import Iterator
 from contextlib import nullcontext
 

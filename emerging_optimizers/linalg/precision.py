@@ -74,21 +74,50 @@ def fp32_matmul_precision(precision: FP32MatmulPrecT = "highest") -> Iterator[No
         yield
 
 
+class _Settings(NamedTuple):
+    """torch's, of the whole process."""
+
+    name: str
+    cuda: str
+    mkldnn: str
+
+
+class _Block:
+    """A block that runs at a precision of its own, and what comes back after it."""
+
+    def __init__(self, before: _Settings) -> None:
+        self.before = before
+
+
+_blocks: list[_Block] = []  # of all threads, in the order in which they were entered
+_switch = Lock()
+
+
 @contextmanager
 def _precision(precision: FP32MatmulPrecT) -> Iterator[None]:
+    """torch has one precision for all threads. Blocks of several threads overlap; the last one out puts it back."""
     cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # untyped in torch
-    saved = (cuda.fp32_precision, mkldnn.fp32_precision)
-    try:
-        previous = torch.get_float32_matmul_precision()
-    except RuntimeError:  # a backend was set by itself: torch names the global precision once they agree with it
-        cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
-        previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    with _switch:
+        saved = (cuda.fp32_precision, mkldnn.fp32_precision)
+        try:
+            previous = torch.get_float32_matmul_precision()
+        except RuntimeError:  # a backend was set by itself: torch names the global precision once they agree with it
+            cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
+            previous = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        block = _Block(_Settings(previous, *saved))
+        _blocks.append(block)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(previous)
-        cuda.fp32_precision, mkldnn.fp32_precision = saved
+        with _switch:
+            place = _blocks.index(block)
+            if block is _blocks[-1]:
+                torch.set_float32_matmul_precision(block.before.name)
+                cuda.fp32_precision, mkldnn.fp32_precision = block.before.cuda, block.before.mkldnn
+            else:  # one that was entered later, by another thread, goes on, and then leaves what was before this one
+                _blocks[place + 1].before = block.before
+            del _blocks[place]
 
 
 class _Asked(NamedTuple):
