@@ -330,7 +330,12 @@ CASES: list[OptimizerCase] = [
         "shampoo",
         {"lr": 0.3},
         # Square roots on both sides: the update grows as gradients shrink, so the rate is small.
-        {"": {}, "square_root": {"lr": 0.03, "p_root_inv": 2, "momentum": 0.5, **_DECAY["l2"]}},
+        {
+            "": {},
+            "square_root": {"lr": 0.03, "p_root_inv": 2, "momentum": 0.5, **_DECAY["l2"]},
+            "one_sided": {"max_precond_dim": 6, "shapes": ((8, 6), (6, 8))},
+            "no_side": {"max_precond_dim": 5, "scale_free": False, "descends": 0.3},
+        },
         state=("step", "exp_avg", "L", "R"),
         batched=1e-3,
     ),
@@ -342,6 +347,8 @@ CASES: list[OptimizerCase] = [
             "": {},
             "decaying": {"warmup_steps": 1, "precond_lr": 0.4, "beta_lip": 0.5, "seed": 2**40 + 5},
             "clipped": {"max_update_rms": 0.2, "descends": 0.5, **_DECAY["l2"]},
+            "one_diagonal": {"max_precond_dim": 6, "shapes": ((8, 6), (6, 8))},
+            "diagonals": {"max_precond_dim": 5},
         },
         state=("step", "exp_avg", "Q_0", "Q_1", "L_0", "L_1"),
         batched=1e-3,

@@ -44,6 +44,23 @@ def test_an_optimizer_that_reads_its_weights_says_so(name: str) -> None:
         estimate([matrix(8, 8)], name, seconds=False)
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in READS_WEIGHTS])
+def test_nothing_grows_with_the_square_of_a_long_side(name: str) -> None:
+    """A vocabulary's factor would take 9.4 GiB; allowed are a few numbers for each of the weight."""
+    for shape in ((50304, 96), (96, 50304)):
+        cost = estimate([matrix(*shape)], name, seconds=False)
+        assert cost.state_bytes <= 3.1 * 4 * cost.elements
+        assert cost.peak_bytes <= 9 * 4 * cost.elements
+
+
+@pytest.mark.parametrize("name", ["shampoo", "psgd_pro"])
+def test_a_side_of_the_limit_has_its_factor_and_without_a_limit_every_side(name: str) -> None:
+    for size, options in ((10_000, {}), (10_001, {"max_precond_dim": None})):
+        cost = estimate([matrix(size, 8)], name, seconds=False, **options)
+        assert cost.state_bytes == pytest.approx(4 * (size**2 + size * 8 + 8**2), abs=16)
+    assert estimate([matrix(10_001, 8)], name, seconds=False).state_bytes < 4 * 10_001 * 10
+
+
 def test_the_products_of_muon_by_hand() -> None:
     M, N = 16, 24
     cost = estimate([matrix(M, N)], Muon, seconds=False)

@@ -20,7 +20,7 @@ CANS_INVERSE_SQRT = (
 )
 
 
-def inverse_root(k_BNN: Tensor, p: int, eps: float) -> Tensor:
+def inverse_root(k_BNN: Tensor, p: float, eps: float) -> Tensor:
     r"""The damped inverse p-th root, (B, N, N).
 
     .. math:: Q \, \frac{\Lambda^{1/p}}{\Lambda^{2/p} + \epsilon^{2/p}} \, Q^\top

@@ -22,6 +22,13 @@ The noise :math:`\delta` bounds P where there is no gradient: gradients much sma
 drowned in it, and the update is their momentum times a constant. Its default suits losses whose gradients have entries
 of about one; for those of a language model give what their RMS is, or less.
 
+A side longer than `max_precond_dim` has a diagonal factor, a vector q: of :math:`Y Y^\top` only the diagonal counts,
+:math:`\ell' = \max_i (Y Y^\top)_{ii} + N`, and there is nothing to rotate.
+
+.. math::
+    P_L = \mathrm{diag}(q)^2, \qquad
+    q \leftarrow q - \frac{\eta_t}{\ell} \left(\mathrm{diag}(Y Y^\top) - N\right) \circ q
+
 For the hidden matrices of a network, where eigendecompositions are too dear or the hardware has products only. State
 for an M x N matrix: MN + M^2 + N^2 numbers. The noise is a function of `seed` and of each matrix's step count, so a run
 repeats itself, resumed or not, and no generator moves.
@@ -29,7 +36,7 @@ repeats itself, resumed or not, and no generator moves.
 References:
     Li 2015, Preconditioned Stochastic Gradient Descent, arXiv 1512.04202.
     Li 2024, Stochastic Hessian Fittings with Lie Groups, arXiv 2402.11858, and his psgd_torch: the geometry
-        dQ = Q^0.5 E Q^1.5 with Procrustes steps.
+        dQ = Q^0.5 E Q^1.5 with Procrustes steps, and diagonal factors of long sides.
 """
 
 from collections.abc import Mapping
@@ -41,7 +48,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
-from emerging_optimizers.engine.validate import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, SEED
+from emerging_optimizers.engine.validate import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, SEED, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import project_in, project_out
@@ -57,8 +64,8 @@ class PSGDState(NamedTuple):
     """Momentum, factors, curvature bounds. The published lists Q and L, entry by entry: 0 is the left one."""
 
     exp_avg: Tensor  # B M N
-    Q_0: Tensor  # B M M
-    Q_1: Tensor  # B N N
+    Q_0: Tensor  # B M M; B M where it is diagonal
+    Q_1: Tensor  # B N N; B N
     L_0: Tensor  # B
     L_1: Tensor  # B
 
@@ -71,14 +78,20 @@ class PSGDRule(Rule):
     counts_steps = True
     precond_init_scale: float = 1.0
     max_update_rms: float = 0.0
+    max_precond_dim: int | None = 10000
     seed: int = 0
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PSGDState:
         """Zero momentum, identities times the initial scale, bounds of 1."""
         B, M, N = shape
-        Q_0, Q_1 = (
-            (self.precond_init_scale * torch.eye(size, dtype=dtype, device=device)).repeat(B, 1, 1) for size in (M, N)
-        )
+        limit = self.max_precond_dim or max(M, N)
+
+        def identity(size: int) -> Tensor:
+            diagonal = torch.ones(size, dtype=dtype, device=device)
+            one = self.precond_init_scale * (torch.eye(size, dtype=dtype, device=device) if size <= limit else diagonal)
+            return one.repeat(B, *(1 for _ in one.shape))
+
+        Q_0, Q_1 = identity(M), identity(N)
         L_0, L_1 = torch.ones(2, B, dtype=dtype, device=device)
         return PSGDState(torch.zeros(shape, dtype=dtype, device=device), Q_0, Q_1, L_0, L_1)
 
@@ -98,34 +111,46 @@ class PSGDRule(Rule):
 
         M, N = grad.shape[-2:]
         starts = counted_normal(grad.new_empty(len(grad), NORM_STARTS, M + N), t.step, self.seed, stream=1)
-        Q_0, L_0 = self.fit(s.Q_0, s.L_0, gram(white_BMN), N, starts[..., :M], t)
-        Q_1, L_1 = self.fit(s.Q_1, s.L_1, gram(white_BMN.mT), M, starts[..., M:], t)
+        Q_0, L_0 = self.fit(s.Q_0, s.L_0, white_BMN, starts[..., :M], t)
+        Q_1, L_1 = self.fit(s.Q_1, s.L_1, white_BMN.mT, starts[..., M:], t)
         Q_0, Q_1 = balance([Q_0, Q_1])
 
         update_BMN = clip_rms(precondition(momentum_BMN, Q_0, Q_1), self.max_update_rms)
         return Step(update_BMN, PSGDState(momentum_BMN, Q_0, Q_1, L_0, L_1))
 
-    def fit(
-        self, Q: Tensor, bound_B: Tensor, gram_BKK: Tensor, target: int, starts: Tensor, t: Scalars
-    ) -> tuple[Tensor, Tensor]:
-        """One step of a factor towards a Gram matrix of `target` times the identity, and its curvature bound."""
-        seen = norm_lower_bound(gram_BKK, starts) + target
-        bound_B = torch.maximum(lerp(seen, bound_B, t.beta_lip), seen)
+    def fit(self, Q: Tensor, bound_B: Tensor, white_BKT: Tensor, starts: Tensor, t: Scalars) -> tuple[Tensor, Tensor]:
+        """One step of the factor of K towards a Gram matrix of T times the identity, and its curvature bound."""
+        target = white_BKT.size(-1)
         rate = (t.precond_lr / (1 + (t.step - 1) / t.warmup_steps).sqrt()).clamp_min(t.min_precond_lr).to(Q.dtype)
+        if Q.ndim == 2:
+            gram_BK = white_BKT.square().sum(dim=-1)
+            bound_B = self.bound(gram_BK.amax(dim=-1) + target, bound_B, t)
+            return Q - rate.view(-1, 1) / bound_B.view(-1, 1) * (gram_BK - target) * Q, bound_B
+        gram_BKK = gram(white_BKT)
+        bound_B = self.bound(norm_lower_bound(gram_BKK, starts) + target, bound_B, t)
         Q = Q - rate / bound_B.view(-1, 1, 1) * (gram_BKK @ Q - target * Q)
         return procrustes_step(Q, starts), bound_B
+
+    def bound(self, seen_B: Tensor, bound_B: Tensor, t: Scalars) -> Tensor:
+        """Of the curvature: it falls slowly and rises at once."""
+        return torch.maximum(lerp(seen_B, bound_B, t.beta_lip), seen_B)
 
 
 def precondition(x_BMN: Tensor, Q_0: Tensor, Q_1: Tensor) -> Tensor:
     r""":math:`Q_0^\top Q_0 \, X \, Q_1^\top Q_1`."""
-    return project_in(project_out(x_BMN, Q_0, Q_1), Q_0, Q_1)
+    full = [Q if Q.ndim == 3 else None for Q in (Q_0, Q_1)]
+    x_BMN = project_in(project_out(x_BMN, *full), *full)
+    for Q, dim in ((Q_0, -1), (Q_1, -2)):
+        if Q.ndim == 2:
+            x_BMN = x_BMN * Q.square().unsqueeze(dim)
+    return x_BMN
 
 
 def balance(factors: list[Tensor]) -> list[Tensor]:
-    """Factors (B, K, K) of any K scaled so that all have one largest entry; their Kronecker product stays."""
-    peaks = [Q.abs().amax(dim=(-2, -1), keepdim=True) for Q in factors]
+    """Factors (B, K, K) or (B, K) of any K scaled so that all have one largest entry; their Kronecker product stays."""
+    peaks = [Q.abs().flatten(1).amax(dim=1) for Q in factors]
     mean = torch.stack([peak.log() for peak in peaks]).mean(dim=0).exp()
-    return [Q * (mean / peak) for Q, peak in zip(factors, peaks, strict=True)]
+    return [Q * (mean / peak).view(-1, *(1 for _ in Q.shape[1:])) for Q, peak in zip(factors, peaks, strict=True)]
 
 
 class PSGDPro(RuleOptimizer):
@@ -146,6 +171,7 @@ class PSGDPro(RuleOptimizer):
         min_precond_lr: lower bound of the step size of the factors, > 0.
         warmup_steps: T; after 3 T steps the step size of the factors is half of the first, >= 1.
         max_update_rms: scale an update down whose RMS is larger; 0: never.
+        max_precond_dim: a side that is longer has a diagonal factor. None: no limit.
         seed: of the noise, >= 0; None: the seed of `torch.manual_seed`. The checkpoint holds it.
         **engine: see `EngineOptions`.
 
@@ -171,6 +197,7 @@ class PSGDPro(RuleOptimizer):
         "min_precond_lr": POSITIVE,
         "warmup_steps": COUNT,
         "max_update_rms": NON_NEGATIVE,
+        "max_precond_dim": optional(COUNT),
         "seed": SEED,
     }
 
@@ -189,6 +216,7 @@ class PSGDPro(RuleOptimizer):
         min_precond_lr: float = 0.01,
         warmup_steps: int = 10000,
         max_update_rms: float = 0.0,
+        max_precond_dim: int | None = 10000,
         seed: int | None = None,
         **engine: Unpack[EngineOptions],
     ) -> None:
@@ -204,6 +232,7 @@ class PSGDPro(RuleOptimizer):
             "min_precond_lr": min_precond_lr,
             "warmup_steps": warmup_steps,
             "max_update_rms": max_update_rms,
+            "max_precond_dim": max_precond_dim,
             # Read here and kept, so that a run that goes on in another process goes on with the same noise.
             "seed": torch.initial_seed() if seed is None else seed,
         }

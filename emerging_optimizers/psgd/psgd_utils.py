@@ -27,7 +27,7 @@ def uniformize_q_in_place(Q_list: list[Tensor]) -> None:
     """
     if not Q_list:
         raise TypeError("uniformize_q_in_place: Q_list is empty; give at least one factor")
-    for Q, balanced in zip(Q_list, balance([Q.reshape(1, 1, -1) for Q in Q_list]), strict=True):
+    for Q, balanced in zip(Q_list, balance([Q.reshape(1, -1) for Q in Q_list]), strict=True):
         Q.copy_(balanced.view(Q.shape))
 
 

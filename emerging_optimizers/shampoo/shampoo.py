@@ -15,12 +15,17 @@ With p = 4 the update does not depend on the gradient's scale, and for a single 
 Shampoo without memory in its factors. The momentum starts at zero and is not bias-corrected, so the first updates are
 :math:`1 - \mu^t` of the later ones.
 
+A side longer than `max_precond_dim` has no factor, and the other one takes the whole root, :math:`L^{-2/p} M` or
+:math:`M R^{-2/p}`: Shampoo of one axis, which p = 4 leaves independent of the gradient's scale and the polar factor of
+a single gradient, as both sides together are. With both sides longer it is SGD with momentum.
+
 State for an M x N matrix: MN + M^2 + N^2 numbers, fewer than SOAP's; two eigendecompositions a step. For the hidden
 matrices of a network, where memory for SOAP's second moment and bases is short, and as a baseline.
 
 References:
     Gupta, Koren and Singer 2018, Shampoo: Preconditioned Stochastic Tensor Optimization, arXiv 1802.09568.
-    Anil et al. 2020, Scalable Second Order Optimization for Deep Learning, arXiv 2002.09018.
+    Anil et al. 2020, Scalable Second Order Optimization for Deep Learning, arXiv 2002.09018: no factor of a long side,
+        and exponents by the number of sides that have one.
 """
 
 from dataclasses import dataclass
@@ -31,18 +36,19 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.validate import COUNT, FRACTION, POSITIVE
+from emerging_optimizers.engine.validate import COUNT, FRACTION, POSITIVE, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.inverse_root import inverse_root
 from emerging_optimizers.linalg.kernels.symmetric import gram
+from emerging_optimizers.linalg.kronecker import project_out
 
 
 class ShampooState(NamedTuple):
-    """Momentum and factors."""
+    """Momentum and factors; a side that is too long has none."""
 
     exp_avg: Tensor  # B M N
-    L: Tensor  # B M M
-    R: Tensor  # B N N
+    L: Tensor | None  # B M M
+    R: Tensor | None  # B N N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,7 @@ class ShampooRule(Rule):
     scalars = ("momentum", "shampoo_beta", "eps")
     counts_steps = True
     p_root_inv: int = 4
+    max_precond_dim: int | None = 10000
 
     @property
     def needs_host(self) -> str | None:
@@ -61,16 +68,23 @@ class ShampooRule(Rule):
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ShampooState:
         """Zeros."""
         B, M, N = shape
-        return ShampooState(*(torch.zeros(B, *s, dtype=dtype, device=device) for s in ((M, N), (M, M), (N, N))))
+        limit = self.max_precond_dim or max(M, N)
+
+        def zeros(rows: int, columns: int) -> Tensor:
+            return torch.zeros(B, rows, columns, dtype=dtype, device=device)
+
+        return ShampooState(zeros(M, N), *(zeros(size, size) if size <= limit else None for size in (M, N)))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
-        momentum_BMN = lerp(state.exp_avg, grad, 1 - t.momentum)
+        s: ShampooState = state
+        momentum_BMN = lerp(s.exp_avg, grad, 1 - t.momentum)
         share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
-        L = lerp(state.L, gram(grad), share)
-        R = lerp(state.R, gram(grad.mT), share)
-        left, right = (inverse_root(factor, self.p_root_inv, t.eps) for factor in (L, R))
-        return Step(left @ momentum_BMN @ right, ShampooState(momentum_BMN, L, R))
+        L = None if s.L is None else lerp(s.L, gram(grad), share)
+        R = None if s.R is None else lerp(s.R, gram(grad.mT), share)
+        root = self.p_root_inv / (2 if L is None or R is None else 1)  # half of what two sides share is one's alone
+        left, right = (None if factor is None else inverse_root(factor, root, t.eps) for factor in (L, R))
+        return Step(project_out(momentum_BMN, left, right), ShampooState(momentum_BMN, L, R))
 
 
 class Shampoo(RuleOptimizer):
@@ -87,6 +101,8 @@ class Shampoo(RuleOptimizer):
         p_root_inv: p, an integer >= 1. 4 is Shampoo's; 2 whitens twice as much, and the update then shrinks as
             gradients grow.
         weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        max_precond_dim: a side that is longer has no factor, and the other one takes the whole root; both longer: SGD
+            with momentum. None: no limit.
         **engine: see `EngineOptions`.
 
     Raises:
@@ -102,7 +118,13 @@ class Shampoo(RuleOptimizer):
     """
 
     rule = ShampooRule
-    ranges = {"momentum": FRACTION, "shampoo_beta": FRACTION, "eps": POSITIVE, "p_root_inv": COUNT}
+    ranges = {
+        "momentum": FRACTION,
+        "shampoo_beta": FRACTION,
+        "eps": POSITIVE,
+        "p_root_inv": COUNT,
+        "max_precond_dim": optional(COUNT),
+    }
 
     def __init__(
         self,
@@ -115,6 +137,7 @@ class Shampoo(RuleOptimizer):
         *,
         p_root_inv: int = 4,
         weight_decay_method: WeightDecayT = "decoupled",
+        max_precond_dim: int | None = 10000,
         **engine: Unpack[EngineOptions],
     ) -> None:
         defaults = {
@@ -125,5 +148,6 @@ class Shampoo(RuleOptimizer):
             "weight_decay": weight_decay,
             "p_root_inv": p_root_inv,
             "weight_decay_method": weight_decay_method,
+            "max_precond_dim": max_precond_dim,
         }
         super().__init__(params, defaults, **engine)

@@ -17,8 +17,10 @@ from tests.cases import CASES, OptimizerCase, distance, parameters, run, set_gra
 
 # These ask the host, and say so.
 REFUSED = {
-    *("muon_svd", "mop", "mop_spectral", "polargrad_svd", "iso_polar", "shampoo", "shampoo_square_root"),
-    *("soap_eigh", "soap_every_third", "soap_overlap_every_third", "kl_shampoo_eigh"),
+    *("muon_svd", "mop", "mop_spectral", "polargrad_svd", "iso_polar"),
+    *("shampoo", "shampoo_square_root", "shampoo_one_sided", "shampoo_no_side"),
+    *("soap_eigh", "soap_every_third", "soap_ramp", "soap_overlap_every_third"),
+    *("kl_shampoo_eigh", "kl_shampoo_overlap_ramp"),
     *("rekls", "rekls_every_third", "rekls_overlap", "rekls_v3", "tp_rekls"),
     *("spectron", "spectron_truncated", "spectron_l2"),
 }

@@ -5,6 +5,8 @@
     l <- max(b l + (1 - b) l', l')       l' = ||C|| + c
     Q <- exp(a R) Q, R along Q^T - Q     W <- keep W - lr P_L M P_R
 
+On a side that is too long Q and C are diagonal: all else of C is dropped.
+
 Li 2015, arXiv 1512.04202, and 2024, arXiv 2402.11858. The norms are estimated, from 32 random vectors, and the
 exponential is expanded to second order, as Li does. The random numbers are those of the library, made here one by one
 from Python's own integers.
@@ -80,12 +82,14 @@ class ReferencePSGDPro:
         min_precond_lr: float = 0.01,
         warmup_steps: int = 10000,
         max_update_rms: float = 0.0,
+        max_precond_dim: float = math.inf,
         seed: int | None = None,
     ) -> None:
         self.lr, self.weight_decay, self.weight_decay_method = lr, weight_decay, weight_decay_method
         self.momentum, self.beta_lip, self.scale = momentum, beta_lip, precond_init_scale
         self.precond_lr, self.min_precond_lr, self.warmup_steps = precond_lr, min_precond_lr, warmup_steps
         self.damping, self.max_update_rms = damping_noise_scale, max_update_rms
+        self.max_precond_dim = max_precond_dim
         self.seed = torch.initial_seed() if seed is None else seed
         self.t = 0
 
@@ -110,10 +114,13 @@ class ReferencePSGDPro:
         both = normal(32, m + n, self.seed, stream=1, step=self.t)
         for side, (C, starts) in enumerate(((Y @ Y.T, both[:, :m]), (Y.T @ Y, both[:, m:]))):
             Q, other = self.Q[side], W.shape[1 - side]
-            bound = estimated_norm(C, starts) + other
+            diagonal = len(C) > self.max_precond_dim
+            if diagonal:
+                C = torch.diag(torch.diag(C))
+            bound = (float(C.max()) if diagonal else estimated_norm(C, starts)) + other
             self.L[side] = max(self.beta_lip * self.L[side] + (1 - self.beta_lip) * bound, bound)
             Q = Q - rate / self.L[side] * (C - other * torch.eye(len(C), dtype=torch.float64)) @ Q
-            self.Q[side] = self.rotate(Q, starts)
+            self.Q[side] = Q if diagonal else self.rotate(Q, starts)
         left, right = (float(Q.abs().max()) for Q in self.Q)
         self.Q = [self.Q[0] * math.sqrt(right / left), self.Q[1] * math.sqrt(left / right)]
 

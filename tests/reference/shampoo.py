@@ -2,6 +2,7 @@
 
     L <- mean(G G^T)        R <- mean(G^T G)        weights shampoo_beta^age, normalised
     W <- W - lr L^(-1/p) M R^(-1/p)        M <- mu M + (1 - mu) G
+    W <- W - lr L^(-2/p) M                 where the other side is too long; W - lr M where both are
 
 Gupta, Koren and Singer, 2018, arXiv 1802.09568, with running means and the damped root x / (x^2 + e^2) of
 x = lam^(1/p), e = eps^(1/p).
@@ -13,7 +14,7 @@ from torch import Tensor
 from .weight_decay import decay_gradient, decay_weight
 
 
-def damped_inverse_root(K: Tensor, p: int, eps: float) -> Tensor:
+def damped_inverse_root(K: Tensor, p: float, eps: float) -> Tensor:
     """Sum of x / (x^2 + e^2) q q^T over the eigenpairs."""
     result = torch.zeros_like(K)
     values, vectors = torch.linalg.eigh(K)
@@ -36,9 +37,11 @@ class ReferenceShampoo:
         *,
         p_root_inv: int = 4,
         weight_decay_method: str = "decoupled",
+        max_precond_dim: int = 10000,
     ) -> None:
         self.lr, self.momentum, self.shampoo_beta, self.eps = lr, momentum, shampoo_beta, eps
         self.weight_decay, self.weight_decay_method, self.p = weight_decay, weight_decay_method, p_root_inv
+        self.max_precond_dim = max_precond_dim
         self.t = 0
         self.gradients: list[Tensor] = []
 
@@ -56,5 +59,10 @@ class ReferenceShampoo:
             R += self.shampoo_beta**age / total * G.T @ G
             M += (1 - self.momentum) * self.momentum**age * G
 
-        U = damped_inverse_root(L, self.p, self.eps) @ M @ damped_inverse_root(R, self.p, self.eps)
+        U, short = M, [size <= self.max_precond_dim for size in (m, n)]
+        root = self.p if all(short) else self.p / 2
+        if short[0]:
+            U = damped_inverse_root(L, root, self.eps) @ U
+        if short[1]:
+            U = U @ damped_inverse_root(R, root, self.eps)
         return decay_weight(W, self.lr, self.weight_decay, self.weight_decay_method) - self.lr * U
