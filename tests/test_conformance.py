@@ -40,7 +40,7 @@ def test_it_descends(case: OptimizerCase, seed: int, device: torch.device) -> No
         for p, target in zip(ps, targets, strict=True):
             target.data.mul_(p.norm() / target.norm())
             target.grad = torch.zeros_like(target)
-        case.make(targets, lr=0.0, weight_decay=0.0).step()
+        case.make(targets, lr=1e-20, weight_decay=0.0).step()
     optimizer = case.make(ps, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=120)
 

@@ -8,6 +8,7 @@ from emerging_optimizers import create_optimizer, estimate
 from emerging_optimizers.cost import _Like, _Meter, _Timings
 from emerging_optimizers.engine import buckets
 from emerging_optimizers.lab.__main__ import main
+from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.orthogonalized_optimizers import Muon
 from emerging_optimizers.registry import OPTIMIZERS
 
@@ -95,11 +96,13 @@ def test_the_peak_is_that_of_real_tensors(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("name", "options", "times"),
-    [("muon", {}, 1.5), ("muon", {"fp32_matmul_prec": "highest"}, 3), ("soap", {}, 7), ("rekls", {}, 7)],
+    [("muon", {}, 2.5), ("muon", {"fp32_matmul_prec": "highest"}, 4), ("soap", {}, 11), ("rekls", {}, 11)],
 )
 def test_a_long_matrix_is_not_held_more_often_than_needed(name: str, options: dict[str, str], times: float) -> None:
+    """The new state stands beside the old one until it is written together with the weight."""
     side = 1024
-    cost = estimate([matrix(side, side)], name, seconds=False, **options)
+    with reduced_precision("bfloat16"):
+        cost = estimate([matrix(side, side)], name, seconds=False, **options)
     assert cost.peak_bytes <= 1.01 * times * 4 * side**2
 
 

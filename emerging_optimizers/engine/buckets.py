@@ -6,7 +6,7 @@ what one call of the rule works on: a list of segments, each a run of items of o
 between many small matrices in one call, one expert stack in several, and cache-sized pieces of a vector.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property, partial
 from math import prod
 from operator import attrgetter
@@ -615,8 +615,12 @@ def fill_buckets(
     group: Mapping[str, Any],
     rule: Rule,
     saved: Mapping[Tensor, Mapping[str, Any]],
+    others: Set[str] | None = None,
 ) -> list[Bucket]:
-    """Buckets for some parameters of a group, with the state that is saved for them."""
+    """Buckets for some parameters of a group, with the state that is saved for them.
+
+    `others` are the only keys that a checkpoint may have beside the rule's; None: any, it is the live state.
+    """
     keep_pages()
     kinds: dict[Any, list[tuple[int, Tensor, Block]]] = {}
     for i, p in members:
@@ -631,11 +635,33 @@ def fill_buckets(
             "guard_norm" + block.key in saved.get(p, {}) for _, p, block in rows
         ):
             bucket.start_guard()
-        for row, (i, p, _) in enumerate(rows):
-            if bucket.published[row].keys() & saved.get(p, {}).keys():
-                bucket.adopt(row, saved[p], label(group, i, p))
         buckets.append(bucket)
+    keys = keys_of(buckets)
+    names = {p: label(group, i, p) for i, p in members}
+    for p, state in saved.items():
+        unknown = set() if others is None else state.keys() - keys[p] - others
+        missing = {key for key in keys[p] - state.keys() if not key.startswith("guard_")}
+        if unknown or (missing and (others is not None or keys[p] & state.keys())):
+            lines = (("missing", missing), ("unknown", unknown))
+            what = "; ".join(f"{word} {', '.join(sorted(map(str, found)))}" for word, found in lines if found)
+            raise ValueError(
+                f"the optimizer state of {names[p]} does not fit: {what}. It was written by another optimizer or with "
+                "other options; delete the parameter's entry to start it anew"
+            )
+    for bucket in buckets:
+        for row, p in enumerate(bucket.parameters):
+            if bucket.published[row].keys() & saved.get(p, {}).keys():
+                bucket.adopt(row, saved[p], names[p])
     return buckets
+
+
+def keys_of(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:
+    """The keys of the state of each parameter in some buckets."""
+    keys: dict[Tensor, set[str]] = {}
+    for bucket in buckets:
+        for p, views in zip(bucket.parameters, bucket.published, strict=True):
+            keys.setdefault(p, set()).update(views)
+    return keys
 
 
 def _turns(group: Mapping[str, Any], rule: Rule) -> dict[tuple[int, str], int]:

@@ -22,7 +22,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.ambient import undisturbed
-from emerging_optimizers.engine.buckets import LONG_STREAK, Bucket, Chunk, fill_buckets, state_dtype
+from emerging_optimizers.engine.buckets import LONG_STREAK, Bucket, Chunk, fill_buckets, keys_of, state_dtype
 from emerging_optimizers.engine.executors import Execution, many_graphs
 from emerging_optimizers.engine.guard import NonfiniteT
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
@@ -266,9 +266,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"{algorithm.__name__}: {label(group, i, p)}: {obstacle}")
         if options["capturable"]:
             self._make_capturable(rule, options, f"{algorithm.__name__}: param_groups[{index}]")
+        group.update({name: options[name] for name in ranges})
+        rule = self._make_rule(group)  # a function of the user's reads the group itself, whenever it is called
         if known is not None and known.rule == rule:
             rule = known.rule
-        group.update({name: options[name] for name in ranges})
         given = [*map(group.__getitem__, ranges)]
         self._rules[index] = _Checked(given, _identities(group, ranges), len(group), rule)
         return rule
@@ -471,7 +472,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         saved = {p: rule.translate(state) for p in joined if isinstance(state := everything.get(p), dict)}
         try:
             buckets = fill_buckets([(i, p) for p, i in joined.items()], group, rule, saved)
-            keys = _keys(buckets)
+            keys = keys_of(buckets)
             for p in joined.keys() & self._homes.keys():
                 left = self._views(p).keys() & saved.get(p, {}).keys() - keys[p]
                 if left:
@@ -632,8 +633,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         def stage(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check_format(incoming)
-            incoming = checkpoint.arranged(self._name, self.param_groups, incoming)
             self._check_route(incoming["param_groups"])
+            incoming = checkpoint.arranged(self._name, self.param_groups, incoming)
             saved = checkpoint.state_by_parameter(self._name, self.param_groups, incoming)
             if saved is None:  # torch says what does not correspond
                 return incoming
@@ -647,16 +648,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                 told = {**group, "params": mine["params"]}
                 rule = self._make_rule(told)
                 states = {p: rule.translate(saved[p]) for _, p in members}
-                staged[index] = fill_buckets(members, told, rule, states)
-                keys = _keys(staged[index])
-                for i, p in members:
+                staged[index] = fill_buckets(members, told, rule, states, others)
+                keys = keys_of(staged[index])
+                for _, p in members:
                     left = states[p].keys() - keys[p]
-                    if unknown := left - others:
-                        raise ValueError(
-                            f"the optimizer state of {label(mine, i, p)} does not fit: unknown "
-                            f"{', '.join(sorted(map(str, unknown)))}. It was written by another optimizer or with "
-                            "other options."
-                        )
                     entries[p] = {key: _copy_to(states[p][key], p.device) for key in left}
             ids = dict(zip(chain.from_iterable(g["params"] for g in incoming["param_groups"]),
                            chain.from_iterable(g["params"] for g in self.param_groups), strict=True))  # fmt: skip
@@ -893,15 +888,6 @@ _SHAPING = ("matrix_view", "state_dtype")
 
 def _shaping(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(map(group.__getitem__, _SHAPING))
-
-
-def _keys(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:
-    """The keys of the state of each parameter in some stacks."""
-    keys: dict[Tensor, set[str]] = {}
-    for bucket in buckets:
-        for p, views in zip(bucket.parameters, bucket.published, strict=True):
-            keys.setdefault(p, set()).update(views)
-    return keys
 
 
 def _copy_to(x: Any, device: torch.device) -> Any:
