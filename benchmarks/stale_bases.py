@@ -3,7 +3,7 @@
 `python benchmarks/stale_bases.py stale` trains the demo's model with SOAP, while the learning rate warms up for fewer
 or more steps and through a gradient spike; half an hour on one core. `python benchmarks/stale_bases.py ramp` compares
 rare refreshes that begin dense (`refresh_ramp`) with those that do not, and with a shorter period that has as many
-refreshes in the run; 40 minutes. Each saves after every row.
+refreshes in the run; half an hour. Each saves after every row.
 """
 
 import sys
@@ -56,14 +56,12 @@ def ramp() -> Iterator[Row]:
         ("soap", 10, "warm-up 10", (5, 10, 0), (0, 1, 2)),
         ("soap", 10, "warm-up 40", (20, 40, 0), (0, 1, 2)),
         ("soap", 10, "warm-up 10", (20,), (0, 1, 2)),
-        ("soap", 10, "warm-up 40", (10,), (0, 1, 2)),
-        ("rekls", 10, "warm-up 10", (5, 10, 0), (0, 1, 2)),
-        ("soap", 25, "warm-up 10", (10, 0), (0,)),
+        ("rekls", 10, "warm-up 10", (5,), (0, 1)),
     ):
         for length in ramps:
             options = {"precondition_frequency": frequency, "refresh_ramp": length}
             yield Row(options=options, job=job, optimizer=optimizer, seeds=seeds, refreshes=refreshes(options))
-        if len(ramps) > 2:  # those of the shortest one
+        if 0 in ramps:  # as many refreshes as with half the warm-up
             ramped = {"precondition_frequency": frequency, "refresh_ramp": ramps[0]}
             options = {"precondition_frequency": evenly(refreshes(ramped)), "refresh_ramp": 0}
             yield Row(options=options, job=job, optimizer=optimizer, seeds=seeds, refreshes=refreshes(options))

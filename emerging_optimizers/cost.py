@@ -135,6 +135,8 @@ def estimate(
                 if group["nonfinite"] == "skip":
                     looked.update(p for p in group["params"] if p.device.type == "cpu")
                 group |= {"nonfinite": "propagate", "spike_guard": None}  # the guards look at values
+                if "refresh_ramp" in group:
+                    group["refresh_ramp"] = 0  # which ends
             return _measure(made, seconds, looked)
         except DataDependentOutputException as error:
             raise ValueError(

@@ -252,6 +252,7 @@ CASES: list[OptimizerCase] = [
             "clipped": {"max_update_rms": 0.2, "descends": 0.5},
             "two_iterations": {"power_iter_steps": 2},
             "every_third": {"precondition_frequency": 3},
+            "ramp": {"precondition_frequency": 3, "refresh_ramp": 2},
             "one_sided": {"max_precond_dim": 6},
             "no_side": {"max_precond_dim": 5},
             "kl_one_sided": {"max_precond_dim": 6, **_KL},
@@ -308,6 +309,7 @@ CASES: list[OptimizerCase] = [
         {
             "": {},
             "eigh": {"use_eigh": True, "precondition_frequency": 3},
+            "overlap_ramp": {**_OVERLAP, "precondition_frequency": 4, "refresh_ramp": 1},
             "one_sided": {"max_precond_dim": 6, "shapes": ((8, 6), (6, 8))},
             "overlap": _OVERLAP,
         },

@@ -93,6 +93,8 @@ class KLShampoo(RuleOptimizer):
         qr_fp32_matmul_prec: float32 matmul precision of the refresh; what eigenvalues are made of is "highest".
         power_iter_steps: orthogonal iterations a refresh, >= 1.
         precondition_frequency: steps from one refresh of the bases to the next, >= 1.
+        refresh_ramp: with `precondition_frequency` above 1, the steps after the first basis in which it is refreshed in
+            each, before that thins out to the frequency, >= 0; half of the learning rate's warm-up is a good choice.
         max_precond_dim: a side that is longer has no factor; both longer: SGD with momentum. None: no limit.
         relative_floor: eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01.
         overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the

@@ -42,7 +42,8 @@ eigenbasis in the second step. `"eigenbasis"` is the published start, with the p
 basis is that of the first gradient then, and rotates the second. On CUDA the refresh runs on a stream of its own while
 the model runs. It is another law: no basis has seen the gradient that it rotates. On the lab's training job that costs
 0.13 to 0.23 of loss, and 0.04 to 0.05 where the learning rate warms up for longer; a refresh in every tenth step costs
-0.5 to 0.6, and then 0.11 to 0.14 (docs/performance.md).
+0.5 to 0.6, and then 0.11 to 0.14. With a `refresh_ramp` of half the warm-up's steps that is 0.06 to 0.07, and 0.04
+(docs/performance.md).
 
 State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers, M + N more with KL. For the hidden matrices of a network, where
 a lower loss for the same number of steps is worth a costlier step.
@@ -452,7 +453,11 @@ class SOAP(RuleOptimizer):
             published start, whose second update explodes, and the published permutation of the second moment. It
             reproduces published tables.
         precondition_frequency: steps from one refresh of the bases to the next, >= 1. The factors take in every
-            gradient. Above 1, let the learning rate warm up for longer (docs/performance.md).
+            gradient. Above 1, give a `refresh_ramp`.
+        refresh_ramp: with `precondition_frequency` above 1, the steps after the first basis in which it is refreshed in
+            each; then ever more rarely, in step k about every k / refresh_ramp steps, down to the frequency. 0: rare
+            from the start, which costs loss where the learning rate warms up for few steps. Give half of the warm-up's
+            steps, or all of them (docs/performance.md).
         max_precond_dim: a side that is longer keeps the identity as its basis and has no factor; both longer: Adam.
             None: no limit.
         relative_floor: with KL, eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01, or 0

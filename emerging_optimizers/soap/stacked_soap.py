@@ -53,6 +53,8 @@ class StackedSoap(SOAP):
         correct_shampoo_beta_bias: bias-correct the factors; None: as `correct_bias`.
         first_step: "adam", or "eigenbasis" for the published start.
         precondition_frequency: steps from one refresh of the bases to the next, >= 1.
+        refresh_ramp: with `precondition_frequency` above 1, the steps after the first basis in which it is refreshed in
+            each, before that thins out to the frequency, >= 0; half of the learning rate's warm-up is a good choice.
         max_precond_dim: a side of the joined matrix that is longer is not preconditioned; None: no limit.
         relative_floor: with KL, eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01, or 0
             with the published start.

@@ -18,6 +18,7 @@ With ``overlap`` the bases and both moments in them come last, so that the next 
 """
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ class ReferenceSOAP:
         correct_shampoo_beta_bias: bool | None = None,
         first_step: str = "adam",
         precondition_frequency: int = 1,
+        refresh_ramp: int = 0,
         max_precond_dim: int = 10000,
         relative_floor: float | None = None,
         overlap: bool = False,
@@ -111,6 +113,7 @@ class ReferenceSOAP:
             correct_shampoo_beta_bias = correct_bias
         self.correct_shampoo_beta_bias = correct_shampoo_beta_bias
         self.first_step, self.precondition_frequency = first_step, precondition_frequency
+        self.refresh_ramp = refresh_ramp
         self.max_precond_dim = max_precond_dim
         self.overlap = overlap
         if relative_floor is None:
@@ -204,12 +207,21 @@ class ReferenceSOAP:
         return 1 if self.first_step == "eigenbasis" or self.overlap else 2
 
     def refreshes_now(self) -> bool:
-        """In the step with the first basis, and then every ``precondition_frequency`` steps, when the turn comes."""
+        """In the step with the first basis, and then when the turn comes; there are ``precondition_frequency`` turns.
+
+        In the k-th step after the first basis come ``precondition_frequency * refresh_ramp / k`` of them, rounded to an
+        integer, but not more than there are and not fewer than one.
+        """
         if self.first_step == "adam" and not self.exp_avg_sq.any():
             return False  # the moments have seen only zero gradients so far
         since_first = self.t - self.first_refresh_step()
-        due = (since_first + self.turn) % self.precondition_frequency == 0
-        return since_first == 0 or (since_first > 0 and due)
+        if since_first <= 0:
+            return since_first == 0
+        turns = self.precondition_frequency
+        taken = [math.floor(Fraction(turns * self.refresh_ramp, k) + Fraction(1, 2)) for k in range(1, since_first + 1)]
+        now = self.turn + sum(max(1, min(turns, count)) for count in taken)
+        before = now - max(1, min(turns, taken[-1]))
+        return now // turns > before // turns
 
     def refresh_bases(self) -> None:
         """New bases, and the moments turned into them.
