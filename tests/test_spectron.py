@@ -143,7 +143,7 @@ def test_truncation_is_announced_once_with_its_size():
         sigma = torch.linalg.svdvals(p.detach())
         lost.append(sigma[2:].norm() / sigma.norm())
     worst = int(torch.stack(lost).argmax())
-    optimizer = Spectron([(f"w{i}", p) for i, p in enumerate(ps)], lr=0.0, weight_decay=0.0, rank=2)
+    optimizer = Spectron([(f"w{i}", p) for i, p in enumerate(ps)], lr=1e-20, weight_decay=0.0, rank=2)
     text = rf"rank=2 keeps 2 singular values of parameter 'w{worst}' .*; {lost[worst]:.3g} of its norm is lost"
     with pytest.warns(UserWarning, match=text) as caught:
         step(optimizer, 0)

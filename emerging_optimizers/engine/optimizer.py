@@ -729,9 +729,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         rules = [self._checked_rule(index) for index in range(len(self.param_groups))]
         self._check_gradients(rules)
         self._place(rules)
-        self._start_guards()
         if _is_capturing():
             self._check_capture(rules)
+        self._start_guards()
         for index, bucket in self._buckets:
             if rules[index].starts_from_weight:
                 self._start(bucket, rules[index], self.param_groups[index])

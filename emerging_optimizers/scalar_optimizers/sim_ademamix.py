@@ -53,7 +53,7 @@ class SimplifiedAdEMAMixRule(Rule):
         beta1 = half_life_warmup(t.step, t.min_beta_fast, beta1, self.num_beta_fast_warmup_steps)
         bias1 = debias(beta1, t.step, grad) / (1 - beta1) if self.correct_bias else 1.0
         bias2 = debias(beta2, t.step, grad) if self.correct_bias else 1.0
-        m = (state.exp_avg * beta1).add_(grad)
+        m = (state.exp_avg * beta1).to(grad.dtype).add_(grad)
         v = addcmul_(state.exp_avg_sq * beta2, grad, grad, 1 - beta2)
         # Numerator and denominator both times the root of bias2, which then takes no pass of its own. Step counts
         # that differ from element to element make bias1 a float64 stack.
