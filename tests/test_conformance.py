@@ -31,7 +31,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 @every_case
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_it_descends(case: OptimizerCase, seed: int, device: torch.device) -> None:
     """Each parameter has a target of its own; the learning rate falls to zero."""
     ps = parameters(case, device=device, copies=1, seed=seed)

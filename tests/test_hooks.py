@@ -51,6 +51,7 @@ def test_zero_weights_and_zero_updates_stay_finite(plain):
         assert make_hook(plain).move(W, U, 0.9, 0.1).isfinite().all()
 
 
+@pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize("optimizer", [AdamW, LaProp, Muon, SOAP])
 @pytest.mark.parametrize("execution", ["stacked", "per_matrix", "compiled"])
 def test_every_optimizer_follows_a_hook_in_every_execution(optimizer, execution):

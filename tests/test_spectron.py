@@ -302,6 +302,7 @@ def fit(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int
     return losses
 
 
+@pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize("execution", ["stacked", "per_matrix", "compiled"])
 @pytest.mark.parametrize("method", ["decoupled", "l2"])
 def test_factors_as_weights_follow_the_law_of_factors_as_state(execution, method):
@@ -411,6 +412,7 @@ def test_what_cannot_be_done_is_refused(call, match):
         call()
 
 
+@pytest.mark.usefixtures("without_code")
 def test_truncated_stacks_equal_single_matrices_and_compiled_ones():
     def run(execution: str) -> list[nn.Parameter]:
         ps = [parameter(9, 6, seed=s, dtype=torch.float64) for s in range(3)]

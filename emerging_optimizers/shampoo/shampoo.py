@@ -40,7 +40,6 @@ from emerging_optimizers.engine.validate import COUNT, FRACTION, POSITIVE, optio
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.inverse_root import inverse_root
 from emerging_optimizers.linalg.kernels.symmetric import gram
-from emerging_optimizers.linalg.kronecker import project_out
 
 
 class ShampooState(NamedTuple):
@@ -84,7 +83,9 @@ class ShampooRule(Rule):
         R = None if s.R is None else lerp(s.R, gram(grad.mT), share)
         root = self.p_root_inv / (2 if L is None or R is None else 1)  # half of what two sides share is one's alone
         left, right = (None if factor is None else inverse_root(factor, root, t.eps) for factor in (L, R))
-        return Step(project_out(momentum_BMN, left, right), ShampooState(momentum_BMN, L, R))
+        update_BMN = momentum_BMN if left is None else left @ momentum_BMN
+        update_BMN = update_BMN if right is None else update_BMN @ right
+        return Step(update_BMN, ShampooState(momentum_BMN, L, R))
 
 
 class Shampoo(RuleOptimizer):

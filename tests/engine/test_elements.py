@@ -105,6 +105,7 @@ def test_gradients_are_left_as_they_are() -> None:
         assert torch.equal(p.grad.view(torch.int32), bits)
 
 
+@pytest.mark.usefixtures("without_code")
 def test_one_graph_serves_every_length() -> None:
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -106,6 +106,7 @@ def test_one_by_one_in_pieces_and_at_once_are_the_same(
     torch.testing.assert_close(at_once, pieces, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize("view", [("split", 4, 2), ("transposed", "columns", "heads", 3)])
 def test_compiled_is_the_same(view: Any) -> None:
     eager, _ = trained(view, (12, 6), "muon")

@@ -58,6 +58,7 @@ def test_a_skipped_matrix_is_not_refreshed_either(case: OptimizerCase) -> None:
         assert case.kwargs.get("precondition_frequency", 1) > 1 or not torch.equal(optimizer.state[batch][key][2], x[2])
 
 
+@pytest.mark.usefixtures("without_code")
 def test_compiled_equals_eager() -> None:
     options: dict[str, Any] = {"dtype": torch.float64, "missing": late}
     eager, _ = run(SOAP_OVERLAP, 5, **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emerging_optimizers import SOAP, AdamW, Iso, Lion, Muon
-from emerging_optimizers.engine import RuleOptimizer
+from emerging_optimizers.engine import RuleOptimizer, executors
 from tests.cases import CASES, OptimizerCase, distance, parameters, run, set_gradients
 
 ROUNDED = {"momentum_buffer", "exp_avg", "exp_avg_fast", "Q_L", "Q_R", "Q_M"}
@@ -31,7 +31,9 @@ def test_weights_follow_those_of_a_float32_state(case: OptimizerCase) -> None:
 
 @pytest.mark.parametrize("execution", ["per_matrix", "compiled"])
 @pytest.mark.parametrize("make", [Muon, SOAP, AdamW, Lion], ids=lambda m: m.__name__)
-def test_executions_round_alike(make: Any, execution: str) -> None:
+def test_executions_round_alike(make: Any, execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if make is not Lion:  # one rule, the shortest, shows that generated code rounds too
+        monkeypatch.setattr(executors, "BACKEND", "eager")
     case = next(c for c in CASES if c.name == make.__name__.lower())
     stacked, _ = run(case, 4, state_dtype=torch.bfloat16)
     other, _ = run(case, 4, state_dtype=torch.bfloat16, execution=execution)

@@ -11,6 +11,14 @@ from emerging_optimizers.lab.tf32 import TF32Config, TF32Result, TF32Run, run_tf
 CONFIG = TF32Config(optimizers=("rekls",), seeds=(3,), steps=12, spike_at=4)
 
 
+@pytest.fixture
+def small_model(tiny, monkeypatch):
+    """The job of the experiment with a model on which a run takes a second."""
+    job = TF32Config.job
+    size = {name: getattr(tiny, name) for name in ("batch", "context", "width", "depth", "heads", "eval_windows")}
+    monkeypatch.setattr(TF32Config, "job", lambda *args: replace(job(*args), **size))
+
+
 def fake(config, run):
     """A run without training: the loss tells the run."""
     loss = 2 + 0.25 * (run.precision == "tf32") + 0.5 * run.spike + run.seed
@@ -31,6 +39,7 @@ def filled(config):
     )
 
 
+@pytest.mark.usefixtures("small_model")
 def test_a_run_trains_with_the_published_form_and_a_spike():
     run = TF32Run(optimizer="rekls", form="published", spike=True, seed=3, precision="tf32")
     done = train_once(CONFIG, run)
@@ -39,6 +48,7 @@ def test_a_run_trains_with_the_published_form_and_a_spike():
     assert done.losses == {"12": done.final_loss}
 
 
+@pytest.mark.usefixtures("small_model")
 def test_tf32_changes_a_run_and_float32_repeats():
     run = TF32Run(optimizer="rekls", form="default", spike=False, seed=3, precision="float32")
     exact = train_once(CONFIG, run)

@@ -9,6 +9,17 @@ from emerging_optimizers.linalg.kernels import routes, spare
 from emerging_optimizers.linalg.newton_schulz import newton_schulz, newton_schulz_step
 
 SPECTRA = ("gaussian", "condition_1e3", "rank_8_and_noise")
+# Sizes from which the tables take their routes, for `make test-all`: without bfloat16 units one iteration of them in
+# bfloat16 takes seconds. In every run the same routes are taken from smaller sizes on.
+FROM_THE_TABLE = pytest.param(512, 1280, marks=pytest.mark.slow)
+
+
+@pytest.fixture
+def early_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gram steps as the tables have them, and products by blocks, from 64 rows on."""
+    monkeypatch.setattr(routes, "GRAM", {key: route._replace(shorter=64) for key, route in routes.GRAM.items()})
+    blocks = {key: routes.BlockRoute(depth=64, rows=64, least=16) for key in routes.BLOCKS}
+    monkeypatch.setattr(routes, "BLOCKS", blocks)
 
 
 def spectrum(kind: str, M: int, N: int) -> Tensor:
@@ -25,14 +36,14 @@ def spectrum(kind: str, M: int, N: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize(("name", "steps"), [("quintic", 5), ("simple", 5), ("polar_express", 8)])
-@pytest.mark.parametrize(("M", "N"), [(512, 1280), (64, 256)])
+@pytest.mark.parametrize(("M", "N"), [FROM_THE_TABLE, (64, 256), (80, 200)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("early_routes")
 def test_steps_on_the_gram_matrix_are_as_exact_as_the_plain_ones(
     kind: str, name: str, steps: int, M: int, N: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, sets = spectrum(kind, M, N), coefficients(name, steps)
-    if max(routes.gram_blocks(x, dtype, steps)) == 1:
-        pytest.skip("the plain path")
+    assert max(routes.gram_blocks(x, dtype, steps)) > 1
     exact = torch.linalg.svdvals(newton_schulz(x.double(), sets))
 
     def error() -> float:
@@ -41,7 +52,9 @@ def test_steps_on_the_gram_matrix_are_as_exact_as_the_plain_ones(
 
     routed = error()
     monkeypatch.setattr(routes, "GRAM", {})
-    assert routed <= max(2.5 * error(), 1e-5)
+    # Float32 is as exact as rounding lets it: the three steps of a block have a slope of 41 at zero, and 41 eps is 5e-6;
+    # over 300 matrices the worst is 1e-5. Two more steps in a block make 1e-4 to 5e-4 of it.
+    assert routed <= max(2.5 * error(), 3e-5)
 
 
 def test_what_is_not_in_the_table_takes_the_plain_path() -> None:
@@ -64,7 +77,8 @@ def test_calls_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["quintic", "simple"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("M", "N"), [(96, 96), (40, 64), (64, 40), (512, 1280)])
+@pytest.mark.parametrize(("M", "N"), [(96, 96), (40, 64), (64, 40), (80, 200), FROM_THE_TABLE])
+@pytest.mark.usefixtures("early_routes")
 def test_memory_that_is_taken_up_again_changes_nothing(
     M: int, N: int, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
