@@ -39,11 +39,15 @@ def adam_(
     will do: with beta1 = 0, where `moments` may be None, the gradient itself is divided by its size. `keep` is 1 where
     `lr` is 0.
     """
+    if moments is None:
+        if weights[0].device.type == "cpu":
+            weights, grads, squares = map(_cut, (weights, grads, squares))
+        moments = _scratch(grads)
     call = partial(
         torch._fused_adamw_,
         weights,
         grads,
-        _scratch(grads) if moments is None else moments,
+        moments,
         squares,
         [],
         [torch.full((), step, dtype=torch.float32, device=weights[0].device)] * len(weights),
@@ -69,12 +73,23 @@ _HELD = _Held()
 
 
 def _scratch(like: list[Tensor]) -> list[Tensor]:
-    """Finite numbers, in tensors that may be written."""
-    count, kind, held = sum(map(Tensor.numel, like)), (like[0].dtype, like[0].device), _HELD.by_kind
+    """Finite numbers, in tensors that may be written. On a CPU it is one for all, which stays in the cache."""
+    kind, held = (like[0].dtype, like[0].device), _HELD.by_kind
+    on_host = kind[1].type == "cpu"
+    count = max(map(Tensor.numel, like)) if on_host else sum(map(Tensor.numel, like))
     if kind not in held or held[kind].numel() < count:
         held[kind] = torch.zeros(count, dtype=kind[0], device=kind[1])
+    if on_host:  # where the kernel takes one tensor after the other, and asks each weight for its length
+        return [held[kind]] * len(like)
     pieces: Iterable[Tensor] = _unflatten_dense_tensors(held[kind][:count], like)  # type: ignore[no-untyped-call]  # untyped in torch
     return list(pieces)
+
+
+def _cut(tensors: list[Tensor]) -> list[Tensor]:
+    """Pieces for which a scratch tensor stays in the cache."""
+    if all(x.numel() <= _GATHERED for x in tensors):
+        return tensors
+    return [piece for x in tensors for piece in torch.split(x.view(-1), _GATHERED)]
 
 
 def forget_scratch() -> None:
@@ -165,17 +180,19 @@ def are_below(tensors: list[Tensor], limit: float) -> bool:
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """Norms that bound those of all the tensors, 0-D each; the tensors are only read."""
-    found = [_norm(x) for x in tensors if x.numel() >= _SMALL]
+    found: list[Tensor] = []
     gathered: list[Tensor] = []
     room = _GATHERED
     for x in tensors:
-        if x.numel() >= _SMALL:
+        count = x.numel()
+        if count >= _SMALL:
+            found.append(_norm(x))
             continue
-        if gathered and x.numel() > room:
+        if count > room:
             found.append(_norm(_gather(gathered)))
             gathered, room = [], _GATHERED
         gathered.append(x)
-        room -= x.numel()
+        room -= count
     if gathered:
         found.append(_norm(_gather(gathered)))
     return found

@@ -52,8 +52,8 @@ def test_steps_on_the_gram_matrix_are_as_exact_as_the_plain_ones(
 
     routed = error()
     monkeypatch.setattr(routes, "GRAM", {})
-    # Float32 is as exact as rounding lets it: the three steps of a block have a slope of 41 at zero, and 41 eps is 5e-6;
-    # over 300 matrices the worst is 1e-5. Two more steps in a block make 1e-4 to 5e-4 of it.
+    # Float32 is as exact as rounding lets it: the three steps of a block have a slope of 41 at zero, and 41 eps is
+    # 5e-6; over 300 matrices the worst is 1e-5. Two more steps in a block make 1e-4 to 5e-4 of it.
     assert routed <= max(2.5 * error(), 3e-5)
 
 
