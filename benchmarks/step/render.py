@@ -40,7 +40,7 @@ def render(results: Sequence[Path], page: Path, images: Path) -> list[Path]:
         raise ValueError(f"{page} must have one line {BEGIN} and one line {END}")
     inside = "\n\n".join((BEGIN, *parts, END))
     text = re.sub(f"{BEGIN}.*{END}", lambda _: inside, text, flags=re.DOTALL)
-    write_atomically(page, lambda file: file.write(text.encode()))
+    write_atomically({page: text.encode()})
     return written
 
 
@@ -101,12 +101,11 @@ def notes(found: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A panel a workload: bars are medians, whiskers quartiles, the two lines across a bar its floors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
+
+    from emerging_optimizers.lab.plots import save_figure
 
     panels = {
         name: {arm: a for arm, a in w["arms"].items() if "error" not in a} for name, w in result["workloads"].items()
@@ -141,9 +140,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     ]
     labels = ("this library", "the published library", "others", "floor", "floor of the leanest form known")
     figure.legend(handles, labels, frameon=False, ncols=5, fontsize=8, loc="outside upper center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def _span(values: Sequence[float], factor: float, form: str) -> str:

@@ -97,14 +97,17 @@ class Spike:
     def run(self, args: Sequence[str]) -> None:
         """Runs the sweep, shows its tables and writes its files."""
         from emerging_optimizers.lab.experiment import require_positive, show
+        from emerging_optimizers.lab.record import sole_writer
         from emerging_optimizers.lab.spike import run_spike, save_spike
         from emerging_optimizers.lab.spike_tables import spike_tables
 
         require_positive(self, "processes")
-        # The drawing library takes two seconds to import: meanwhile the processes start.
-        Thread(target=import_module, args=("emerging_optimizers.lab.plots",)).start()
-        result = run_spike(self.config, self.processes)
-        show(spike_tables(result), save_spike(result, self.out, ("eopt", "spike", *args)))
+        with sole_writer(self.out):
+            # The drawing library takes two seconds to import: meanwhile the processes start.
+            Thread(target=import_module, args=("emerging_optimizers.lab.plots",)).start()
+            result = run_spike(self.config, self.processes)
+            files = save_spike(result, self.out, ("eopt", "spike", *args))
+        show(spike_tables(result), files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +122,12 @@ class Eigenbasis:
         """Runs the experiment, shows its tables and writes its files."""
         from emerging_optimizers.lab.eigenbasis import eigenbasis_tables, run_eigenbasis, save_eigenbasis
         from emerging_optimizers.lab.experiment import show
+        from emerging_optimizers.lab.record import sole_writer
 
-        result = run_eigenbasis(self.config)
-        show(eigenbasis_tables(result), save_eigenbasis(result, self.out, ("eopt", "eigenbasis", *args)))
+        with sole_writer(self.out):
+            result = run_eigenbasis(self.config)
+            files = save_eigenbasis(result, self.out, ("eopt", "eigenbasis", *args))
+        show(eigenbasis_tables(result), files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +142,12 @@ class Precision:
         """Runs the experiment, shows its tables and writes its files."""
         from emerging_optimizers.lab.experiment import show
         from emerging_optimizers.lab.precision import precision_tables, run_precision, save_precision
+        from emerging_optimizers.lab.record import sole_writer
 
-        result = run_precision(self.config)
-        show(precision_tables(result), save_precision(result, self.out, ("eopt", "precision", *args)))
+        with sole_writer(self.out):
+            result = run_precision(self.config)
+            files = save_precision(result, self.out, ("eopt", "precision", *args))
+        show(precision_tables(result), files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +163,14 @@ class TF32:
     def run(self, args: Sequence[str]) -> None:
         """Runs what is missing, shows the table and writes the files."""
         from emerging_optimizers.lab.experiment import require_positive, show
+        from emerging_optimizers.lab.record import sole_writer
         from emerging_optimizers.lab.tf32 import run_tf32, save_tf32, tf32_tables
 
         require_positive(self, "processes")
-        result = run_tf32(self.config, self.out / "result.json", self.processes)
-        show(tf32_tables(result), save_tf32(result, self.out, ("eopt", "tf32", *args)))
+        with sole_writer(self.out):
+            result = run_tf32(self.config, self.out / "result.json", self.processes)
+            files = save_tf32(result, self.out, ("eopt", "tf32", *args))
+        show(tf32_tables(result), files)
 
 
 @dataclass(frozen=True, kw_only=True)

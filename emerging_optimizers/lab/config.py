@@ -6,13 +6,50 @@ Nothing here imports torch, so that ``eopt --help`` answers at once.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
+
+T = TypeVar("T")
 
 
 class UsageError(ValueError):
     """A request that cannot be carried out as it stands; the text says what to change."""
+
+
+def checked(value: T) -> T:
+    """Refuses a dataclass that a file filled with values of other types than its fields have.
+
+    Args:
+        value: The dataclass; of what its fields contain nothing is looked at.
+
+    Raises:
+        UsageError: A field has another type.
+
+    Example:
+        >>> checked(Arm(lr="high"))
+        Traceback (most recent call last):
+            ...
+        emerging_optimizers.lab.config.UsageError: lr is 'high', not float | None
+    """
+    cls: type = type(value)
+    for name, (kinds, hint) in _kinds(cls).items():
+        if not isinstance(getattr(value, name), kinds):
+            raise UsageError(f"{name} is {getattr(value, name)!r}, not {hint}")
+    return value
+
+
+@cache
+def _kinds(cls: type) -> dict[str, tuple[tuple[type, ...], str]]:
+    """What each field of a dataclass may be, and how its annotation reads."""
+    found = {}
+    for name, hint in get_type_hints(cls).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+        whole = (int,) if float in kinds else ()  # JSON has one kind of number
+        found[name] = ((*kinds, *whole), hint.__name__ if isinstance(hint, type) else str(hint))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +226,7 @@ class TrainConfig:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TrainConfig":
         """The inverse of `dataclasses.asdict` followed by JSON."""
-        return cls(**{**value, "optimizers": tuple(value["optimizers"])})
+        return checked(cls(**{**value, "optimizers": tuple(value["optimizers"])}))
 
     def arm(self, name: str) -> Arm:
         """The learning rates and options that an optimizer runs with: the tuned ones, then the overrides."""

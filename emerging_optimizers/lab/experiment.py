@@ -165,17 +165,24 @@ def save(
 
     Returns:
         The files.
+
+    Raises:
+        UsageError: Another process writes into the folder, or the disk refuses.
     """
-    from emerging_optimizers.lab.record import environment, write_atomically, write_json
+    from emerging_optimizers.lab.record import environment, json_bytes, sole_writer, write_atomically
 
     json, surroundings, markdown = (folder / name for name in ("result.json", "environment.json", "tables.md"))
-    write_json(json, result.to_json())
-    write_json(surroundings, {**environment(result.config.threads), "command": list(command)})
     text = "\n\n".join(table.markdown() for table in tables)
-    write_atomically(markdown, lambda file: file.write(f"{text}\n".encode()))
+    written = {
+        json: json_bytes(result.to_json()),
+        surroundings: json_bytes({**environment(result.config.threads), "command": list(command)}),
+        markdown: f"{text}\n".encode(),
+    }
     pictures = {folder / f"{name}.png": draw for name, draw in figures.items()}
-    for path, draw in pictures.items():
-        draw(result, path)
+    with sole_writer(folder):
+        write_atomically(written)
+        for path, draw in pictures.items():
+            draw(result, path)
     return json, surroundings, markdown, *pictures
 
 

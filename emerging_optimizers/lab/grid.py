@@ -1,6 +1,7 @@
 """The learning-rate grid behind the tuned defaults: one training run for each optimizer and rate."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from emerging_optimizers.lab import report
-from emerging_optimizers.lab.config import GRID, GRID_FACTORS, Arm, TrainConfig, UsageError
+from emerging_optimizers.lab.config import GRID, GRID_FACTORS, Arm, TrainConfig, UsageError, checked
 from emerging_optimizers.lab.data import load_text
-from emerging_optimizers.lab.record import environment, read_json, write_json
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, reading, sole_writer, write_atomically
 from emerging_optimizers.lab.train import make_model, make_optimizer, train_one
 
 
@@ -36,13 +37,14 @@ class GridRow:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "GridRow":
         """The inverse of `to_json`; JSON has turned the steps into strings."""
-        return cls(
+        row = cls(
             optimizer=value["optimizer"],
-            arm=Arm(lr=value["lr"], companion_lr=value["companion_lr"], options=value["options"]),
+            arm=checked(Arm(lr=value["lr"], companion_lr=value["companion_lr"], options=value["options"])),
             final_loss=value["final_loss"],
             curve={int(step): loss for step, loss in value["curve"].items()},
             cpu_seconds=value["cpu_seconds"],
         )
+        return checked(row)
 
 
 def run_grid(
@@ -63,24 +65,33 @@ def run_grid(
         Every run in the file, by optimizer and rising learning rate.
 
     Raises:
-        UsageError: The file holds results of another job, or an optimizer has no learning rate to begin at.
+        UsageError: The file is damaged, holds results of another job or is being written by another process, the disk
+            refuses, or an optimizer has no learning rate to begin at.
     """
-    console = console or Console()
+    with sole_writer(out.parent, out.name):
+        return _run_grid(config, out, fresh, console or Console())
+
+
+def _run_grid(config: TrainConfig, out: Path, fresh: bool, console: Console) -> tuple[GridRow, ...]:
     text = load_text(config.text, config.context)
     job = {key: value for key, value in asdict(config).items() if key not in ("optimizers", "lr", "companion_lr")}
     job["text_sha256"] = text.sha256
     now, environment_path = environment(config.threads, text), out.with_suffix(".environment.json")
     rows: list[GridRow] = []
-    if out.exists() and not fresh:
-        stored = read_json(out)
-        if changed := [key for key in job if stored["job"].get(key) != job[key]]:
+    beside: dict[Path, bytes] = {}
+    if os.path.lexists(out) and not fresh:
+        with reading(out, "bring it back, or give --fresh or another --out"):
+            stored = read_json(out)
+            rows = [GridRow.from_json(row) for row in stored["runs"]]
+            changed = [key for key in job if stored["job"].get(key) != job[key]]
+            then = dict(read_json(environment_path))
+        if changed:
             raise UsageError(
                 f"{out} holds another job (it differs in {', '.join(changed)}): give --fresh or another --out"
             )
-        rows = [GridRow.from_json(row) for row in stored["runs"]]
-        report.print_changes(console, read_json(environment_path), now)
+        report.print_changes(console, then, now)
     else:
-        write_json(environment_path, now)
+        beside = {environment_path: json_bytes(now)}
 
     wanted = [(name, arm) for name in config.optimizers for arm in _arms(config, name)]
     for name, arm in wanted:
@@ -100,7 +111,8 @@ def run_grid(
         )
         rows = sorted([*rows, row], key=lambda row: (row.optimizer, row.arm.lr or 0))
         best = {row.optimizer: best_row(rows, row.optimizer).to_json() for row in rows}
-        write_json(out, {"job": job, "best": best, "runs": [row.to_json() for row in rows]})
+        found = {"job": job, "best": best, "runs": [row.to_json() for row in rows]}
+        write_atomically({**beside, out: json_bytes(found)})
 
     from emerging_optimizers.lab.plots import plot_grid
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from emerging_optimizers.lab import sections as read
 from emerging_optimizers.lab.config import UsageError
 from emerging_optimizers.lab.page import Section, render
-from emerging_optimizers.lab.record import write_atomically
+from emerging_optimizers.lab.record import reading, sole_writer, write_atomically
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def write_report(runs: Path, out: Path) -> tuple[Section, ...]:
         The sections of the report.
 
     Raises:
-        UsageError: There is no finished run, or a result that cannot be read. Nothing has been written then.
+        UsageError: There is no finished run, a result cannot be read, another report is being written to the file, or
+            the disk refuses. Nothing has been written then.
 
     Example:
         >>> from emerging_optimizers.lab.spike import SpikeConfig, run_spike, save_spike
@@ -56,15 +57,13 @@ def write_report(runs: Path, out: Path) -> tuple[Section, ...]:
         commands = ", ".join(f"`{kind.command}`" for kind in KINDS)
         raise UsageError(f"there is no finished run under {runs}; one of {commands} makes one, or give another --runs")
     html = render(sections, [kind.command for kind, paths in found.items() if not paths])
-    write_atomically(out, lambda file: file.write(html.encode()))
+    with sole_writer(out.parent, out.name):
+        write_atomically({out: html.encode()})
     return sections
 
 
 def _read(kind: Kind, path: Path) -> Section:
-    try:
-        return kind.read(path)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise UsageError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); make it again with `{kind.command}`, "
-            "or move it away"
-        ) from error
+    with reading(path, f"make it again with `{kind.command}`, or move it away"):
+        section = kind.read(path)
+        render([section])  # so that what cannot be shown is named
+        return section

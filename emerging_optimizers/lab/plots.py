@@ -1,5 +1,6 @@
 """The figures of the lab: functions from results to a file. The only place that imports matplotlib."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,27 @@ from matplotlib.ticker import NullLocator
 from emerging_optimizers.lab.eigenbasis import EigenbasisResult
 from emerging_optimizers.lab.palette import COLORS, DARK, MARKERS, styles
 from emerging_optimizers.lab.precision import PRECISIONS, PrecisionResult, ways
-from emerging_optimizers.lab.record import RunResult, SpikedRun
+from emerging_optimizers.lab.record import RunResult, SpikedRun, write_atomically
 from emerging_optimizers.lab.report import baseline_loss
 from emerging_optimizers.lab.spike import SpikeResult
 from emerging_optimizers.lab.tf32 import TF32Result
 
 # Lines of the variants of an optimizer in the spike experiment.
 LINES: dict[str, Any] = {"": "-", "published": "--", "guarded": ":", "published-guarded": "-."}
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes a figure of pyplot as a PNG file, atomically, and closes it.
+
+    Args:
+        figure: What was drawn.
+        path: Where to.
+        dpi: Pixels an inch.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi)
+    plt.close(figure)
+    write_atomically({path: content.getvalue()})
 
 
 def plot_losses(results: Sequence[RunResult], path: Path) -> None:
@@ -60,8 +75,7 @@ def plot_losses(results: Sequence[RunResult], path: Path) -> None:
     _label(over_steps, "step", "loss, nats per character (held out; faint: training)")
     _label(over_seconds, "CPU seconds of training", "")
     over_steps.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_training_spike(spiked: Sequence[SpikedRun], path: Path) -> None:
@@ -100,8 +114,7 @@ def plot_training_spike(spiked: Sequence[SpikedRun], path: Path) -> None:
         _label(losses, "", "training loss, nats" if first else "")
         _label(updates, "step (grey: the spike)", "RMS of the update, whole model" if first else "")
     panels[0, -1].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_grid(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
@@ -122,8 +135,7 @@ def plot_grid(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -
     axes.set_xscale("log")
     _label(axes, "learning rate", "final held-out loss, nats per character")
     axes.legend(frameon=False, title="best")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_spike_warmup(result: SpikeResult, path: Path) -> None:
@@ -140,8 +152,7 @@ def plot_spike_warmup(result: SpikeResult, path: Path) -> None:
     axes.set_yscale("log")
     _label(axes, "step", "update RMS")
     _spike_legend(figure, result)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def plot_spike_sweep(result: SpikeResult, path: Path) -> None:
@@ -171,8 +182,7 @@ def plot_spike_sweep(result: SpikeResult, path: Path) -> None:
             axes.yaxis.set_minor_locator(NullLocator())  # in twelve panels half of the drawing's time
             _label(axes, "step" if at == times[-1] else "", "update RMS" if scale == sizes[0] else "")
     _spike_legend(figure, result)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def plot_spike_aftershock(result: SpikeResult, path: Path) -> None:
@@ -198,8 +208,7 @@ def plot_spike_aftershock(result: SpikeResult, path: Path) -> None:
         label = "largest update RMS after the spike (at the left: before)"
         _label(axes, "size of the spike", label if at == times[0] else "")
     _spike_legend(figure, result)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def plot_spike_spectra(result: SpikeResult, path: Path) -> None:
@@ -224,8 +233,7 @@ def plot_spike_spectra(result: SpikeResult, path: Path) -> None:
         axes.set_title(_when(step - at - 1), fontsize="medium")
         _label(axes, "index", f"singular value of the update (×{scale:g} after {at} steps)" if step == steps[0] else "")
     _spike_legend(figure, result)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def _when(shift: int) -> str:
@@ -290,8 +298,7 @@ def plot_eigenbasis(result: EigenbasisResult, path: Path) -> None:
         _label(updates, "step (grey: the spike)", "update RMS" if first else "")
     panels[0, -1].legend(loc="center right")
     panels[1, -1].legend(frameon=False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def plot_precision(result: PrecisionResult, path: Path) -> None:
@@ -343,8 +350,7 @@ def plot_precision(result: PrecisionResult, path: Path) -> None:
         _label(axes, "largest / smallest eigenvalue", "median relative error" if axes is panels[0] else "")
     for axes in panels[:2]:
         axes.legend(frameon=False, fontsize="small", loc="upper left")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def plot_tf32(result: TF32Result, path: Path) -> None:
@@ -379,8 +385,7 @@ def plot_tf32(result: TF32Result, path: Path) -> None:
         for marker, label in (("o", "float32"), ("x", "TF32"))
     ]
     panels[-1].legend(handles=entries, frameon=False, title="one seed a line")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

@@ -12,7 +12,7 @@ from emerging_optimizers.lab.eigenbasis import EigenbasisResult
 from emerging_optimizers.lab.page import Cell, Curve, Figure, Key, Number, Panel, Section, Table
 from emerging_optimizers.lab.palette import COLORS, DARK, styles
 from emerging_optimizers.lab.precision import FORMS, PRECISIONS, PrecisionResult, UpdateRow
-from emerging_optimizers.lab.record import RunResult, read_json
+from emerging_optimizers.lab.record import RunFolder, read_json
 from emerging_optimizers.lab.report import summary
 from emerging_optimizers.lab.spike import SpikeResult
 from emerging_optimizers.lab.tf32 import PRECISIONS as PRECISIONS_TF32
@@ -411,7 +411,7 @@ def train_section(path: Path) -> Section:
     """What `eopt train` found."""
     folder = path.parent
     config = TrainConfig.from_json(read_json(folder / "config.json")["config"])
-    results = [RunResult.from_json(read_json(folder / name / "result.json")) for name in config.optimizers]
+    results = [RunFolder(folder / name).finished(name, config.steps) for name in config.optimizers]
     keys = [Key(name, color) for name, (color, _) in styles(config.optimizers).items()]
 
     def curves(coordinate: str) -> list[Curve]:
@@ -475,7 +475,7 @@ def train_section(path: Path) -> Section:
                 ],
             )
         ]
-        + [_recovery(file) for file in [folder / "spike.json"] if file.exists()],
+        + [_recovery(file) for file in [folder / "spike.json"] if config.spike is not None],
         command=_command("train", config),
         environment=_environment(path),
     )

@@ -8,9 +8,10 @@ Nothing here imports torch before an experiment runs, so that ``eopt --help`` an
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
@@ -25,6 +26,8 @@ from emerging_optimizers.lab.experiment import Table, from_json, require_distinc
 OPTIMIZERS = {"soap_kl": "soap", "rekls": "rekls"}
 FORMS = ("published", "default")
 PRECISIONS = ("float32", "tf32")
+# The runs of an experiment that has not ended.
+UNSAVED = "runs.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,23 +156,34 @@ def run_tf32(config: TF32Config, out: Path | None = None, processes: int = 1) ->
 
     Args:
         config: The runs.
-        out: JSON file to which every run is added as it ends.
+        out: The result of an experiment that ended. Until `save_tf32` writes it, every run is added to a file beside
+            it as it ends, so that a reader finds whole results only.
         processes: Among how many processes the runs are shared out; it changes no number.
 
     Returns:
         The runs; the same configuration gives the same losses on one machine.
 
     Raises:
-        UsageError: The file holds runs of another job.
+        UsageError: The file is damaged or holds runs of another job, another process writes there, or the disk refuses.
     """
-    from emerging_optimizers.lab.record import read_json, write_json
+    from emerging_optimizers.lab.record import sole_writer
+
+    with sole_writer(out.parent) if out is not None else nullcontext():
+        return _run_tf32(config, out, processes)
+
+
+def _run_tf32(config: TF32Config, out: Path | None, processes: int) -> TF32Result:
+    from emerging_optimizers.lab.record import read_json, reading, write_json
 
     done: dict[Any, TF32Run] = {}
-    if out is not None and out.exists():
-        stored = TF32Result.from_json(read_json(out))
+    unsaved = None if out is None else out.with_name(UNSAVED)
+    held = next((path for path in (unsaved, out) if path is not None and os.path.lexists(path)), None)
+    if held is not None:
+        with reading(held, "bring it back, remove it, or give another --out"):
+            stored = TF32Result.from_json(read_json(held))
         alike = replace(stored.config, optimizers=config.optimizers, seeds=config.seeds)
         if alike != config:
-            raise UsageError(f"{out} holds runs of another job, {stored.config}; remove it or give another --out")
+            raise UsageError(f"{held} holds runs of another job, {stored.config}; remove it or give another --out")
         done = {run.key: run for run in stored.runs}
     wanted = [
         TF32Run(optimizer=optimizer, form=form, spike=spike, seed=seed, precision=precision)
@@ -179,11 +193,14 @@ def run_tf32(config: TF32Config, out: Path | None = None, processes: int = 1) ->
     ]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         futures = [pool.submit(train_once, config, run) for run in wanted if run.key not in done]
-        for future in as_completed(futures):
-            run = future.result()
-            done[run.key] = run
-            if out is not None:
-                write_json(out, TF32Result(config=config, runs=tuple(done.values())).to_json())
+        try:
+            for future in as_completed(futures):
+                run = future.result()
+                done[run.key] = run
+                if unsaved is not None:
+                    write_json(unsaved, TF32Result(config=config, runs=tuple(done.values())).to_json())
+        finally:
+            pool.shutdown(cancel_futures=True)  # a full disk does not wait for runs that it could not keep
     return TF32Result(config=config, runs=tuple(done[run.key] for run in wanted))
 
 
@@ -199,8 +216,12 @@ def save_tf32(result: TF32Result, folder: Path, command: Sequence[str] = ()) -> 
         The files.
     """
     from emerging_optimizers.lab.plots import plot_tf32
+    from emerging_optimizers.lab.record import sole_writer
 
-    return save(result, folder, tables=tf32_tables(result), figures={"tf32": plot_tf32}, command=command)
+    with sole_writer(folder):
+        files = save(result, folder, tables=tf32_tables(result), figures={"tf32": plot_tf32}, command=command)
+        (folder / UNSAVED).unlink(missing_ok=True)
+    return files
 
 
 def train_once(config: TF32Config, run: TF32Run) -> TF32Run:

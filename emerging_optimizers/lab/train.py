@@ -1,5 +1,6 @@
 """The training job: one loop for every optimizer, the comparison around it, and how it is continued."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers import create_optimizer
 from emerging_optimizers.lab import report
-from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, UsageError
+from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, UsageError, checked
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.model import GPT
 from emerging_optimizers.lab.record import (
@@ -23,11 +24,17 @@ from emerging_optimizers.lab.record import (
     SpikedRun,
     StepRecord,
     environment,
+    json_bytes,
     read_json,
+    reading,
+    sole_writer,
+    write_atomically,
     write_json,
 )
 
 RUNS = Path("runs")
+# What to do about a file that a run cannot be continued without.
+_AGAIN = "bring it back, or begin the run again with another --out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +64,22 @@ def run_train(config: TrainConfig, out: Path | None = None, console: Console | N
         What each optimizer did, and where the files are.
 
     Raises:
-        UsageError: The folder holds a run already, or the job cannot be run as it stands. Nothing has been
-            written then.
+        UsageError: The folder holds a run already, another process writes there, or the job cannot be run as it
+            stands: nothing has been written then. Or the disk refuses.
     """
     folder = out or RUNS / time.strftime("%Y-%m-%d-%H%M%S")
-    if (folder / "config.json").exists():
-        raise UsageError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --out")
     text = load_text(config.text, config.context)
     arms = {name: config.arm(name) for name in config.optimizers}
     for name, arm in arms.items():
         for _, variant in _variants(config, name, arm).values():
             make_optimizer(name, variant, make_model(config, text))
-    write_json(folder / "environment.json", environment(config.threads, text))
-    write_json(
-        folder / "config.json",
-        {"config": asdict(config), "arms": {name: asdict(arm) for name, arm in arms.items()}},
-    )
-    return _compare(folder, config, arms, text, console or Console())
+    request = {"config": asdict(config), "arms": {name: asdict(arm) for name, arm in arms.items()}}
+    files = {"environment.json": environment(config.threads, text), "config.json": request}
+    with sole_writer(folder):
+        if os.path.lexists(folder / "config.json"):
+            raise UsageError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --out")
+        write_atomically({folder / name: json_bytes(value) for name, value in files.items()})
+        return _compare(folder, config, arms, text, console or Console())
 
 
 def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
@@ -89,25 +95,32 @@ def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
         What each optimizer did, and where the files are.
 
     Raises:
-        UsageError: There is no run in the folder, or its text has changed.
+        UsageError: There is no run in the folder, its text has changed, one of its files is damaged, another process
+            writes there, or the disk refuses.
     """
     console = console or Console()
     config, arms = read_run(folder)
     text = load_text(config.text, config.context)
-    then, now = read_json(folder / "environment.json"), environment(config.threads, text)
-    if then["text"]["sha256"] != now["text"]["sha256"]:
-        raise UsageError(f"{text.source} is not the text that {folder} began with (its SHA-256 differs)")
-    report.print_changes(console, then, now)
-    return _compare(folder, config, arms, text, console)
+    now = environment(config.threads, text)
+    with sole_writer(folder):
+        with reading(folder / "environment.json", _AGAIN):
+            then = dict(read_json(folder / "environment.json"))
+            same_text = then["text"]["sha256"] == now["text"]["sha256"]
+        if not same_text:
+            raise UsageError(f"{text.source} is not the text that {folder} began with (its SHA-256 differs)")
+        report.print_changes(console, then, now)
+        return _compare(folder, config, arms, text, console)
 
 
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Arm]]:
     """Reads what a run folder was asked to do."""
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UsageError(f"{folder} holds no run: {path} is missing")
-    stored = read_json(path)
-    return TrainConfig.from_json(stored["config"]), {name: Arm(**arm) for name, arm in stored["arms"].items()}
+    with reading(path, _AGAIN):
+        stored = read_json(path)
+        config = TrainConfig.from_json(stored["config"])
+        return config, {name: checked(Arm(**stored["arms"][name])) for name in config.optimizers}
 
 
 def newest_run() -> Path:
@@ -147,11 +160,9 @@ def train_one(
             own = next(group for group in optimizer.param_groups if group["algorithm"] == name)
             arm = replace(arm, lr=float(own["lr"]))
         schedule = LambdaLR(optimizer, lambda done: _lr_factor(config, done))
-        checkpoint, steps = folder.restore() if folder else (None, [])
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-        if checkpoint:
-            for key, part in parts.items():
-                part.load_state_dict(checkpoint[key])
+        job = {"optimizer": name, "arm": asdict(arm), **asdict(config)}
+        steps = folder.restore(parts, job) if folder else []
         held_out = text.held_out(config.eval_windows, config.context)
 
         past = steps[-1] if steps else StepRecord(step=0)
@@ -185,8 +196,7 @@ def train_one(
             if folder:
                 folder.append(past)
                 if step % config.checkpoint_every == 0 or step == config.steps:
-                    states = {name: part.state_dict() for name, part in parts.items()}
-                    folder.save({"step": step, **states})
+                    folder.save(step, parts, job)
             if watch:
                 watch(past)
 
@@ -227,11 +237,11 @@ def _compare(folder: Path, config: TrainConfig, arms: Mapping[str, Arm], text: T
         runs = []
         for title, (job, variant) in _variants(config, name, arm).items():
             run = RunFolder(folder / title)
-            if not run.result.exists():
+            if not os.path.lexists(run.result):
                 with report.watching(console, title, config.steps, config.batch * config.context) as watch:
                     result = train_one(job, name, variant, text, folder=run, watch=watch)
                 write_json(run.result, asdict(result))
-            runs.append(RunResult.from_json(read_json(run.result)))
+            runs.append(run.finished(name, job.steps))
         calm, *others = runs
         results.append(calm)
         for other, guard in zip(others, (None, SPIKE_GUARD), strict=False):
@@ -241,13 +251,15 @@ def _compare(folder: Path, config: TrainConfig, arms: Mapping[str, Arm], text: T
     from emerging_optimizers.lab.plots import plot_losses, plot_training_spike
 
     files = {"figure": folder / "loss.png", "summary": folder / "summary.json", "run": folder}
-    plot_losses(results, files["figure"])
-    write_json(files["summary"], report.summary(results))
-    console.print(report.comparison(results))
+    written = {files["summary"]: json_bytes(report.summary(results))}
     if spiked:
         files = {"spike": folder / "spike.png", "recovery": folder / "spike.json", **files}
         plot_training_spike(spiked, files["spike"])
-        write_json(files["recovery"], report.recovery(spiked))
+        written[files["recovery"]] = json_bytes(report.recovery(spiked))
+    plot_losses(results, files["figure"])
+    write_atomically(written)
+    console.print(report.comparison(results))
+    if spiked:
         console.print(report.recovery_table(spiked))
     for what, path in files.items():
         console.print(f"{what:<8} {path}", soft_wrap=True)
