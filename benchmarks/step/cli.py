@@ -4,14 +4,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from benchmarks.step.arms import PEERS
 from benchmarks.step.workloads import WORKLOADS
 from emerging_optimizers.lab.config import UsageError
-from emerging_optimizers.lab.record import read_json, write_json
+from emerging_optimizers.lab.record import read_json, reading, write_json
 
 RESULTS = Path("benchmarks/results")
 Words = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -67,7 +67,10 @@ class Run:
         threads = f"{self.threads}_thread{'s' * (self.threads > 1)}"
         name = f"step_cpu_{threads}" if self.device == "cpu" else "step_cuda"
         out = self.out or (Path("runs/step_quick.json") if self.quick else RESULTS / f"{name}.json")
-        result = read_json(out) if out.exists() else {"workloads": {}, "promises": {}}
+        result: dict[str, dict[str, Any]] = {"workloads": {}, "promises": {}}
+        if out.exists():
+            with reading(out, "bring it back, move it away, or give another --out"):
+                result = {key: dict(read_json(out)[key]) for key in result}
         begin = time.monotonic()
         for name in names:
             if self.minutes is not None and time.monotonic() - begin > 60 * self.minutes:
