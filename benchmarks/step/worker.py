@@ -46,6 +46,10 @@ def import_from(path: str) -> None:
     """Makes the packages of a checkout importable, before all others."""
     root = str(Path(path).resolve())
     sys.path.insert(0, root)
+    # A fork server that others share may have loaded another package of the same name before.
+    tops = {entry.parent.name for entry in Path(root).glob("*/__init__.py")} - {__name__.partition(".")[0], "torch"}
+    for module in [name for name in sys.modules if name.partition(".")[0] in tops]:
+        del sys.modules[module]
     if sys.version_info >= (3, 12):
         return
     sys.dont_write_bytecode = True
