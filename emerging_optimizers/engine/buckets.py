@@ -504,20 +504,19 @@ class Bucket:
                     moved[i] = True
         return moved
 
-    def follow_counts(self) -> bool:
-        """Take over step counts that somebody has written; whether there are any.
+    def follow_counts(self) -> None:
+        """Take over step counts that somebody has written.
 
         Raises:
-            ValueError: a count that is none, by its index.
+            ValueError: a count that is none.
         """
         if self.step._version == self.step_version:
-            return False
+            return
         for i, p in enumerate(self.parameters):
             self.counts[i] = _count_of(
                 self.published[i]["step" + self.blocks[i].key], f"a parameter of shape {tuple(p.shape)}"
             )
         self.step_version = self.step._version
-        return True
 
     def unmoved_share(self) -> float:
         """Which share of its weights a step has left where they were, where that was asked and is known by now."""
@@ -569,10 +568,7 @@ class Bucket:
         views, end = self.published[i], self.blocks[i].key
         missing = views.keys() - saved.keys() - {key + end for key in self.guard}
         if missing:
-            raise ValueError(
-                f"the optimizer state of {name} does not fit: missing {', '.join(sorted(missing))}. It was written by "
-                "another optimizer or with other options; delete the parameter's entry to start it anew"
-            )
+            raise _misfit(name, missing, ())
         values = {key: self._fitting(key, saved[key], view, name) for key, view in views.items() if key in saved}
         count = _count_of(values["step" + end], name) if self.step.numel() else 0
         for key, value in values.items():  # the guard's may be missing: it was turned on since
@@ -595,6 +591,15 @@ class Bucket:
                 f"the optimizer state {key!r} of {name} has shape {tuple(value.shape)}; {tuple(view.shape)} is needed"
             )
         return value
+
+
+def _misfit(name: str, missing: Iterable[str], unknown: Iterable[str]) -> ValueError:
+    lines = (("missing", sorted(missing)), ("unknown", sorted(map(str, unknown))))
+    return ValueError(
+        f"the optimizer state of {name} does not fit: "
+        + "; ".join(f"{word} {', '.join(keys)}" for word, keys in lines if keys)
+        + ". It was written by another optimizer or with other options; delete the parameter's entry to start it anew"
+    )
 
 
 def _count_of(step: Tensor, name: str) -> int:
@@ -642,12 +647,7 @@ def fill_buckets(
         unknown = set() if others is None else state.keys() - keys[p] - others
         missing = {key for key in keys[p] - state.keys() if not key.startswith("guard_")}
         if unknown or (missing and (others is not None or keys[p] & state.keys())):
-            lines = (("missing", missing), ("unknown", unknown))
-            what = "; ".join(f"{word} {', '.join(sorted(map(str, found)))}" for word, found in lines if found)
-            raise ValueError(
-                f"the optimizer state of {names[p]} does not fit: {what}. It was written by another optimizer or with "
-                "other options; delete the parameter's entry to start it anew"
-            )
+            raise _misfit(names[p], missing, unknown)
     for bucket in buckets:
         for row, p in enumerate(bucket.parameters):
             if bucket.published[row].keys() & saved.get(p, {}).keys():

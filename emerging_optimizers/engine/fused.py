@@ -157,7 +157,7 @@ def _sgd_(
     momentum: float = 0.0,
     dampening: float = 0.0,
 ) -> Write:
-    call = partial(
+    return partial(
         torch._fused_sgd_,
         weights,
         grads,
@@ -170,7 +170,6 @@ def _sgd_(
         maximize=False,
         is_first_step=False,
     )
-    return call
 
 
 def are_below(tensors: list[Tensor], limit: float) -> bool:

@@ -480,13 +480,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         except ValueError as wrong:
             ids = [*map(id, group["params"])]
             before = next((x for x in self._placed if x.members == ids), None)
-            if before is None:
+            if before is None or not (names := before.differences(rule, group)):
                 raise
-            options = ", ".join(f"{name}={group[name]!r}" for name in before.differences(rule, group))
+            options = ", ".join(f"{name}={group[name]!r}" for name in names)
             raise ValueError(
-                f"{self._algorithm(group).__name__}: param_groups[{index}] now has {options or 'another rule'}, and "
-                f"its parameters have state of another kind: {wrong}. Set the option back, or clear the "
-                "state to start anew"
+                f"{self._algorithm(group).__name__}: param_groups[{index}] now has {options}, and its parameters have "
+                f"state of another kind: {wrong}. Set the option back, or clear the state to start anew"
             ) from None
         return buckets
 

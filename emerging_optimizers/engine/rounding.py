@@ -33,9 +33,11 @@ def watch(bucket: Bucket, gradients: Mapping[int, Tensor]) -> Watched | None:
     """A look at the row with the most numbers, in those few steps in which it is taken."""
     if bucket.param_dtype not in (torch.bfloat16, torch.float16) or bucket.capturable:
         return None
+    if max(bucket.counts) + 1 not in LOOKS_AT:
+        return None
     i = max(gradients, key=lambda i: bucket.parameters[i].numel())
     p = bucket.parameters[i]
-    if bucket.counts[i] + 1 not in LOOKS_AT or not p.is_contiguous():
+    if not p.is_contiguous():
         return None
     part = p.detach().view(-1)[:SAMPLE]
     return Watched(part, part.clone(), gradients[i].reshape(-1)[:SAMPLE] != 0)
