@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from emerging_optimizers.engine import RuleOptimizer
-from emerging_optimizers.engine.fused import norms
+from emerging_optimizers.engine.fused import squares
 from emerging_optimizers.engine.validate import place
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.routing import create_optimizer
@@ -165,7 +165,7 @@ def _measure(optimizer: torch.optim.Optimizer, seconds: bool, looked: Container[
         with _Meter(tree_leaves([parameters, [p.grad for p in active], list(optimizer.state.values())])) as meter:
             for _ in range(steps):
                 meter.touched.clear()
-                norms([p.grad for p in active if p in looked and p.grad is not None])
+                squares([p.grad for p in active if p in looked and p.grad is not None])
                 optimizer.step()
         return meter
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine.commit import Write
+from emerging_optimizers.engine.fused import sign_of_average_
 from emerging_optimizers.engine.validate import BETAS
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -47,6 +49,12 @@ class LionRule(Rule):
         beta1, beta2 = t.betas
         direction = lerp(state.exp_avg, grad, 1 - beta1).sign_()
         return Step(direction, LionState(lerp(state.exp_avg, grad, 1 - beta2)))
+
+    def fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> list[Write]:
+        """The momentum moves in place, after the direction has been read from it."""
+        return sign_of_average_(weights, grads, state.exp_avg, t.betas, lr=lr, keep=keep)
 
 
 class Lion(RuleOptimizer):

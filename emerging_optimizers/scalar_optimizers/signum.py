@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine.commit import Write
+from emerging_optimizers.engine.fused import sign_of_average_
 from emerging_optimizers.engine.scalars import lerp
 from emerging_optimizers.engine.validate import FLAG, FRACTION
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -64,6 +66,18 @@ class SignumRule(Rule):
         if self.use_shape_scaling:
             direction.mul_(2 / sum(grad.shape[-2:]))
         return Step(direction, SignumState(m))
+
+    @property
+    def fuses(self) -> bool:
+        """What looks ahead is not an average."""
+        return super().fuses and not self.nesterov
+
+    def fused(
+        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
+    ) -> list[Write]:
+        """The momentum moves in place, after the direction has been read from it."""
+        betas = (t.momentum, t.momentum)
+        return sign_of_average_(weights, grads, state.exp_avg, betas, lr=lr, keep=keep)
 
 
 class Signum(RuleOptimizer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emerging_optimizers.engine import buckets
-from emerging_optimizers.scalar_optimizers import AdamW, AdEMAMix, LaProp, Lion, RMSProp, SimplifiedAdEMAMix
+from emerging_optimizers.scalar_optimizers import AdamW, AdEMAMix, LaProp, Lion, RMSProp, Signum, SimplifiedAdEMAMix
 
 SHAPES = ((40,), (3, 5), (), (2, 3, 2), (17,))
 
@@ -61,6 +61,9 @@ KERNELS = [
     (AdamW, {"correct_bias": False}),
     (LaProp, {}),
     (LaProp, {"correct_bias": False, "betas": (0.0, 0.9)}),
+    (Lion, {}),
+    (Lion, {"betas": (0.0, 0.9)}),
+    (Signum, {}),
     (RMSProp, {}),
     (AdEMAMix, {}),
     (AdEMAMix, {"correct_bias": False, "betas": (0.0, 0.9, 0.99)}),
@@ -84,7 +87,7 @@ def test_torchs_kernel_is_the_rule(cls: Any, options: dict[str, Any], decay: dic
 
 def test_a_kernel_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not AdamW.rule(nesterov=True).fuses
-    assert not Lion.rule().fuses
+    assert not Signum.rule(nesterov=True).fuses
     assert not type("Changed", (AdamW.rule,), {"update": Lion.rule.update})().fuses
     assert type("Same", (AdamW.rule,), {})().fuses
     calls = []
