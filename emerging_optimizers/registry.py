@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar, overload
 
 ClassT = TypeVar("ClassT", bound=type)
 
+ADAMS = "Adam's"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -21,6 +23,10 @@ class Entry:
         description: one line.
         paper: author, year, arXiv number.
         elementwise: it takes parameters of any shape; otherwise matrices only.
+        start: the learning rate to start from: the best of a small grid on the lab's default job (a character
+            GPT, `eopt grid`); None: not measured.
+        unit: what the learning rate is: "Adam's": elements move by 0.2 to 1 times it, whatever the gradient's size;
+            otherwise in words what it is.
         cls: the class of an entry that was registered while the program ran.
     """
 
@@ -28,7 +34,14 @@ class Entry:
     description: str
     paper: str
     elementwise: bool = False
+    start: float | None = None
+    unit: str = ADAMS
     cls: type | None = field(default=None, repr=False)
+
+    @property
+    def in_adams_unit(self) -> bool:
+        """Whether the learning rate of AdamW is one for it too, within a small factor."""
+        return self.unit == ADAMS
 
     def load(self) -> Any:
         """The class."""
@@ -44,158 +57,198 @@ OPTIMIZERS: dict[str, Entry] = {
         description="Adam with decoupled weight decay, equal to torch.optim.AdamW",
         paper="Loshchilov and Hutter 2019, arXiv 1711.05101",
         elementwise=True,
+        start=0.002,
     ),
     "adaptive_muon": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.adaptive_muon:AdaptiveMuon",
         description="Muon with a second moment: AdaMuon, NorMuon or NAMO",
         paper="Si et al. 2025, arXiv 2507.11005; Li et al. 2025, arXiv 2510.05491",
+        start=0.004,
     ),
     "ademamix": Entry(
         path="emerging_optimizers.scalar_optimizers.ademamix:AdEMAMix",
         description="Adam with a second, much slower momentum",
         paper="Pagliardini et al. 2024, arXiv 2409.03137",
         elementwise=True,
+        start=0.002,
     ),
     "iso": Entry(
         path="emerging_optimizers.riemannian_optimizers.isospectral:Iso",
         description="moves the singular vectors of a weight and keeps its singular values",
         paper="ISO: An RLVR-Native Optimization Stack 2026, arXiv 2607.19331",
+        start=0.1,
+        unit="it scales a rotation by the gradient's size",
     ),
     "kl_m_soap": Entry(
         path="emerging_optimizers.soap.kl_soap:KlMSoap",
         description="SOAP with KL factors and MAdam in the eigenbasis",
         paper="Lin et al. 2025, arXiv 2509.03378; NVIDIA 2026, Emerging-Optimizers",
+        start=0.009,
     ),
     "kl_shampoo": Entry(
         path="emerging_optimizers.soap.kl_shampoo:KLShampoo",
         description="momentum whitened by two factors fitted to each other; SOAP without Adam's second moment",
         paper="Lin et al. 2025, arXiv 2509.03378",
+        start=0.009,
     ),
     "kl_soap": Entry(
         path="emerging_optimizers.soap.kl_soap:KlSoapV3",
         description="SOAP with KL factors",
         paper="Lin et al. 2025, arXiv 2509.03378",
+        start=0.009,
     ),
     "laprop": Entry(
         path="emerging_optimizers.scalar_optimizers.laprop:LaProp",
         description="Adam that normalises the gradient before the momentum; forgets a spike in a few steps",
         paper="Ziyin et al. 2020, arXiv 2002.04839",
         elementwise=True,
+        start=0.002,
     ),
     "lion": Entry(
         path="emerging_optimizers.scalar_optimizers.lion:Lion",
         description="sign of an interpolated momentum; one state tensor",
         paper="Chen et al. 2023, arXiv 2302.06675",
         elementwise=True,
+        start=0.0003,
     ),
     "madam": Entry(
         path="emerging_optimizers.scalar_optimizers.madam:MAdam",
         description="Adam without epsilon, for gradients of any size",
         paper="Kingma and Ba 2015, arXiv 1412.6980; NVIDIA 2026, Emerging-Optimizers",
         elementwise=True,
+        start=0.002,
     ),
     "mop": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.mop:MOP",
         description="momentum orthogonalized exactly, scaled by its nuclear norm",
         paper="Lau et al. 2025, arXiv 2505.21799",
+        start=0.1,
+        unit="an update is as large as the gradient's nuclear norm makes it",
     ),
     "moso": Entry(
         path="emerging_optimizers.soap.moso:MOSO",
         description="RMSProp of the momentum in the eigenbasis of its shorter side",
         paper="NVIDIA 2026, Emerging-Optimizers",
+        start=0.004,
     ),
     "muon": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muon:Muon",
         description="momentum orthogonalized by Newton-Schulz; one state tensor",
         paper="Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982",
+        start=0.004,
     ),
     "muon_hyperball": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muon_hyperball:MuonHyperball",
         description="Muon on a sphere: every matrix keeps its norm",
         paper="Wen et al. 2026, arXiv 2606.16899",
+        start=0.05,
+        unit="it is a part of the weight's norm",
     ),
     "muown": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muown:Muown",
         description="Muon for the directions of rows, Adam for their norms",
         paper="Lion et al. 2026, arXiv 2605.10797",
+        start=0.004,
     ),
     "oblique_adam": Entry(
         path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueAdam",
         description="Adam along the spheres of columns or rows of unit norm",
         paper="Boumal 2023; Karras et al. 2024, arXiv 2312.02696",
+        start=0.01,
     ),
     "oblique_sgd": Entry(
         path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueSGD",
         description="heavy-ball SGD along the spheres of columns or rows of unit norm",
         paper="Boumal 2023; Raman and Yang 2019, arXiv 1909.06463",
+        start=1,
+        unit="it scales the gradient, whatever its size",
     ),
     "polargrad": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.polargrad:PolarGrad",
         description="orthogonalized momentum scaled by its nuclear norm, so that updates shrink with gradients",
         paper="Lau et al. 2025, arXiv 2505.21799",
+        start=0.1,
+        unit="an update is as large as the gradient's nuclear norm makes it",
     ),
     "psgd_pro": Entry(
         path="emerging_optimizers.psgd.psgd:PSGDPro",
         description="momentum whitened by two factors that products alone fit",
         paper="Li 2015, arXiv 1512.04202; Li 2024, arXiv 2402.11858",
+        start=0.001,
+        unit="updates are whitened, but bounded by the gradient's size at the start",
     ),
     "rekls": Entry(
         path="emerging_optimizers.soap.rekls:REKLS",
         description="SOAP with KL factors and a fresh eigendecomposition at every refresh",
         paper="Lin et al. 2025, arXiv 2509.03378",
+        start=0.009,
     ),
     "rekls_v3": Entry(
         path="emerging_optimizers.soap.kl_soap:ReklsV3",
         description="REKLS under the name of a later release",
         paper="Lin et al. 2025, arXiv 2509.03378",
+        start=0.009,
     ),
     "rmsprop": Entry(
         path="emerging_optimizers.scalar_optimizers.rmsprop:RMSProp",
         description="gradient over its running root mean square, equal to torch.optim.RMSprop",
         paper="Tieleman and Hinton 2012, lecture 6.5",
         elementwise=True,
+        start=0.001,
     ),
     "scion": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.scion:Scion",
         description="steepest descent in a norm chosen by layer; trains a whole model without Adam",
         paper="Pethick et al. 2025, arXiv 2502.07529",
+        start=0.004,
+        unit="it is a part of the radius of a norm ball",
     ),
     "shampoo": Entry(
         path="emerging_optimizers.shampoo.shampoo:Shampoo",
         description="momentum between the inverse roots of Shampoo's factors",
         paper="Gupta et al. 2018, arXiv 1802.09568",
+        start=0.1,
+        unit="an update is as large as the roots of Shampoo's factors make it",
     ),
     "signum": Entry(
         path="emerging_optimizers.scalar_optimizers.signum:Signum",
         description="sign of the momentum; one state tensor",
         paper="Bernstein et al. 2018, arXiv 1802.04434",
         elementwise=True,
+        start=0.0003,
     ),
     "sim_ademamix": Entry(
         path="emerging_optimizers.scalar_optimizers.sim_ademamix:SimplifiedAdEMAMix",
         description="AdEMAMix with Adam's memory: one slow momentum and the gradient itself",
         paper="Morwani et al. 2025, arXiv 2502.02431",
         elementwise=True,
+        start=0.001,
     ),
     "soap": Entry(
         path="emerging_optimizers.soap.soap:SOAP",
         description="Adam in the eigenbasis of Shampoo's factors, plain or KL",
         paper="Vyas et al. 2024, arXiv 2409.11321",
+        start=0.009,
     ),
     "soap_muon": Entry(
         path="emerging_optimizers.soap.soap_muon:SOAPMuon",
         description="SOAP's update, orthogonalized by Newton-Schulz",
         paper="modded-nanogpt 2026, pull request 278; Vyas et al. 2024, arXiv 2409.11321",
+        start=0.004,
     ),
     "spectron": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.spectron:Spectron",
         description="weights of low rank, W = A B^T, with a bounded spectral norm of the update",
         paper="Janson et al. 2026, arXiv 2602.12429",
+        start=0.1,
+        unit="it is the spectral norm of the update of a product of factors",
     ),
     "spel": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.spel:Spel",
         description="Muon on orthogonal matrices: the weight is orthogonalized after every step",
         paper="Yang and Lai 2026, Manifold Constrained Steepest Descent, arXiv 2601.21487",
+        start=0.03,
+        unit="it is the spectral norm of an update of an orthogonal matrix",
     ),
     "stacked_soap": Entry(
         path="emerging_optimizers.soap.stacked_soap:StackedSoap",
@@ -206,6 +259,7 @@ OPTIMIZERS: dict[str, Entry] = {
         path="emerging_optimizers.soap.tp_rekls:TpRekls",
         description="REKLS on matrices whose rows or columns lie on several processes",
         paper="Lin et al. 2025, arXiv 2509.03378; NVIDIA 2026, Emerging-Optimizers",
+        start=0.009,
     ),
 }
 

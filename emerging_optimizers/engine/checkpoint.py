@@ -1,5 +1,6 @@
 """What `load_state_dict` adds to torch's: names decide, the state keeps its dtype, and a bad one changes nothing."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,18 +11,24 @@ from emerging_optimizers.engine.validate import label, names_of
 # Written into every state_dict under "format"; raised when the layout of the state changes.
 FORMAT = 1
 
-# What wrappers put into the names of parameters: torch.compile, activation checkpointing, FSDP.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+# What wrappers put into the names of parameters: torch.compile, activation checkpointing, FSDP, DeepSpeed, Lightning;
+# and the name of a tensor that a parametrization of one original keeps.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_module)\."
+)
+_PARAMETRIZED = re.compile(r"(?:(?<=\.)|^)parametrizations\.(\w+)\.original$")
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter or a module, without what wrappers put into it."""
+    name = _WRAPPERS.sub("", name).removeprefix("module.")  # DistributedDataParallel's
+    return _PARAMETRIZED.sub(r"\1", name)
 
 
 def plain_names(group: Mapping[str, Any]) -> list[str] | None:
-    """The names of a group's parameters, without what wrappers put into them; None: it has none."""
+    """`plain_name` of a group's parameters; None: it has none."""
     names = names_of(group)
-    if names is None:
-        return None
-    for wrapper in _WRAPPERS:
-        names = [name.replace(wrapper, "") for name in names]
-    return [name.removeprefix("module.") for name in names]  # DistributedDataParallel's
+    return None if names is None else [*map(plain_name, names)]
 
 
 def check_format(state_dict: Mapping[str, Any]) -> None:

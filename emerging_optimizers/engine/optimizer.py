@@ -580,7 +580,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._forget_stacks()
         for group in self.param_groups:  # a checkpoint from before an option existed
-            for name, value in self.defaults.items():
+            for name, value in self._defaults_of(group).items():
                 group.setdefault(name, value)
 
     def _others(self) -> frozenset[str]:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from emerging_optimizers.registry import OPTIMIZERS
+
 T = TypeVar("T")
 
 
@@ -64,39 +66,24 @@ class Arm:
     """Further keyword arguments of `create_optimizer`."""
 
 
-# Learning rates of the default job; `eopt grid` searches around them and says where a better one lies.
+# Further arguments that the default job was tuned with.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "adaptive_muon": {"nesterov": True},
+    "muon": {"nesterov": True},
+    "scion": {"spectral_radius": 10.0},
+    "spectron": {"truncation_tolerance": 1.0},
+    "soap": {"nesterov": True},
+    "rekls": {"nesterov": True},
+    "tp_rekls": {"fp32_matmul_prec": "highest"},
+    "psgd_pro": {"damping_noise_scale": 1e-3},
+}
+
+# The default job: the registry's learning rates, which were measured with it; `eopt grid` searches around them and says
+# where a better one lies.
 TUNED: dict[str, Arm] = {
-    "adamw": Arm(lr=2e-3),
-    "ademamix": Arm(lr=2e-3),
-    "laprop": Arm(lr=2e-3),
-    "lion": Arm(lr=3e-4),
-    "madam": Arm(lr=2e-3),
-    "rmsprop": Arm(lr=1e-3),
-    "signum": Arm(lr=3e-4),
-    "sim_ademamix": Arm(lr=1e-3),
-    "adaptive_muon": Arm(lr=4e-3, companion_lr=4e-3, options={"nesterov": True}),
-    "mop": Arm(lr=0.1, companion_lr=4e-3),
-    "muon": Arm(lr=4e-3, companion_lr=4e-3, options={"nesterov": True}),
-    "muon_hyperball": Arm(lr=5e-2, companion_lr=4e-3),
-    "muown": Arm(lr=4e-3, companion_lr=4e-3),
-    "polargrad": Arm(lr=0.1, companion_lr=4e-3),
-    "scion": Arm(lr=4e-3, companion_lr=4e-3, options={"spectral_radius": 10.0}),
-    "spel": Arm(lr=3e-2, companion_lr=4e-3),
-    "spectron": Arm(lr=0.1, companion_lr=4e-3, options={"truncation_tolerance": 1.0}),
-    "soap": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
-    "rekls": Arm(lr=9e-3, companion_lr=4e-3, options={"nesterov": True}),
-    "kl_soap": Arm(lr=9e-3, companion_lr=4e-3),
-    "rekls_v3": Arm(lr=9e-3, companion_lr=4e-3),
-    "tp_rekls": Arm(lr=9e-3, companion_lr=4e-3, options={"fp32_matmul_prec": "highest"}),
-    "kl_m_soap": Arm(lr=9e-3, companion_lr=4e-3),
-    "psgd_pro": Arm(lr=1e-3, companion_lr=4e-3, options={"damping_noise_scale": 1e-3}),
-    "soap_muon": Arm(lr=4e-3, companion_lr=4e-3),
-    "kl_shampoo": Arm(lr=9e-3, companion_lr=4e-3),
-    "moso": Arm(lr=4e-3, companion_lr=4e-3),
-    "shampoo": Arm(lr=1e-1, companion_lr=4e-3),
-    "oblique_sgd": Arm(lr=1.0, companion_lr=4e-3),
-    "oblique_adam": Arm(lr=1e-2, companion_lr=4e-3),
-    "iso": Arm(lr=1e-1, companion_lr=4e-3),
+    name: Arm(lr=known.start, companion_lr=None if known.elementwise else 4e-3, options=_OPTIONS.get(name, {}))
+    for name, known in OPTIMIZERS.items()
+    if known.start is not None
 }
 
 # What `eopt grid` tries; an optimizer without a row tries GRID_FACTORS times its learning rate.
@@ -232,4 +219,6 @@ class TrainConfig:
         """The learning rates and options that an optimizer runs with: the tuned ones, then the overrides."""
         tuned = TUNED.get(name, Arm())
         companion_lr = tuned.companion_lr if self.companion_lr is None else self.companion_lr
+        if name in OPTIMIZERS and OPTIMIZERS[name].elementwise:  # it takes every parameter itself
+            companion_lr = None
         return Arm(lr=self.lr.get(name, tuned.lr), companion_lr=companion_lr, options=tuned.options)

@@ -1,6 +1,8 @@
 """From a name and a model to one optimizer."""
 
-from collections.abc import Mapping
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine import EngineOptions
-from emerging_optimizers.routing.plan import FROZEN, RoutePlan, plan_parameters
+from emerging_optimizers.routing.plan import FROZEN, OverrideT, RoutePlan, default_lr, plan_parameters
 from emerging_optimizers.routing.routed import RoutedOptimizer, group_options
 
 
@@ -21,7 +23,9 @@ def create_optimizer(
     companion: str = "adamw",
     companion_lr: Any = None,
     companion_options: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
+    overrides: Mapping[str, OverrideT] | None = None,
+    example: Any = None,
     strict: bool = False,
     plan: RoutePlan | None = None,
     **kwargs: Any,
@@ -29,22 +33,25 @@ def create_optimizer(
     """Make an optimizer by name, for a model or for parameters.
 
     Given a model, its parameters are routed (`plan_parameters` says how, and shows it): hidden matrices get the
-    optimizer `name`, the rest the companion, all in ONE optimizer with several parameter groups. Vectors and scalars
-    get no weight decay. Given parameters, this is the class of that name.
+    optimizer `name`, the rest the companion, all in ONE optimizer with several parameter groups, the main one first.
+    Vectors, tables and marked parameters get no weight decay. What is frozen joins in the first step after it requires
+    a gradient. Given parameters, this is the class of that name.
 
     Args:
         name: a name of `list_optimizers()`.
         model_or_params: a module, or what any torch optimizer takes.
-        lr: learning rate of `name`; None: its default.
+        lr: learning rate of `name`; None: the one that the registry says to start from.
         companion: element-wise optimizer for everything but hidden matrices.
-        companion_lr: its learning rate; None: its default (AdamW: 1e-3).
+        companion_lr: its learning rate; None: `lr`, where that is in Adam's unit.
         companion_options: its other arguments.
-        overrides: patterns of parameter names to `name` or `companion`.
-        strict: raise if a matrix falls back to the companion, by its shape or by a guess.
-        plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `overrides` and
-            `strict` have been said there and are refused here.
+        roles: a role to the optimizer that takes it, see `plan_parameters`.
+        overrides: patterns of parameter names to an optimizer, "frozen" or options, see `plan_parameters`.
+        example: what the model is called with, see `plan_parameters`.
+        strict: raise if the role of a parameter is a guess, or unknown.
+        plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `roles`, `overrides`,
+            `example` and `strict` have been said there and are refused here.
         **kwargs: arguments of the optimizer `name`, and `EngineOptions`; all but `weight_update_hook` hold for the
-            companion too.
+            companion too, and so does `weight_decay`.
 
     Raises:
         ValueError: an unknown name, a value out of its range, a plan that does not fit the model.
@@ -54,9 +61,10 @@ def create_optimizer(
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
         >>> optimizer = create_optimizer("muon", model, lr=0.02, companion_lr=3e-3)
         >>> [(group["algorithm"], group["lr"], len(group["params"])) for group in optimizer.param_groups]
-        [('adamw', 0.003, 2), ('muon', 0.02, 1), ('adamw', 0.003, 2)]
+        [('muon', 0.02, 1), ('adamw', 0.003, 2), ('adamw', 0.003, 2)]
     """
-    routing = {"companion_lr": companion_lr, "overrides": overrides, "strict": strict or None}
+    routing = {"companion_lr": companion_lr, "roles": roles, "overrides": overrides, "example": example,
+               "strict": strict or None}  # fmt: skip
     if not isinstance(model_or_params, nn.Module):
         given = [key for key, value in {**routing, "plan": plan, "companion_options": companion_options}.items()
                  if value is not None]  # fmt: skip
@@ -68,13 +76,16 @@ def create_optimizer(
         return optimizer
 
     if plan is None:
+        _check_unit(name, lr, companion, companion_lr, kwargs)
         plan = plan_parameters(
             model_or_params,
             name,
             lr=lr,
             companion=companion,
             companion_lr=companion_lr,
+            roles=roles,
             overrides=overrides,
+            example=example,
             strict=strict,
         )
     else:
@@ -85,12 +96,11 @@ def create_optimizer(
 
     if "lr" in (companion_options or {}):
         raise ValueError("companion_options has no 'lr'; give companion_lr, or say it in the plan")
-    for route in plan:
-        if route.optimizer not in (FROZEN, name.lower(), companion.lower()):
-            raise ValueError(
-                f"the plan gives {route.name} to {route.optimizer!r}; this call is for {name!r} with companion="
-                f"{companion!r}: name the plan's optimizers, or plan again"
-            )
+    if plan.name and (plan.name, plan.companion) != (name.lower(), companion.lower()):
+        raise ValueError(
+            f"the plan is for {plan.name!r} with companion={plan.companion!r}; this call is for {name!r} with "
+            f"companion={companion!r}: name the plan's optimizers, or plan again"
+        )
     if kwargs.get("tp_group") is not None:
         raise ValueError(
             "tp_group is not possible for a model: how each parameter is sharded is not known; give TpRekls groups of "
@@ -100,10 +110,12 @@ def create_optimizer(
     shared = EngineOptions.__annotations__.keys() - {"weight_update_hook"}
     engine = {key: kwargs.pop(key) for key in shared if key in kwargs}
     execution = {key: engine.pop(key) for key in ("execution",) if key in engine}
-    options = {companion.lower(): {**(companion_options or {}), **engine}, name.lower(): {**kwargs, **engine}}
+    decay = {"weight_decay": kwargs["weight_decay"]} if "weight_decay" in kwargs else {}
+    options = {companion.lower(): {**decay, **(companion_options or {}), **engine}, name.lower(): {**kwargs, **engine}}
     parameters = dict(model_or_params.named_parameters())
     groups: dict[Any, dict[str, Any]] = {}
     for route in plan:
+        route = route.later or route
         if route.optimizer == FROZEN:
             continue
         key = (
@@ -112,9 +124,10 @@ def create_optimizer(
             route.decays,
             route.view,
             route.factor_rows,
+            repr(sorted(route.options.items())),
         )
         if key not in groups:
-            asked = {**options[route.optimizer], "lr": route.lr}
+            asked = {**options.get(route.optimizer, {**decay, **engine}), "lr": route.lr}
             if route.view != "auto":
                 asked["matrix_view"] = route.view
             if route.factor_rows is not None:
@@ -122,11 +135,58 @@ def create_optimizer(
             if not route.decays:
                 asked["weight_decay"] = 0.0
             groups[key] = {
-                **group_options(route.optimizer, asked),
+                **group_options(route.optimizer, {**asked, **route.options}),
                 "algorithm": route.optimizer,
                 "params": [],
                 "reasons": [],
+                "roles": [],
             }
         groups[key]["params"].append((route.name, parameters[route.name]))
         groups[key]["reasons"].append(route.reason)
-    return RoutedOptimizer(list(groups.values()), plan, **execution)
+        groups[key]["roles"].append(route.role)
+    # The main algorithm first: loggers show the learning rate of the first group.
+    order = {name.lower(): 0, companion.lower(): 1}
+    ordered = sorted(groups.values(), key=lambda group: order.get(group["algorithm"], 2))
+    for group, group_name in zip(ordered, _names(ordered), strict=True):
+        group["name"] = group_name
+        del group["roles"]
+    defaults = group_options(name, {**options[name.lower()], "lr": default_lr(name) if lr is None else lr})
+    return RoutedOptimizer(ordered, plan, defaults=defaults, **execution)
+
+
+def _check_unit(name: str, lr: Any, companion: str, companion_lr: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError where a scale of the updates makes `lr` another quantity than Adam's."""
+    main = registry.entry(name)
+    given = options.get("scale_mode")
+    if lr is None or companion_lr is not None or given is None or main.elementwise:
+        return
+    usual = inspect.signature(main.load()).parameters.get("scale_mode")
+    if usual is not None and given != usual.default:
+        raise ValueError(
+            f"with scale_mode={given!r} lr={lr!r} of {name!r} says nothing about the learning rate of {companion!r}; "
+            f"give companion_lr, {default_lr(companion):g} say"
+        )
+
+
+# What a group's name says of the roles in it.
+_IN_WORDS = {
+    "hidden": "hidden matrices",
+    "conv": "convolutions",
+    "experts": "experts",
+    "embedding": "embeddings",
+    "position": "positions",
+    "head": "heads",
+    "vector": "vectors",
+    "table": "tables",
+}
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """For each group its algorithm and what is in it; no two are equal."""
+    seen: Counter[str] = Counter()
+    for group in groups:
+        roles = list(dict.fromkeys(_IN_WORDS.get(role, role) for role in group["roles"]))
+        said = ", ".join(roles[:3]) + (", ..." if len(roles) > 3 else "")
+        name = f"{group['algorithm']}: {said}"
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name} {seen[name]}"

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from emerging_optimizers.routing.places import Place
+
 # Query, key and value below one another, as in nanoGPT, timm, Phi-3 and vLLM.
 FUSED_ATTENTION = ("c_attn", "qkv_proj", "qkv", "Wqkv")
 # Query, key and value of one head (of one group, where heads share keys) below those of the one before: GPT-NeoX, BLOOM
@@ -19,12 +21,10 @@ INTERLEAVED_LATENT = ("kv_b_proj", "linear_kv_up_proj")
 INTERLEAVED_EXPERTS = ("GptOssExperts",)
 
 
-def layout(model: nn.Module, name: str, p: Tensor) -> tuple[Any, str]:
+def layout(place: Place, p: Tensor) -> tuple[Any, str]:
     """The matrix view of a parameter, and in words what it does; ("auto", "") where there is nothing to say."""
-    path, _, own = name.rpartition(".")
-    owner = model.get_submodule(path)
-    outer, _, layer = path.rpartition(".")
-    parent = model.get_submodule(outer)
+    owner, parent, own = place.layer, place.parent, place.own
+    layer = place.path.rpartition(".")[2]
     if isinstance(owner, nn.Conv1d):
         return "flatten", ""
     if p.ndim == 3:

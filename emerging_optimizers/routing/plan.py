@@ -1,9 +1,12 @@
 """The route plan: for each parameter of a model the rule, its learning rate and the reason."""
 
+import difflib
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,11 +14,18 @@ from torch import Tensor, nn
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine.matrix_view import MatrixViewT
+from emerging_optimizers.engine.optimizer import DTYPES
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.lowrank import LowRankLinear
 from emerging_optimizers.routing.layouts import layout
+from emerging_optimizers.routing.places import places
+from emerging_optimizers.routing.roles import TREATMENTS, Finding, RoleT, find_roles
 
 FROZEN = "frozen"
+
+
+# What `overrides` holds for a pattern: an optimizer, "frozen", or options, of which "optimizer" may be one.
+OverrideT = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +37,14 @@ class Route:
         shape: of the parameter.
         optimizer: a registry name, or "frozen" for a parameter that does not require a gradient.
         lr: its learning rate; None: frozen.
-        decays: whether it gets the weight decay of its optimizer; vectors do not.
+        decays: whether it gets the weight decay of its optimizer; vectors, tables and marked parameters do not.
         reason: why.
-        fallback: it has the shape of a matrix but did not go to the matrix optimizer, by shape or by a guess.
+        role: what the parameter is, see `docs/routing.md`.
+        fallback: its role is a guess, from names, positions or shapes, or unknown.
         view: how the matrix optimizer cuts it into matrices, see `EngineOptions`.
         factor_rows: for the two factors of a `LowRankLinear` that Spectron updates: how many of its rows are A's.
+        options: what an override gives it beside the optimizer.
+        later: where it goes once it requires a gradient; None: it does, or nothing will update it.
     """
 
     name: str
@@ -40,9 +53,12 @@ class Route:
     lr: Any
     decays: bool
     reason: str
+    role: RoleT = "unknown"
     fallback: bool = False
     view: MatrixViewT = "auto"
     factor_rows: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    later: "Route | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +68,14 @@ class RoutePlan:
     Attributes:
         routes: one for each parameter.
         devices: on which the model lies; for the line that says what "medium", the default of Muon's family, is there.
+        name: the matrix optimizer that it was made for; "": not said.
+        companion: the other one.
     """
 
     routes: tuple[Route, ...]
     devices: frozenset[torch.device] = frozenset()
+    name: str = ""
+    companion: str = ""
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self.routes)
@@ -65,33 +85,20 @@ class RoutePlan:
 
     def __getitem__(self, name: str) -> Route:
         """The route of a parameter name."""
-        for route in self.routes:
-            if route.name == name:
-                return route
-        raise KeyError(name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Route]:
+        return {route.name: route for route in self.routes}
 
     @property
     def fallbacks(self) -> tuple[Route, ...]:
-        """Matrices that the matrix optimizer does not get."""
+        """What has been guessed, or is not known."""
         return tuple(route for route in self.routes if route.fallback)
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "optimizer", "lr", "reason")
-        rows = [
-            (
-                r.name,
-                "x".join(map(str, r.shape)) or "scalar",
-                r.optimizer,
-                "" if r.lr is None else f"{float(r.lr):g}",
-                r.reason,
-            )
-            for r in self.routes
-        ]
-        widths = [max(len(row[k]) for row in (header, *rows)) for k in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths, strict=True)), row[4]])
-                 for row in (header, *rows)]  # fmt: skip
         casting = any(_casts_by_default(name) for name in {r.optimizer for r in self.routes} - {FROZEN})
-        return "\n".join(line.rstrip() for line in lines) + newton_schulz_in_words(self.devices if casting else ())
+        return "\n".join(table(self.routes)) + newton_schulz_in_words(self.devices if casting else ())
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless the plan names every parameter of a model exactly once, with its shape."""
@@ -122,18 +129,19 @@ def plan_parameters(
     lr: Any = None,
     companion: str = "adamw",
     companion_lr: Any = None,
-    overrides: Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
+    overrides: Mapping[str, OverrideT] | None = None,
+    example: Any = None,
     strict: bool = False,
 ) -> RoutePlan:
     """Decide for every parameter of a model which optimizer updates it, and say why.
 
-    Hidden matrices go to the matrix optimizer `name`. To the companion go embeddings, output heads (found through
-    the module graph: tied to an embedding, named by the model's `get_output_embeddings()`, as wide as an embedding
-    has rows, or the last linear layer of a model without embeddings), vectors and scalars, also the stacked biases of
-    experts. Only
-    Spectron knows the factors of a `LowRankLinear`; under another name they go to the companion, and under "spectron"
-    what was left dense beside them does, since Spectron would truncate it. An element-wise `name` takes every
-    parameter. Nothing is changed.
+    Each parameter has a role (`docs/routing.md` lists them, and how they are found); hidden matrices, convolutions,
+    stacks of experts, routers and the factors of adapters go to the matrix optimizer `name`. To the companion go
+    embeddings, output heads, patch embeddings, depthwise filters, tables, vectors and scalars, and what is not known.
+    Only Spectron knows the factors of a `LowRankLinear`; under another name they go to the companion, and under
+    "spectron" what was left dense beside them does, since Spectron would truncate it. An element-wise `name` takes
+    every parameter. Nothing is changed.
 
     Layers that store several matrices in one parameter, or a matrix as (in, out), are recognised and get their view:
     GPT-2's `Conv1D`, `nn.MultiheadAttention`, fused query-key-value and gate-up projections (also where they alternate
@@ -143,21 +151,27 @@ def plan_parameters(
     Args:
         model: any module; tied parameters are planned once, under their first name.
         name: registry name of the optimizer, see `list_optimizers`.
-        lr: its learning rate; None: its default.
+        lr: its learning rate; None: the one that the registry says to start from.
         companion: registry name of an element-wise optimizer.
-        companion_lr: its learning rate; None: its default.
-        overrides: shell-style patterns of parameter names to a registry name (`name` or `companion`); the first
-            that matches decides.
-        strict: raise if a parameter with the shape of a matrix falls back to the companion, by its shape or by a
-            guess.
+        companion_lr: its learning rate; None: `lr` where that is in Adam's unit, and without `lr` the one that the
+            registry says to start from.
+        roles: a role to an optimizer, which then takes what has it: `{"router": "adamw"}`.
+        overrides: patterns to an optimizer, to "frozen", or to options such as `{"lr": 1e-4, "weight_decay": 0.0}`,
+            with "optimizer" or without. A pattern is a shell pattern of parameter names, a regular expression behind
+            "re:" that is found anywhere in the name, or a role. The first that matches decides.
+        example: what the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. One call
+            on tensors without numbers then shows which layers are heads and what is done with parameters of unknown
+            layers; nothing is computed.
+        strict: raise if a role is a guess or unknown.
 
     Raises:
-        ValueError: unknown names, a pattern that matches nothing, an override that cannot be met, or a fallback
-            under `strict`.
+        ValueError: unknown names, a pattern that matches nothing or nothing that another has not matched before, an
+            override that cannot be met, an example that the model cannot be called with, a learning rate that says
+            nothing about the companion's, or a guess under `strict`.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
-        >>> for route in plan_parameters(model, "muon", lr=0.02):
+        >>> for route in plan_parameters(model, "muon", lr=0.02, companion_lr=3e-3):
         ...     print(route.name, route.optimizer, "|", route.reason)
         0.weight adamw | embedding
         1.weight muon | hidden matrix
@@ -172,74 +186,227 @@ def plan_parameters(
             f"companion={companion!r} updates matrices only; choose an element-wise one: "
             + ", ".join(n for n, e in registry.OPTIMIZERS.items() if e.elementwise)
         )
-    lrs = {companion: default_lr(companion) if companion_lr is None else companion_lr}
-    lrs[name] = default_lr(name) if lr is None else lr
-    overrides = dict(overrides or {})
-    unused = set(overrides)
-    special = {} if main.elementwise else _embeddings_and_heads(model)
-    factorized = any(isinstance(module, LowRankLinear) for module in model.modules())
-    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    rates = {name: default_lr(name) if lr is None else lr}
+    if companion_lr is not None:
+        if name == companion:
+            raise ValueError(f"companion_lr={companion_lr!r}: {name!r} is its own companion and takes lr alone")
+        rates[companion] = companion_lr
+    elif lr is None:
+        rates.setdefault(companion, default_lr(companion))
+    elif main.in_adams_unit:
+        rates.setdefault(companion, lr)
+    chosen = _Choice(name, companion, roles, overrides)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    where = places(model, modules)
+    factorized = any(isinstance(module, LowRankLinear) for module in modules.values())
+    findings = find_roles(model, where, modules, example)
 
     routes = []
-    for parameter_name, p in model.named_parameters():
-        owner = owners[id(p)]
+    for place in where:
+        parameter_name, p, owner = place.name, place.p, place.layer
         factors = owner if isinstance(owner, LowRankLinear) and p is owner.factors else None
-        experts = _experts_of_a_bias(owner, parameter_name.rpartition(".")[2], p)
-        chosen, reason, fallback = _choose(p, owner, main.elementwise, name, companion, special.get(id(p)), experts)
-        if chosen == "spectron" and factorized and factors is None:
-            chosen, reason, fallback = (
-                companion,
-                "dense in a model of low-rank layers: Spectron would truncate it",
-                True,
+        finding = findings[parameter_name]
+        if factors is not None:
+            finding = replace(
+                finding, role="hidden", reason="two factors of a low-rank layer", guess=False, decays=True
             )
-        pattern = next((pattern for pattern in overrides if fnmatchcase(parameter_name, pattern)), None)
-        if pattern is not None:
-            unused.discard(pattern)
-            chosen, reason, fallback = overrides[pattern].lower(), f"override {pattern!r}", False
-            if chosen not in lrs:
-                raise ValueError(f"overrides[{pattern!r}]={chosen!r} is neither {name!r} nor {companion!r}")
-            if p.ndim < 2 and not registry.entry(chosen).elementwise:
-                raise ValueError(
-                    f"overrides[{pattern!r}]={chosen!r} cannot be met: {parameter_name!r} of shape "
-                    f"{tuple(p.shape)} is not a matrix"
-                )
-            if factors is not None and chosen != "spectron" and not registry.entry(chosen).elementwise:
-                raise ValueError(
-                    f"overrides[{pattern!r}]={chosen!r} cannot be met: {parameter_name!r} holds two factors of a "
-                    "low-rank layer, not one matrix; create_optimizer('spectron', model) takes them"
-                )
-        one_piece = factors is not None or registry.entry(chosen).elementwise
-        view, how = ("auto", "") if one_piece else layout(model, parameter_name, p)
-        if chosen == "stacked_soap" and p.ndim == 3:
+        optimizer, reason, fallback, options = chosen.of(parameter_name, p, finding, factors is not None, factorized)
+        elementwise = optimizer == FROZEN or registry.entry(optimizer).elementwise
+        view, how = ("auto", "") if factors is not None or elementwise else layout(place, p)
+        if optimizer == "stacked_soap" and p.ndim == 3:
             view, how = "auto", "as one, so that they share their factors"
-        if not p.requires_grad:
-            chosen, reason, fallback = FROZEN, "does not require a gradient", False
-        routes.append(
-            Route(
-                name=parameter_name,
-                shape=tuple(p.shape),
-                optimizer=chosen,
-                lr=lrs.get(chosen),
-                decays=p.ndim >= 2 and not experts,
-                reason=f"{reason}; {how}" if how and chosen != FROZEN else reason,
-                fallback=fallback,
-                view=view,
-                factor_rows=factors.out_features if factors is not None and chosen == "spectron" else None,
-            )
+        options = dict(options)
+        if optimizer != FROZEN and optimizer not in rates and "lr" not in options:
+            if optimizer == companion or (lr is not None and not registry.entry(optimizer).in_adams_unit):
+                raise ValueError(
+                    f"lr={lr!r} of {name!r} says nothing about the learning rate of {optimizer!r}, which takes "
+                    f"{parameter_name!r}: {main.unit}. Give "
+                    + (f"companion_lr, {default_lr(companion):g} say" if optimizer == companion
+                       else f"it in overrides, {{'optimizer': {optimizer!r}, 'lr': {default_lr(optimizer):g}}} say")
+                )  # fmt: skip
+            rates[optimizer] = default_lr(optimizer) if lr is None or not main.in_adams_unit else lr
+        route = Route(
+            name=parameter_name,
+            shape=tuple(p.shape),
+            optimizer=optimizer,
+            lr=None if optimizer == FROZEN else options.pop("lr", rates.get(optimizer)),
+            decays="weight_decay" in options or finding.decays,
+            reason=f"{reason}; {how}" if how else reason,
+            role=finding.role,
+            fallback=fallback,
+            view=view,
+            factor_rows=factors.out_features if factors is not None and optimizer == "spectron" else None,
+            options=options,
         )
-    if unused:
-        raise ValueError(f"overrides match no parameter: {', '.join(map(repr, sorted(unused)))}")
-    plan = RoutePlan(routes=tuple(routes), devices=frozenset(p.device for p in model.parameters()))
+        if not p.requires_grad and optimizer != FROZEN:
+            later = route if p.dtype in DTYPES else None
+            route = replace(route, optimizer=FROZEN, lr=None, reason="does not require a gradient", fallback=False,
+                            view="auto", factor_rows=None, later=later)  # fmt: skip
+        routes.append(route)
+    chosen.check_all_used(list(findings))
+    plan = RoutePlan(
+        routes=tuple(routes), devices=frozenset(place.p.device for place in where), name=name, companion=companion
+    )
     if strict and plan.fallbacks:
         lines = "\n  ".join(f"{r.name} {r.shape}: {r.reason}" for r in plan.fallbacks)
         raise ValueError(
-            f"strict=True, and these matrices fall back to {companion!r}:\n  {lines}\nName each in overrides."
+            f"strict=True, and these parameters are guessed, or not known:\n  {lines}\nName each in overrides"
+            + (", or give an example." if example is None else ".")
         )
     return plan
 
 
+class _Choice:
+    """Which optimizer takes a parameter, by its role and by what was asked for."""
+
+    def __init__(
+        self,
+        name: str,
+        companion: str,
+        roles: Mapping[str, str] | None,
+        overrides: Mapping[str, OverrideT] | None,
+    ) -> None:
+        self.name, self.companion = name, companion
+        self.elementwise = registry.entry(name).elementwise
+        self.roles = {role: self._known(f"roles[{role!r}]", value) for role, value in (roles or {}).items()}
+        for role in self.roles:
+            if role not in TREATMENTS:
+                raise ValueError(f"roles: there is no role {role!r}; allowed are {', '.join(TREATMENTS)}")
+        self.overrides: dict[str, tuple[Callable[[str, str], bool], dict[str, Any]]] = {}
+        for pattern, value in (overrides or {}).items():
+            options = {"optimizer": value} if isinstance(value, str) else dict(value)
+            if "optimizer" in options:
+                options["optimizer"] = self._known(f"overrides[{pattern!r}]", options["optimizer"])
+            self.overrides[pattern] = (_matcher(pattern), options)
+        self.matched: dict[str, bool] = dict.fromkeys(self.overrides, False)
+        self.decided: dict[str, bool] = dict.fromkeys(self.overrides, False)
+
+    @staticmethod
+    def _known(where: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{where}={value!r} is not the name of an optimizer; see list_optimizers()")
+        if value.lower() == FROZEN:
+            return FROZEN
+        try:
+            registry.entry(value)
+        except ValueError as wrong:
+            raise ValueError(f"{where}={value!r}: {wrong}") from None
+        return value.lower()
+
+    def of(
+        self, name: str, p: Tensor, finding: Finding, factors: bool, factorized: bool
+    ) -> tuple[str, str, bool, Mapping[str, Any]]:
+        """Optimizer, reason, whether that is a fallback, and options."""
+        optimizer, reason, fallback = self._by_role(p, finding, factors, factorized)
+        if finding.role in self.roles:
+            optimizer, reason, fallback = self.roles[finding.role], f"{reason}; roles[{finding.role!r}]", False
+            self._check(f"roles[{finding.role!r}]={optimizer!r}", optimizer, name, p, factors)
+        options: Mapping[str, Any] = {}
+        found = [pattern for pattern, (matches, _) in self.overrides.items() if matches(name, finding.role)]
+        self.matched |= dict.fromkeys(found, True)
+        if found:
+            self.decided[found[0]] = True
+            options = dict(self.overrides[found[0]][1])
+            if "optimizer" in options:
+                optimizer, reason, fallback = options.pop("optimizer"), f"override {found[0]!r}", False
+                self._check(f"overrides[{found[0]!r}]={optimizer!r}", optimizer, name, p, factors)
+            else:
+                reason = f"{reason}; override {found[0]!r}"
+        return optimizer, reason, fallback, options
+
+    def _by_role(self, p: Tensor, finding: Finding, factors: bool, factorized: bool) -> tuple[str, str, bool]:
+        if self.elementwise:
+            vector = p.ndim < 2 or finding.role == "vector"
+            return (
+                self.name,
+                "element-wise; vector, no weight decay" if vector else "element-wise: takes any shape",
+                False,
+            )
+        if factors:
+            if self.name == "spectron":
+                return self.name, finding.reason, False
+            return self.companion, f"{finding.reason}: not one matrix, only Spectron takes them", False
+        if not TREATMENTS[finding.role].matrix:
+            return self.companion, finding.reason, finding.guess
+        if self.name == "spectron" and factorized:
+            return self.companion, "dense in a model of low-rank layers: Spectron would truncate it", True
+        return self.name, finding.reason, finding.guess
+
+    @staticmethod
+    def _check(given: str, optimizer: str, name: str, p: Tensor, factors: bool) -> None:
+        if optimizer == FROZEN or registry.entry(optimizer).elementwise:
+            return
+        if p.ndim < 2:
+            raise ValueError(f"{given} cannot be met: {name!r} of shape {tuple(p.shape)} is not a matrix")
+        if factors and optimizer != "spectron":
+            raise ValueError(
+                f"{given} cannot be met: {name!r} holds two factors of a low-rank layer, not one matrix; "
+                "create_optimizer('spectron', model) takes them"
+            )
+
+    def check_all_used(self, names: list[str]) -> None:
+        """Raise ValueError for a pattern that has decided nothing."""
+        if unused := [pattern for pattern, matched in self.matched.items() if not matched]:
+            lines = []
+            for pattern in unused:
+                close = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=2, cutoff=0.4)
+                lines.append(f"{pattern!r}" + (f" (nearest: {', '.join(close)})" if close else ""))
+            raise ValueError(f"overrides match no parameter: {', '.join(lines)}")
+        if shadowed := [pattern for pattern, decided in self.decided.items() if not decided]:
+            raise ValueError(
+                f"overrides decide nothing: {', '.join(map(repr, shadowed))}; all that they match is matched by a "
+                "pattern before them. Put the narrower pattern first"
+            )
+
+
+def _matcher(pattern: str) -> Callable[[str, str], bool]:
+    """Whether a pattern of `overrides` means a parameter, by its name and role."""
+    if pattern in TREATMENTS:
+        return lambda name, role: role == pattern or name == pattern
+    if pattern.startswith("re:"):
+        try:
+            search = re.compile(pattern.removeprefix("re:")).search
+        except re.error as wrong:
+            raise ValueError(f"overrides: {pattern!r} is no regular expression: {wrong}") from None
+        return lambda name, role: search(name) is not None
+    return lambda name, role: fnmatchcase(name, pattern)
+
+
+def table(routes: Sequence[Route]) -> list[str]:
+    """Lines of columns; layers that are alike and stand below one another are one line."""
+    rows: dict[tuple[str, ...], int] = {}
+    for r in routes:
+        cells = (
+            re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", r.name) if len(routes) > _WHOLE else r.name,
+            "x".join(map(str, r.shape)) or "scalar",
+            r.role,
+            r.optimizer,
+            "" if r.lr is None else f"{float(r.lr):g}",
+            "yes" if r.decays and r.optimizer != FROZEN else "no",
+            r.reason,
+        )
+        rows[cells] = rows.get(cells, 0) + 1
+    header = ("parameter", "shape", "role", "optimizer", "lr", "decay", "reason")
+    lines = [header, *((f"{name}  {count} x" if count > 1 else name, *rest) for (name, *rest), count in rows.items())]
+    widths = [max(len(row[k]) for row in lines) for k in range(len(header) - 1)]
+    return [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip()
+        for row in lines
+    ]
+
+
+# A plan of more rows than this groups what repeats over layers.
+_WHOLE = 60
+
+
 def default_lr(name: str) -> Any:
-    """The learning rate that the constructor of `name` has by default; ValueError where it has none."""
+    """The learning rate to start from with `name`: the registry's, else that of its constructor.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (start := registry.entry(name).start) is not None:
+        return start
     default = inspect.signature(registry.entry(name).load()).parameters["lr"].default
     if default is inspect.Parameter.empty:
         raise ValueError(f"{name!r} has no default learning rate; give lr")
@@ -251,79 +418,3 @@ def _casts_by_default(name: str) -> bool:
     optimizer = registry.entry(name).load()
     default = inspect.signature(optimizer).parameters.get("fp32_matmul_prec")
     return hasattr(optimizer, "casts") and default is not None and default.default == "medium"
-
-
-def _choose(
-    p: Tensor,
-    owner: nn.Module,
-    elementwise: bool,
-    name: str,
-    companion: str,
-    special: tuple[str, bool] | None,
-    experts: int,
-) -> tuple[str, str, bool]:
-    """Optimizer, reason, and whether that is a fallback; `experts`: of how many this parameter is the biases."""
-    vectors = p.ndim < 2 or experts > 0
-    if elementwise:
-        return name, "element-wise; vector, no weight decay" if vectors else "element-wise: takes any shape", False
-    if experts:
-        return companion, f"biases of {experts} experts, one vector each", False
-    if vectors:
-        return companion, "scalar" if p.ndim == 0 else "vector", False
-    if hasattr(p, "low_rank_factors"):
-        if name == "spectron":
-            return name, "two factors of a low-rank layer", False
-        return companion, "two factors of a low-rank layer: not one matrix, only Spectron takes them", False
-    if special is not None:
-        reason, guess = special
-        return companion, reason, guess
-    if p.ndim == 3 and p.shape[0] == 1 and not isinstance(owner, nn.Conv1d):
-        return companion, "table with a leading axis of one (position or class token)", True
-    if 1 in (p.shape[0], p.numel() // max(1, p.shape[0])):
-        return companion, "a vector in the shape of a matrix", True
-    if isinstance(owner, nn.modules.conv._ConvNd):
-        return name, "convolution, as (out, rest)", False
-    if p.ndim == 3:
-        return name, f"batch of {p.shape[0]} matrices", False
-    return name, "hidden matrix", False
-
-
-def _experts_of_a_bias(owner: nn.Module, own: str, p: Tensor) -> int:
-    """How many experts a 2-D parameter holds the biases of: (E, out) beside a stack of weights (E, ..., out, ...).
-
-    gpt-oss has `gate_up_proj_bias` beside `gate_up_proj`. 0: it is no such parameter.
-    """
-    if p.ndim != 2 or not own.endswith("bias"):
-        return 0
-    stacks = (w.shape for w in owner.parameters(recurse=False) if w.ndim == 3)
-    return p.shape[0] if any(p.shape[0] == s[0] and p.shape[1] in s[1:] for s in stacks) else 0
-
-
-def _embeddings_and_heads(model: nn.Module) -> dict[int, tuple[str, bool]]:
-    """For the id of a parameter: the reason, and whether it is a guess."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    tables = {
-        id(module.weight): module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    }
-    found: dict[int, tuple[str, bool]] = {key: ("embedding", False) for key in tables if key in names}
-    for linear in linears:
-        if id(linear.weight) in tables:
-            found[id(linear.weight)] = ("embedding, tied to the output head", False)
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor):
-        found.setdefault(id(head.weight), ("output head: named by get_output_embeddings()", False))
-    if any(id(linear.weight) in tables for linear in linears) or isinstance(head, nn.Module):
-        return found  # the head is known; a hidden layer may well be as wide as a table has rows
-    rows = {module.num_embeddings: key for key, module in reversed(list(tables.items())) if key in names}
-    wide = [linear for linear in linears if linear.out_features in rows]
-    if wide:
-        table = names[rows[wide[-1].out_features]]
-        found.setdefault(id(wide[-1].weight), (f"output head: as many rows as the embedding {table!r}", len(wide) > 1))
-    matrices = sum(p.ndim >= 2 for p in model.parameters())
-    if not tables and linears and matrices > 1:
-        found.setdefault(
-            id(linears[-1].weight), ("output head: the last linear layer of a model without embeddings", True)
-        )
-    return found

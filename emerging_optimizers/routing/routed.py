@@ -24,9 +24,17 @@ class RoutedOptimizer(RuleOptimizer):
 
     _kept = ("execution", "plan")
 
-    def __init__(self, groups: list[dict[str, Any]], plan: RoutePlan | None = None, **engine: Any) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        plan: RoutePlan | None = None,
+        *,
+        defaults: Mapping[str, Any],
+        **engine: Any,
+    ) -> None:
         self.plan = plan
-        super().__init__(groups, {"lr": 0.0}, **engine)
+        super().__init__(groups, {}, **engine)
+        self.defaults = dict(defaults)  # the main algorithm's, which schedulers read; each group has its own options
 
     def __repr__(self) -> str:
         return super().__repr__() + newton_schulz_in_words(devices_that_cast(self))
@@ -43,7 +51,11 @@ class RoutedOptimizer(RuleOptimizer):
                 "optimizer follow different rules"
             )
         self._check_names(param_group)
-        super().add_param_group({**self._defaults_of(param_group), **param_group})
+        defaults, self.defaults = self.defaults, {}  # torch would fill the group with them
+        try:
+            super().add_param_group({**self._defaults_of(param_group), **param_group})
+        finally:
+            self.defaults = defaults
 
     def _defaults_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
         name = group["algorithm"]

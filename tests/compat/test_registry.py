@@ -49,7 +49,7 @@ def test_a_registered_class_can_be_created_routed_and_registered_again():
     assert registry.get_optimizer_cls("tiger") is newest
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
     optimizer = create_optimizer("tiger", model, lr=0.01)
-    assert [group["algorithm"] for group in optimizer.param_groups] == ["adamw", "tiger", "adamw"]
+    assert [group["algorithm"] for group in optimizer.param_groups] == ["tiger", "adamw", "adamw"]
     model(torch.tensor([1, 2])).sum().backward()
     optimizer.step()
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 
 from emerging_optimizers import AdamW, Muon, create_optimizer, list_optimizers, plan_parameters
+from emerging_optimizers.registry import OPTIMIZERS
 from tests.routing.models import MODELS, Experts, GPTLike, frozen, same_weights, train
 
 LR = {"lr": 0.02, "companion_lr": 0.003}
@@ -22,6 +23,11 @@ LR = {"lr": 0.02, "companion_lr": 0.003}
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
+
+
+def rates(name: str) -> dict[str, float]:
+    """Learning rates; what is its own companion takes one."""
+    return {"lr": LR["lr"]} if name == "adamw" else LR
 
 
 def lrs(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -32,22 +38,22 @@ def lrs(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_it_is_one_torch_optimizer_with_every_trainable_parameter_once(kind):
+def test_it_is_one_torch_optimizer_with_every_parameter_once(kind):
     model = MODELS[kind]()
     optimizer = create_optimizer("muon", model, **LR)
     assert isinstance(optimizer, torch.optim.Optimizer)
     got = {name: p for g in optimizer.param_groups for name, p in zip(g["param_names"], g["params"], strict=True)}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(got)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert got.keys() == trainable.keys()
-    assert all(got[name] is p for name, p in trainable.items())
+    everything = dict(model.named_parameters())  # what is frozen waits in its group
+    assert got.keys() == everything.keys()
+    assert all(got[name] is p for name, p in everything.items())
 
 
 @pytest.mark.parametrize("name", list_optimizers())
 def test_groups_follow_the_plan_and_vectors_do_not_decay(name):
     model = GPTLike()
-    optimizer = create_optimizer(name, model, **LR, weight_decay=0.3, companion_options={"weight_decay": 0.1})
-    plan = plan_parameters(model, name, **LR)
+    optimizer = create_optimizer(name, model, **rates(name), weight_decay=0.3, companion_options={"weight_decay": 0.1})
+    plan = plan_parameters(model, name, **rates(name))
     for group in optimizer.param_groups:
         for parameter_name, p, reason in zip(group["param_names"], group["params"], group["reasons"], strict=True):
             route = plan[parameter_name]
@@ -198,7 +204,7 @@ def test_a_learning_rate_that_a_scheduler_sets_to_zero_stops_every_weight():
 @pytest.mark.parametrize("name", list_optimizers())
 def test_saved_loaded_and_resumed_is_bitwise_equal_to_not_having_stopped(name):
     model = GPTLike()
-    optimizer = create_optimizer(name, model, **LR)
+    optimizer = create_optimizer(name, model, **rates(name))
     train(model, optimizer, range(3))
     buffer = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
@@ -207,7 +213,7 @@ def test_saved_loaded_and_resumed_is_bitwise_equal_to_not_having_stopped(name):
     resumed = GPTLike()
     saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     resumed.load_state_dict(saved["model"])
-    again = create_optimizer(name, resumed, **LR)
+    again = create_optimizer(name, resumed, **rates(name))
     again.load_state_dict(saved["optimizer"])
     train(resumed, again, range(3, 6))
     assert same_weights(model, resumed)
@@ -318,12 +324,13 @@ def test_an_added_group_with_an_algorithm_follows_it(algorithm):
     assert torch.equal(p, alone)
 
 
-def test_an_added_group_without_a_learning_rate_has_its_algorithms_default():
+def test_an_added_group_without_a_learning_rate_has_the_one_to_start_from():
     optimizer = create_optimizer("muon", GPTLike(), **LR)
     optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(3, 3)))], "algorithm": "muon"})
-    assert lrs(optimizer)[-1] == 3e-4
-    with pytest.raises(ValueError, match="lr"):
-        optimizer.add_param_group({"params": [("newer", nn.Parameter(torch.ones(3, 3)))], "algorithm": "soap"})
+    optimizer.add_param_group({"params": [("newer", nn.Parameter(torch.ones(3, 3)))], "algorithm": "soap"})
+    assert lrs(optimizer)[-2:] == [OPTIMIZERS["muon"].start, OPTIMIZERS["soap"].start]
+    with pytest.raises(ValueError, match="'stacked_soap' has no default learning rate"):
+        optimizer.add_param_group({"params": [("last", nn.Parameter(torch.ones(3, 3)))], "algorithm": "stacked_soap"})
 
 
 @pytest.mark.parametrize(

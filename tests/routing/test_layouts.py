@@ -151,24 +151,27 @@ def gpt_oss() -> nn.Module:
 
 
 def test_the_biases_of_stacked_experts_are_vectors() -> None:
-    plan = plan_parameters(gpt_oss(), "muon", strict=True)
+    plan = plan_parameters(gpt_oss(), "muon")
+    assert [route.name for route in plan.fallbacks] == ["b.experts.scale"]
     for name in ("gate_up_proj_bias", "down_proj_bias"):
         route = plan[f"b.experts.{name}"]
         assert (route.optimizer, route.decays, route.view) == ("adamw", False, "auto")
         assert route.reason == "biases of 3 experts, one vector each"
-    assert plan["b.experts.scale"].optimizer == plan["b.router.weight"].optimizer == "muon"  # no bias by name
+    assert (plan["b.experts.scale"].role, plan["b.router.weight"].role) == ("unknown", "router")
+    assert plan["b.router.weight"].optimizer == "muon"
     assert not plan_parameters(gpt_oss(), "lion")["b.experts.down_proj_bias"].decays
     asked = plan_parameters(gpt_oss(), "muon", overrides={"*down_proj_bias": "muon"})["b.experts.down_proj_bias"]
     assert (asked.optimizer, asked.reason) == ("muon", "override '*down_proj_bias'")
 
 
-def test_a_matrix_that_is_called_bias_stays_one_without_a_stack_beside_it() -> None:
+def test_a_matrix_that_is_called_bias_is_no_vector_without_a_stack_beside_it() -> None:
     """A relative position bias is a table of its own, and a stack of another number of experts says nothing."""
     block = Block(experts=experts("Experts", (4, 12, D), (4, D, 6)))
     block.relative_bias = nn.Parameter(torch.randn(6, 6))
     block.experts.other_bias = nn.Parameter(torch.randn(3, 12))
     plan = plan_parameters(nn.ModuleList([nn.Embedding(50, D), block]), "muon")
-    assert plan["1.relative_bias"].optimizer == plan["1.experts.other_bias"].optimizer == "muon"
+    roles = [(plan[name].role, plan[name].fallback) for name in ("1.relative_bias", "1.experts.other_bias")]
+    assert roles == [("position", True), ("unknown", True)]
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Llama 4", "gpt-oss"])

@@ -56,7 +56,7 @@ def test_the_plan_says_what_is_factors_and_what_is_not():
     }  # fmt: skip
     assert {plan[f"{name}.factors"].reason for name in ("up", "qkv")} == {"two factors of a low-rank layer"}
     assert {r.optimizer for r in plan if "factors" not in r.name} == {"adamw"}
-    optimizer = create_optimizer("spectron", model := factorized(), lr=0.05)
+    optimizer = create_optimizer("spectron", model := factorized(), lr=0.05, companion_lr=0.01)
     rows = {g["out_features"]: len(g["params"]) for g in optimizer.param_groups if g["algorithm"] == "spectron"}
     assert rows == {12: 1, 24: 1, 8: 2}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
@@ -89,10 +89,10 @@ def test_a_model_without_such_layers_is_routed_as_ever():
 
 def test_it_resumes_bitwise():
     model = factorized()
-    optimizer = create_optimizer("spectron", model, lr=0.05)
+    optimizer = create_optimizer("spectron", model, lr=0.05, companion_lr=0.01)
     train(model, [optimizer], range(3))
     twin = copy.deepcopy(model)
-    other = create_optimizer("spectron", twin, lr=0.05)
+    other = create_optimizer("spectron", twin, lr=0.05, companion_lr=0.01)
     other.load_state_dict(optimizer.state_dict())
     train(model, [optimizer], range(3, 6))
     train(twin, [other], range(3, 6))

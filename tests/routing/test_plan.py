@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from emerging_optimizers import RoutePlan, plan_parameters
+from emerging_optimizers.registry import OPTIMIZERS
 from tests.routing.models import MODELS, Experts, GPTLike, HFLike, attention, convolutional, without_embeddings
 
 M, A, NOT = "muon", "adamw", "frozen"
@@ -44,7 +45,7 @@ EXPECTED = {
         "q": (A, "table with a leading axis of one"),
         "r": (A, "scalar"),
         "s.weight": (A, "embedding"),
-        "t.weight": (M, "hidden matrix"),
+        "t.weight": (A, "output head: the last linear layer of the model"),
     },
     "attention": {
         "0.weight": (A, "embedding"),
@@ -59,12 +60,12 @@ EXPECTED = {
         "1.weight": (A, "vector"),
         "1.bias": (A, "vector"),
         "2.weight": (M, "convolution, as (out, rest)"),
-        "4.weight": (A, "output head: the last linear layer of a model without embeddings"),
+        "4.weight": (A, "output head: the last linear layer of the model"),
     },
     "without embeddings": {
         "0.weight": (M, "hidden matrix"),
         "2.weight": (M, "hidden matrix"),
-        "3.weight": (A, "output head: the last linear layer of a model without embeddings"),
+        "3.weight": (A, "output head: the last linear layer of the model"),
     },
     "frozen": {
         "e.weight": (NOT, "does not require a gradient"),
@@ -114,8 +115,12 @@ def test_a_table_as_long_as_a_layer_is_wide_makes_no_head_of_that_layer(vocab, c
 
 
 def test_a_model_that_names_no_head_is_still_planned():
-    plan = plan_parameters(HFLike(has_head=False), "muon")
-    assert plan["z.weight"].reason == "hidden matrix"
+    route = plan_parameters(HFLike(has_head=False), "muon")["z.weight"]
+    assert (route.role, route.reason, route.fallback) == (
+        "head",
+        "output head: the last linear layer of the model",
+        True,
+    )
 
 
 def test_convolutions_are_flattened_and_expert_stacks_are_not():
@@ -129,13 +134,13 @@ def test_an_element_wise_optimizer_takes_everything_and_vectors_do_not_decay():
     assert {route.name for route in plan if not route.decays} == {"d.weight", "d.bias", "e.bias", "f.bias"}
 
 
-def test_learning_rates_are_each_optimizers_own_default_or_the_one_that_is_given():
+def test_learning_rates_are_those_to_start_from_or_the_ones_that_are_given():
     default, given = plan_parameters(GPTLike(), "muon"), plan_parameters(GPTLike(), "muon", lr=0.02, companion_lr=0.3)
-    assert (default["e.weight"].lr, default["e.bias"].lr) == (3e-4, 1e-3)
+    assert (default["e.weight"].lr, default["e.bias"].lr) == (OPTIMIZERS["muon"].start, OPTIMIZERS["adamw"].start)
     assert (given["e.weight"].lr, given["e.bias"].lr) == (0.02, 0.3)
     assert plan_parameters(MODELS["frozen"](), "muon")["e.weight"].lr is None
-    with pytest.raises(ValueError, match="'soap' has no default learning rate; give lr"):
-        plan_parameters(GPTLike(), "soap")
+    with pytest.raises(ValueError, match="'stacked_soap' has no default learning rate; give lr"):
+        plan_parameters(GPTLike(), "stacked_soap")
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "hf", "attention", "frozen"])
@@ -144,15 +149,17 @@ def test_strict_accepts_a_model_in_which_nothing_is_guessed(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("without embeddings", "3.weight"), ("convolutional", "4.weight"), ("experts", "q")]
+    ("kind", "names"),
+    [("without embeddings", ["3.weight"]), ("convolutional", ["4.weight"]), ("experts", ["p", "q", "t.weight"])],
 )
-def test_strict_refuses_a_guess_until_an_override_settles_it(kind, name):
-    assert [route.name for route in plan_parameters(MODELS[kind](), "muon").fallbacks] == [name]
-    with pytest.raises(ValueError, match=rf"(?s)strict=True.*{name}.*Name each in overrides"):
+def test_strict_refuses_a_guess_until_an_override_settles_it(kind, names):
+    assert [route.name for route in plan_parameters(MODELS[kind](), "muon").fallbacks] == names
+    with pytest.raises(ValueError, match=rf"(?s)strict=True.*{names[-1]}.*Name each in overrides, or give an example"):
         plan_parameters(MODELS[kind](), "muon", strict=True)
     for choice in (A, M):
-        plan = plan_parameters(MODELS[kind](), "muon", strict=True, overrides={name: choice})
-        assert (plan[name].optimizer, plan[name].reason) == (choice, f"override {name!r}")
+        plan = plan_parameters(MODELS[kind](), "muon", strict=True, overrides=dict.fromkeys(names, choice))
+        for name in names:
+            assert (plan[name].optimizer, plan[name].reason) == (choice, f"override {name!r}")
 
 
 def test_the_first_override_that_matches_decides():
@@ -164,7 +171,13 @@ def test_the_first_override_that_matches_decides():
     ("options", "message"),
     [
         ({"overrides": {"e.*": A, "nothing.*": A}}, r"overrides match no parameter: 'nothing\.\*'"),
-        ({"overrides": {"e.weight": "lion"}}, "'lion' is neither 'muon' nor 'adamw'"),
+        ({"overrides": {"e.weight": "lions"}}, r"overrides\['e.weight'\]='lions'.*did you mean 'lion'"),
+        ({"overrides": {"f.weigth": A}}, r"'f.weigth' \(nearest: f.weight"),
+        ({"overrides": {"*.weight": A, "e.weight": M}}, "decide nothing: 'e.weight'; .*Put the narrower pattern first"),
+        ({"overrides": {"re:(": A}}, r"'re:\(' is no regular expression"),
+        ({"overrides": {"e.weight": {"optimizer": 3}}}, "=3 is not the name of an optimizer"),
+        ({"roles": {"gate": A}}, "there is no role 'gate'; allowed are embedding, position, head"),
+        ({"roles": {"vector": M}}, r"roles\['vector'\]='muon' cannot be met: 'd.weight' of shape"),
         ({"overrides": {"e.*": M}}, r"'e.bias' of shape \(32,\) is not a matrix"),
         ({"companion": "soap"}, "companion='soap' updates matrices only; choose an element-wise one: adamw"),
         ({"companion": "adamww"}, "did you mean 'adamw'"),
@@ -184,7 +197,7 @@ def test_printed_it_is_a_table_of_names_shapes_learning_rates_and_reasons():
     plan = plan_parameters(MODELS["frozen"](), "muon", lr=0.02)
     header, *rows, products = str(plan).splitlines()
     assert products.startswith('Newton-Schulz at "medium" multiplies in ')
-    assert header.split() == ["parameter", "shape", "optimizer", "lr", "reason"]
+    assert header.split() == ["parameter", "shape", "role", "optimizer", "lr", "decay", "reason"]
     assert len(rows) == len(plan)
     for row, route in zip(rows, plan, strict=True):
         assert row.startswith(route.name)
@@ -195,7 +208,7 @@ def test_printed_it_is_a_table_of_names_shapes_learning_rates_and_reasons():
 
 @pytest.mark.parametrize("lr", [0.25, torch.tensor(0.25), torch.tensor([0.25])], ids=["number", "0-D", "1-D"])
 def test_printed_a_learning_rate_is_a_number_whatever_holds_it(lr):
-    assert str(plan_parameters(GPTLike(), "muon", lr=lr)).count("0.25") == 3
+    assert str(plan_parameters(GPTLike(), "muon", lr=lr, companion_lr=0.5)).count("0.25") == 3
 
 
 def edit(plan: RoutePlan, **changes) -> RoutePlan:

@@ -1,0 +1,139 @@
+"""What a model does with each of its parameters in one call, found on tensors that hold no numbers."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# What a parameter is multiplied with as a matrix, by the names of torch's functions.
+_PRODUCTS = {
+    *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm"),
+    *("einsum", "tensordot", "_grouped_mm", "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+}
+_LOOKUPS = frozenset(["embedding", "embedding_bag"])
+
+
+@dataclass
+class Uses:
+    """What was seen in a call.
+
+    Attributes:
+        products: parameters that something is multiplied with, as a matrix or a filter.
+        lookups: tables of which rows are taken by their number.
+        others: parameters that are added, multiplied element by element, compared, ...
+        followed: products whose result reaches another product.
+        leaving: products whose result leaves the model.
+    """
+
+    products: set[str] = field(default_factory=set)
+    lookups: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
+    followed: set[str] = field(default_factory=set)
+    leaving: set[str] = field(default_factory=set)
+
+    @property
+    def heads(self) -> set[str]:
+        """Products whose result leaves the model and reaches no other product."""
+        return self.leaving - self.followed
+
+
+class _Watch(TorchFunctionMode):
+    """Notes on tensors from which product they come, or of which parameter they are a form."""
+
+    def __init__(self, uses: Uses) -> None:
+        super().__init__()
+        self.uses = uses
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        made = [x for x in tree_leaves(args[0] if name == "__setitem__" else out) if isinstance(x, Tensor)]
+        if not made:
+            return out
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        weights = {name for x in given for name in _form_of(x)}
+        sources = {name for x in given for name in _sources(x)}
+        if not weights:
+            _note(made, sources=sources)
+        elif name in _PRODUCTS:
+            self.uses.products |= weights
+            self.uses.followed |= sources
+            _note(made, sources=weights)
+        elif name in _LOOKUPS:
+            self.uses.lookups |= weights
+            _note(made)
+        elif len(weights) == 1 and not sources and len([x for x in given if not _form_of(x)]) == 0:
+            _note(made, form=weights)  # turned, cut or cast: still this parameter
+        else:
+            self.uses.others |= weights
+            _note(made, sources=sources)
+        return out
+
+
+def _form_of(x: Tensor) -> Iterable[str]:
+    return getattr(x, "_form_of", ())
+
+
+def _sources(x: Tensor) -> Iterable[str]:
+    return getattr(x, "_sources", ())
+
+
+def _note(tensors: Iterable[Tensor], *, sources: Iterable[str] = (), form: Iterable[str] = ()) -> None:
+    for x in tensors:
+        x._sources, x._form_of = frozenset(sources) | frozenset(_sources(x)), frozenset(form)  # type: ignore[attr-defined]
+
+
+def trace(model: nn.Module, example: Any) -> Uses:
+    """Call a model once, on the meta device, and say what it does with its parameters. Nothing is computed or changed.
+
+    Args:
+        model: any module, on any device.
+        example: what it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+
+    Raises:
+        ValueError: the call fails, or what it does hangs on values, which a tensor on the meta device does not have.
+    """
+    args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
+    args = args if isinstance(args, (tuple, list)) else (args,)
+    tensors: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        tensors[name] = p.detach().to("meta")
+        _note([tensors[name]], form=[name])
+    tensors |= {name: b.to("meta") for name, b in model.named_buffers()}
+    args, kwargs = tree_map_only(Tensor, lambda x: x.detach().to("meta"), (tuple(args), dict(kwargs)))
+    uses = Uses()
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.device("meta"), _Watch(uses):
+            out = functional_call(model, tensors, args, kwargs, tie_weights=True)
+    except Exception as wrong:
+        raise ValueError(
+            f"example: the model cannot be called with it on the meta device ({type(wrong).__name__}: {wrong}). Give "
+            "what the model takes (a tensor, a tuple of arguments, or a dict of keyword arguments), or leave it out"
+        ) from wrong
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    uses.leaving = {name for x in tree_leaves(_opened(out)) if isinstance(x, Tensor) for name in _sources(x)}
+    return uses
+
+
+def _opened(out: Any) -> Any:
+    """An output with its tensors where `tree_leaves` finds them, also in a dataclass."""
+    return (
+        dict(out)
+        if isinstance(out, Mapping)
+        else vars(out)
+        if hasattr(out, "__dict__") and not isinstance(out, Tensor)
+        else out
+    )
