@@ -213,7 +213,9 @@ def plan_parameters(
         optimizer, reason, fallback, options = chosen.of(parameter_name, p, finding, factors is not None, factorized)
         elementwise = optimizer == FROZEN or registry.entry(optimizer).elementwise
         view, how = ("auto", "") if factors is not None or elementwise else layout(place, p)
-        if optimizer == "stacked_soap" and p.ndim == 3:
+        if finding.role == "hidden" and p.ndim > 2 and not elementwise:
+            view = "flatten"
+        if optimizer == "stacked_soap" and finding.role == "experts":
             view, how = "auto", "as one, so that they share their factors"
         options = dict(options)
         if optimizer != FROZEN and optimizer not in rates and "lr" not in options:
@@ -328,6 +330,8 @@ class _Choice:
             return self.companion, f"{finding.reason}: not one matrix, only Spectron takes them", False
         if not TREATMENTS[finding.role].matrix:
             return self.companion, finding.reason, finding.guess
+        if 1 in (p.shape[0], p[0].numel()):
+            return self.companion, f"{finding.reason} of one row or column, a vector", finding.guess
         if self.name == "spectron" and factorized:
             return self.companion, "dense in a model of low-rank layers: Spectron would truncate it", True
         return self.name, finding.reason, finding.guess

@@ -73,22 +73,26 @@ class Finding:
     decays: bool = True
 
 
-_POSITION = re.compile(r"(^|_)(pos|position|positions|positional|type|segment|wpe|relative)(_|$|emb)", re.I)
+_POSITION = re.compile(
+    r"(^|_)(pos|position|positions|positional|type|seg|segment|wpe|relative|attention_bias(es)?)(_|$|emb)", re.I
+)
 _TABLE = re.compile(r"(^|_)(token|tokens|query|queries|latent|latents|mask|cls|register|registers|prompt|prefix)(_|$)|"
                     r"A_log$|bias_table$|^tokens?$", re.I)  # fmt: skip
 _HEAD = re.compile(
-    r"^(.*_)?(lm_head|head|heads|score|classifier|cls|predictions?|predictor|logits|unembed(ding)?|qa_outputs|actor|"
-    r"critic|policy|value_head|output_layer|output_projection|out_layer|fc_out|final_layer|conv_out)(_.*|\d*)?$",
+    r"^(?!pre_)(.*_)?(lm_head|head|heads|score|classifier|cls|predictions?|predictor|logits|unembed(ding)?|qa_outputs|actor|"
+    r"critic|policy|value_head|output_layer|output_projection|out_layer|fc_out|final_layer|conv_out|(visual|text|image)_projection)(_.*|\d*)?$",
     re.I,
 )
 # What stands before a head, or is one only for whoever uses a base model as an encoder.
 _NOT_LAST = re.compile(r"pooler|transform|dense$", re.I)
+_EMBEDDING = re.compile(r"emb(ed|edding|eddings)?$|^wte$", re.I)
+_BIAS = re.compile(r"(^|_)bias(es)?$", re.I)
 # Layers inside a block, of which none is the last of a model.
 _HIDDEN = re.compile(
     r"(^|_)(q|k|v|o|qkv|kv|in|gate|up|down|gate_up)_?proj|query|(^|_)(key|value|attn|attention|mlp|ffn)|c_proj|c_fc|"
     r"^(qkv|w[123i]|Wi|Wqkv|in_proj\w*)$"
 )
-_ROUTER = re.compile(r"^(gate|router|gating|wg|switch)$", re.I)
+_ROUTER = re.compile(r"^(gate|router|gating|wg|switch|shared_expert_gate)$", re.I)
 _ADAPTERS = re.compile(r"\.(lora_(embedding_)?[AB]|hada_w\d.*|lokr_w\d.*|oft_[Rr]|boft_R|vera_[AB]|adalora_[AB])(\.|$)")
 _ADAPTER_VECTORS = re.compile(r"\.(lora_magnitude_vector|ia3_l|lora_E|vera_lambda_\w+|boft_s)(\.|$)")
 _EXPERTS = re.compile(r"expert|moe", re.I)
@@ -197,6 +201,8 @@ def _of_layer(place: Place, p: Tensor, tied: set[int]) -> Finding | None:
     if id(p) in tied:
         return Finding("embedding", "embedding, tied to the output head")
     if _looks_up(place):
+        if "quer" in place.word.lower():
+            return Finding("table", "table of queries")
         if _POSITION.search(place.word) or _POSITION.search(kind):
             return Finding("position", "table of positions or types")
         return Finding("embedding", "embedding")
@@ -207,6 +213,8 @@ def _of_layer(place: Place, p: Tensor, tied: set[int]) -> Finding | None:
             return Finding("depthwise", "depthwise filters: one for each channel, which share nothing")
         return Finding("conv", f"{'transposed ' if layer.transposed else ''}convolution, as (out, rest)")
     if sum(size > 1 for size in p.shape) <= 1 and not _is_linear(place):
+        if _TABLE.search(place.own):
+            return Finding("table", "token: a vector in the shape of a matrix")
         return Finding("vector", "a vector in the shape of a matrix")
     if _is_router(place):
         return Finding("router", "router of a mixture of experts")
@@ -225,17 +233,23 @@ def _raw(place: Place, p: Tensor, uses: Uses | None) -> Finding:
     """A parameter of a layer that nobody knows: by what a call does with it, else by its name."""
     own = place.own if place.own != "weight" else f"{place.word}_weight"
     if uses is not None and place.name in uses.lookups | uses.products | uses.others:
-        if place.name in uses.products and p.ndim == 3:
+        if place.name in uses.stacks:
             return Finding("experts", f"batch of {p.shape[0]} matrices: a call multiplies by them")
         if place.name in uses.products:
             return Finding("hidden", "hidden matrix: a call multiplies by it")
         if place.name in uses.lookups:
             return Finding("embedding", "embedding: a call takes its rows by number")
-        role: RoleT = "position" if _POSITION.search(own) else "table"
+        role: RoleT = "position" if _POSITION.search(own) else "vector" if _BIAS.search(own) else "table"
         return Finding(role, "table: a call adds it or multiplies element by element")
     kind = type(place.layer).__name__
     if _POSITION.search(own):
         return Finding("position", "table of positions or types, by its name", True)
+    if _BIAS.search(own):
+        return Finding("vector", "bias, by its name", True)
+    if place.own == "weight" and _EMBEDDING.search(place.word):
+        return Finding("embedding", f"embedding, by its name, in a {kind}", True)
+    if p.ndim == 3 and _by_head(place.layer, p):
+        return Finding("hidden", "hidden matrix, stored by head")
     if _TABLE.search(own) or p.shape[0] == 1:
         return Finding("table", "table, by its name" if p.shape[0] > 1 else "table with a leading axis of one", True)
     if p.ndim == 3 and (_EXPERTS.search(kind) or _EXPERTS.search(place.path)):
@@ -256,11 +270,17 @@ def experts_of_a_bias(place: Place, p: Tensor) -> int:
     return p.shape[0] if any(p.shape[0] == s[0] and p.shape[1] in s[1:] for s in stacks) else 0
 
 
+def _by_head(layer: nn.Module, p: Tensor) -> bool:
+    """Whether a parameter is (width, heads, size of a head), as XLNet's are."""
+    heads = {getattr(layer, name, None) for name in ("n_head", "num_heads", "num_attention_heads")}
+    sizes = {getattr(layer, name, None) for name in ("d_head", "head_dim", "attention_head_size")}
+    return p.shape[1] in heads and p.shape[2] in sizes
+
+
 def _is_router(place: Place) -> bool:
-    kind = type(place.layer).__name__
     if place.own != "weight":
         return False
-    if re.search(r"Router|TopK|MoEGate", kind):
+    if any(re.search(r"Router|TopK|MoEGate", type(module).__name__) for module in (place.layer, place.parent)):
         return True
     if not _ROUTER.match(place.word):
         return False
@@ -274,7 +294,8 @@ def _is_patch(place: Place, first: int) -> bool:
     if layer.transposed or layer.in_channels != first or layer.in_channels > 16:
         return False
     apart = layer.kernel_size == layer.stride and max(layer.kernel_size) > 1
-    return apart or "patch" in place.path.lower()
+    above = [part for part in place.path.split(".")[:-1] if not part.isdigit()]
+    return apart or "patch" in "".join(above[-1:]).lower()
 
 
 def _heads(
@@ -297,8 +318,9 @@ def _heads(
               and (_is_linear(place) or _is_conv(place.layer))]  # fmt: skip
     if uses is not None:
         repeated = _repeated(modules)
+        leaving = {place.path for place in may_be if place.name in uses.heads and not _inside(place.path, repeated)}
         for place in may_be:
-            if place.name in uses.heads and not _inside(place.path, repeated):
+            if place.path in leaving and "pooler" not in place.path:
                 heads.setdefault(place.name, Finding("head", "output head: what it computes leaves the model"))
         return heads
     repeated = {path for path in _repeated(modules) if not any(map(_HEAD.match, path.split(".")))}
@@ -308,7 +330,19 @@ def _heads(
     for place in outside:
         if (named := _named_head(place)) is not None:
             by_name[named] = place  # the last layer of what has the name
-    said = {place.name: path for path, place in by_name.items() if not _NOT_LAST.search(place.path.removeprefix(path))}
+    # In "decode_head.classifier" the inner name decides, unless something comes after it.
+    order = {place.name: k for k, place in enumerate(outside)}
+    decisive = {
+        path
+        for path, place in by_name.items()
+        if not any(
+            other.startswith(path + ".") and order[last.name] > order[place.name] for other, last in by_name.items()
+        )
+    }
+    lasts = {
+        by_name[path].path: path for path in decisive if not _NOT_LAST.search(by_name[path].path.removeprefix(path))
+    }
+    said = {place.name: lasts[place.path] for place in outside if place.path in lasts}
     # A hidden layer may well be as wide as a table has rows, but hardly of its shape too, or the last.
     tables = {place.name: place.p.shape for place in where if found[place.name].role == "embedding"}
     rows = {shape[0]: name for name, shape in reversed(tables.items())}
@@ -322,18 +356,19 @@ def _heads(
         heads.setdefault(name, Finding("head", f"output head, by the name {path!r}", True))
     if heads or tied:
         return heads
-    last = linear[-1:] if sum(place.p.ndim >= 2 for place in where) > 1 else []
+    last = (linear or outside)[-1:] if sum(place.p.ndim >= 2 for place in where) > 1 else []
     if last and last[0].path.count(".") <= 1 and not (_NOT_LAST.search(last[0].path) or _HIDDEN.search(last[0].word)):
-        heads[last[0].name] = Finding("head", "output head: the last linear layer of the model", True)
+        kind = "linear layer" if linear else "convolution"
+        heads[last[0].name] = Finding("head", f"output head: the last {kind} of the model", True)
     return heads
 
 
 def _named_head(place: Place) -> str | None:
-    """The path of the module that has the name of a head and holds a layer, or is it."""
+    """The path of the innermost module that has the name of a head and holds a layer, or is it."""
     parts = place.path.split(".")
-    for depth, part in enumerate(parts):
-        if _HEAD.match(part) and not (depth < len(parts) - 1 and _is_conv(place.layer)):
-            numbered = "heads" in part and depth + 1 < len(parts) and parts[depth + 1].isdigit()
+    for depth in reversed(range(len(parts))):
+        if _HEAD.match(parts[depth]) and not (depth < len(parts) - 1 and _is_conv(place.layer)):
+            numbered = "heads" in parts[depth] and depth + 1 < len(parts) and parts[depth + 1].isdigit()
             return ".".join(parts[: depth + 1 + numbered])
     return None
 

@@ -1,6 +1,7 @@
-"""What a model does with each of its parameters in one call, found on tensors that hold no numbers."""
+"""What a model does with each of its parameters in one call, which computes nothing where that can be avoided."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +12,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # What a parameter is multiplied with as a matrix, by the names of torch's functions.
-_PRODUCTS = {
-    *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm"),
-    *("einsum", "tensordot", "_grouped_mm", "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"),
-    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+_LAYERS = {
+    *("linear", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward"),
     *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 }
+_PRODUCTS = _LAYERS | {
+    *("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "einsum", "tensordot"),
+    "_grouped_mm",
+}
+_BATCHES = {"bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__", "_grouped_mm"}
 _LOOKUPS = frozenset(["embedding", "embedding_bag"])
 
 
@@ -26,6 +31,7 @@ class Uses:
 
     Attributes:
         products: parameters that something is multiplied with, as a matrix or a filter.
+        stacks: those of them that are a batch of matrices, one for each part of what they are multiplied with.
         lookups: tables of which rows are taken by their number.
         others: parameters that are added, multiplied element by element, compared, ...
         followed: products whose result reaches another product.
@@ -33,6 +39,7 @@ class Uses:
     """
 
     products: set[str] = field(default_factory=set)
+    stacks: set[str] = field(default_factory=set)
     lookups: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
     followed: set[str] = field(default_factory=set)
@@ -61,11 +68,16 @@ class _Watch(TorchFunctionMode):
             return out
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         weights = {name for x in given for name in _form_of(x)}
+        if name in _LAYERS and isinstance(args[0], Tensor):  # what goes through a layer is no weight of it
+            self.uses.others |= {*_form_of(args[0])}
+            weights -= {*_form_of(args[0])}
         sources = {name for x in given for name in _sources(x)}
         if not weights:
             _note(made, sources=sources)
         elif name in _PRODUCTS:
             self.uses.products |= weights
+            if name in _BATCHES or (name == "einsum" and _goes_through(args)):
+                self.uses.stacks |= {name for x in given if x.ndim == 3 for name in _form_of(x)}
             self.uses.followed |= sources
             _note(made, sources=weights)
         elif name in _LOOKUPS:
@@ -77,6 +89,13 @@ class _Watch(TorchFunctionMode):
             self.uses.others |= weights
             _note(made, sources=sources)
         return out
+
+
+def _goes_through(args: Sequence[Any]) -> bool:
+    """Whether an einsum of two operands has an index that all three have: that of a batch."""
+    operands, _, out = str(args[0]).replace(" ", "").partition("->")
+    first, _, second = operands.partition(",")
+    return bool(set(first) & set(second) & set(out) - {"."})
 
 
 def _form_of(x: Tensor) -> Iterable[str]:
@@ -93,34 +112,53 @@ def _note(tensors: Iterable[Tensor], *, sources: Iterable[str] = (), form: Itera
 
 
 def trace(model: nn.Module, example: Any) -> Uses:
-    """Call a model once, on the meta device, and say what it does with its parameters. Nothing is computed or changed.
+    """Call a model once and say what it does with its parameters; nothing of the model is changed.
+
+    The call is made on the meta device, where tensors hold no numbers and nothing is computed. Where what is done hangs
+    on values (experts that a token chooses, say), the call is made for real, without gradients, if the model is.
 
     Args:
         model: any module, on any device.
         example: what it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
 
     Raises:
-        ValueError: the call fails, or what it does hangs on values, which a tensor on the meta device does not have.
+        ValueError: the call fails.
     """
     args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
     args = args if isinstance(args, (tuple, list)) else (args,)
-    tensors: dict[str, Tensor] = {}
+    given = (tuple(args), dict(kwargs))
+    try:
+        return _call(model, given, lambda x: x.to("meta"), torch.device("meta"))
+    except Exception as wrong:
+        failed = wrong
+    if not any(p.is_meta for p in model.parameters()):
+        try:
+            return _call(model, given, torch.clone, nullcontext())
+        except Exception as wrong:
+            failed = wrong
+    raise ValueError(
+        f"example: the model cannot be called with it ({type(failed).__name__}: {failed}). Give what the model takes "
+        "(a tensor, a tuple of arguments, or a dict of keyword arguments), or leave it out"
+    ) from failed
+
+
+def _call(
+    model: nn.Module,
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    copied: Callable[[Tensor], Tensor],
+    device: AbstractContextManager[object],
+) -> Uses:
+    args, kwargs = tree_map_only(Tensor, lambda x: copied(x.detach()), given)
+    tensors = {name: copied(b) for name, b in model.named_buffers()}
     for name, p in model.named_parameters():
-        tensors[name] = p.detach().to("meta")
+        tensors[name] = p.detach() if p.device.type == "meta" or copied is torch.clone else copied(p.detach())
         _note([tensors[name]], form=[name])
-    tensors |= {name: b.to("meta") for name, b in model.named_buffers()}
-    args, kwargs = tree_map_only(Tensor, lambda x: x.detach().to("meta"), (tuple(args), dict(kwargs)))
     uses = Uses()
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad(), torch.device("meta"), _Watch(uses):
+        with torch.no_grad(), device, _Watch(uses):
             out = functional_call(model, tensors, args, kwargs, tie_weights=True)
-    except Exception as wrong:
-        raise ValueError(
-            f"example: the model cannot be called with it on the meta device ({type(wrong).__name__}: {wrong}). Give "
-            "what the model takes (a tensor, a tuple of arguments, or a dict of keyword arguments), or leave it out"
-        ) from wrong
     finally:
         for module, training in modes.items():
             module.training = training

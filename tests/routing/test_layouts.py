@@ -171,7 +171,7 @@ def test_a_matrix_that_is_called_bias_is_no_vector_without_a_stack_beside_it() -
     block.experts.other_bias = nn.Parameter(torch.randn(3, 12))
     plan = plan_parameters(nn.ModuleList([nn.Embedding(50, D), block]), "muon")
     roles = [(plan[name].role, plan[name].fallback) for name in ("1.relative_bias", "1.experts.other_bias")]
-    assert roles == [("position", True), ("unknown", True)]
+    assert roles == [("position", True), ("vector", True)]
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Llama 4", "gpt-oss"])
