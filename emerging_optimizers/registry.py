@@ -25,7 +25,7 @@ class Entry:
         elementwise: it takes parameters of any shape; otherwise matrices only.
         start: the learning rate to start from: the best of a small grid on the lab's default job (a character
             GPT, `eopt grid`); None: not measured.
-        unit: what the learning rate is: "Adam's": elements move by 0.2 to 1 times it, whatever the gradient's size;
+        unit: what the learning rate is: "Adam's": elements move by 0.2 to 2.2 times it, whatever the gradient's size;
             otherwise in words what it is.
         cls: the class of an entry that was registered while the program ran.
     """

@@ -90,7 +90,7 @@ _BIAS = re.compile(r"(^|_)bias(es)?$", re.I)
 # Layers inside a block, of which none is the last of a model.
 _HIDDEN = re.compile(
     r"(^|_)(q|k|v|o|qkv|kv|in|gate|up|down|gate_up)_?proj|query|(^|_)(key|value|attn|attention|mlp|ffn)|c_proj|c_fc|"
-    r"^(qkv|w[123i]|Wi|Wqkv|in_proj\w*)$"
+    r"^(up|down|gate|qkv|w[123i]|Wi|Wqkv|in_proj\w*)$"
 )
 _ROUTER = re.compile(r"^(gate|router|gating|wg|switch|shared_expert_gate)$", re.I)
 _ADAPTERS = re.compile(r"\.(lora_(embedding_)?[AB]|hada_w\d.*|lokr_w\d.*|oft_[Rr]|boft_R|vera_[AB]|adalora_[AB])(\.|$)")
