@@ -17,6 +17,8 @@ FUSED_ATTENTION = ("c_attn", "qkv_proj", "qkv", "Wqkv")
 INTERLEAVED_ATTENTION = ("query_key_value", "linear_qkv")
 # Key and value of one head below those of the one before, out of a latent: DeepSeek, Megatron-LM.
 INTERLEAVED_LATENT = ("kv_b_proj", "linear_kv_up_proj")
+# Perhaps gate and up below one another; how wide the layer after it is says so.
+GATED = ("Wi", "wi", "w12", "fc1", "in_proj", "dense_h_to_4h", "linear_fc1", "gate_up", "up_gate_proj", "ff_proj")
 # Gate and up alternate row by row.
 INTERLEAVED_EXPERTS = ("GptOssExperts",)
 
@@ -35,8 +37,14 @@ def layout(place: Place, p: Tensor) -> tuple[Any, str]:
     rows, columns = p.shape[::-1] if transposed else p.shape
     sizes: tuple[int, ...] = ()
     what, kind = "", "split"
+    known = _by_its_sizes(parent, layer, rows, columns)
     if isinstance(owner, nn.MultiheadAttention) and own == "in_proj_weight":
         sizes, what = (rows // 3,) * 3, "query, key and value apart"
+    elif isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and own.startswith(("weight_ih", "weight_hh")):
+        gates = rows // owner.hidden_size
+        sizes, what = (owner.hidden_size,) * gates if gates > 1 else (), f"{gates} gates apart"
+    elif known is not None:
+        kind, sizes, what = known
     elif layer in FUSED_ATTENTION:
         sizes = _attention(parent, rows, columns)
         what = "query, key and value apart" if len(sizes) == 3 else "key and value apart"
@@ -48,7 +56,7 @@ def layout(place: Place, p: Tensor) -> tuple[Any, str]:
     elif layer in INTERLEAVED_LATENT:
         sizes = _number(parent, "qk_nope_head_dim", "qk_head_dim"), _number(parent, "v_head_dim")
         what, kind = "key and value apart", "interleaved"
-    elif layer == "gate_up_proj":
+    elif layer == "gate_up_proj" or (layer in GATED and _is_gated(parent, rows, columns)):
         sizes, what = (rows // 2,) * 2, "gate and up apart"
     elif layer == "kv_a_proj_with_mqa":
         sizes = tuple(_number(parent, key) for key in ("kv_lora_rank", "qk_rope_head_dim"))
@@ -62,6 +70,48 @@ def layout(place: Place, p: Tensor) -> tuple[Any, str]:
     if transposed:
         return ("transposed", kind, *sizes), f"stored as (in, out), {what}"
     return (kind, *sizes), what
+
+
+def _by_its_sizes(parent: nn.Module, layer: str, rows: int, columns: int) -> tuple[str, tuple[int, ...], str] | None:
+    """Kind, sizes and words for layers of which the module above has numbers that nobody else has."""
+    three = "query, key and value apart"
+    if layer == "c_attn" and hasattr(parent, "multi_query") and not getattr(parent, "is_cross_attention", False):
+        size = _number(parent, "head_dim")  # GPTBigCode
+        return (
+            ("split", (rows - 2 * size, size, size), three)
+            if parent.multi_query
+            else ("interleaved", (size,) * 3, three)
+        )
+    if layer == "qkv_proj" and (shards := _number(parent, "mp_num")):  # CodeGen
+        return "interleaved", (columns // shards,) * 3, "query, value and key apart"
+    if layer == "qkv" and (values := _number(parent, "val_dim")):  # TinyViT, LeViT
+        return "interleaved", (_number(parent, "key_dim"),) * 2 + (values,), three
+    if layer == "query_key_value" and getattr(parent, "multi_query_attention", False):  # ChatGLM2
+        groups = _number(parent, "num_multi_query_groups_per_partition")
+        size = groups * _number(parent, "hidden_size_per_attention_head")
+        return "split", (rows - 2 * size, size, size), three
+    if layer in ("in_proj_qkvz", "in_proj_ba"):  # Qwen3-Next
+        repeats = _number(parent, "num_v_heads") // max(1, _number(parent, "num_k_heads"))
+        key, value = _number(parent, "head_k_dim"), repeats * _number(parent, "head_v_dim")
+        if layer == "in_proj_ba":
+            return "interleaved", (repeats, repeats), "beta and alpha apart"
+        return "interleaved", (key, key, value, value), "query, key, value and gate apart"
+    if (states := _number(parent, "ssm_state_size")) and _number(parent, "intermediate_size"):  # Mamba
+        inner, steps = _number(parent, "intermediate_size"), _number(parent, "time_step_rank")
+        groups, heads = _number(parent, "n_groups") * states, _number(parent, "num_heads")
+        if layer == "x_proj":
+            return "split", (steps, states, states), "step, B and C apart"
+        if layer == "in_proj" and rows == 2 * inner:
+            return "split", (inner, inner), "input and gate apart"
+        if layer == "in_proj" and groups:
+            return "split", (inner, inner, groups, groups, heads), "gate, input, B, C and step apart"
+    return None
+
+
+def _is_gated(parent: nn.Module, rows: int, columns: int) -> bool:
+    """Whether the layer after one of so many rows takes half of them."""
+    after = {(m.in_features, m.out_features) for m in parent.children() if isinstance(m, nn.Linear)}
+    return (rows // 2, columns) in after and all(size != rows for size, _ in after)
 
 
 def _attention(parent: nn.Module, rows: int, columns: int) -> tuple[int, ...]:

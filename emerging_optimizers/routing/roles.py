@@ -211,7 +211,9 @@ def _of_layer(place: Place, p: Tensor, tied: set[int]) -> Finding | None:
     if isinstance(layer, nn.modules.conv._ConvNd) and place.own == "weight":
         if layer.groups > 1 and layer.groups == layer.in_channels:
             return Finding("depthwise", "depthwise filters: one for each channel, which share nothing")
-        return Finding("conv", f"{'transposed ' if layer.transposed else ''}convolution, as (out, rest)")
+        return Finding(
+            "conv", "transposed convolution, as (in, rest)" if layer.transposed else "convolution, as (out, rest)"
+        )
     if sum(size > 1 for size in p.shape) <= 1 and not _is_linear(place):
         if _TABLE.search(place.own):
             return Finding("table", "token: a vector in the shape of a matrix")

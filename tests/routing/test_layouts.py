@@ -106,6 +106,56 @@ LAYERS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
             "q_b_proj.weight": "auto",
         },
     ),
+    "GPTBigCode, multi-query": (
+        Block({"multi_query": True, "head_dim": 2}, c_attn=linear(12)),
+        {"c_attn.weight": ("split", 8, 2, 2)},
+    ),
+    "GPTBigCode, multi-head": (
+        Block({"multi_query": False, "head_dim": 2}, c_attn=linear(24)),
+        {"c_attn.weight": ("interleaved", 2, 2, 2)},
+    ),
+    "CodeGen": (Block({"mp_num": 4}, qkv_proj=linear(24)), {"qkv_proj.weight": ("interleaved", 2, 2, 2)}),
+    "TinyViT": (
+        Block({"num_heads": 2, "key_dim": 2, "val_dim": 4}, qkv=linear(16)),
+        {"qkv.weight": ("interleaved", 2, 2, 4)},
+    ),
+    "ChatGLM2": (
+        Block(
+            {
+                "multi_query_attention": True,
+                "num_multi_query_groups_per_partition": 2,
+                "hidden_size_per_attention_head": 2,
+            },
+            query_key_value=linear(16),
+        ),
+        {"query_key_value.weight": ("split", 8, 4, 4)},
+    ),
+    "Qwen3-Next": (
+        Block(
+            {"num_v_heads": 4, "num_k_heads": 2, "head_k_dim": 3, "head_v_dim": 2},
+            in_proj_qkvz=linear(28),
+            in_proj_ba=linear(8),
+        ),
+        {"in_proj_qkvz.weight": ("interleaved", 3, 3, 4, 4), "in_proj_ba.weight": ("interleaved", 2, 2)},
+    ),
+    "Mamba": (
+        Block(
+            {"intermediate_size": 10, "ssm_state_size": 3, "time_step_rank": 2},
+            in_proj=linear(20),
+            x_proj=linear(8, 10),
+        ),
+        {"in_proj.weight": ("split", 10, 10), "x_proj.weight": ("split", 2, 3, 3)},
+    ),
+    "Mamba-2": (
+        Block({"intermediate_size": 10, "ssm_state_size": 3, "n_groups": 2, "num_heads": 5}, in_proj=linear(37)),
+        {"in_proj.weight": ("split", 10, 10, 6, 6, 5)},
+    ),
+    "ModernBERT": (Block(Wi=linear(20), Wo=linear(D, 10)), {"Wi.weight": ("split", 10, 10)}),
+    "timm's gated MLP": (Block(fc1=linear(20), fc2=linear(D, 10)), {"fc1.weight": ("split", 10, 10)}),
+    "timm's MLP": (Block(fc1=linear(20), fc2=linear(D, 20)), {"fc1.weight": "auto"}),
+    "LSTM": (nn.LSTM(D, 6), {"weight_ih_l0": ("split", 6, 6, 6, 6), "weight_hh_l0": ("split", 6, 6, 6, 6)}),
+    "GRU": (nn.GRUCell(D, 6), {"weight_ih": ("split", 6, 6, 6), "weight_hh": ("split", 6, 6, 6)}),
+    "RNN": (nn.RNN(D, 6), {"weight_ih_l0": "auto", "weight_hh_l0": "auto"}),
     "MultiheadAttention": (nn.MultiheadAttention(D, 2), {"in_proj_weight": ("split", D, D, D)}),
     "Mixtral": (
         Block(experts=experts("MixtralExperts", (3, 12, D), (3, D, 6))),

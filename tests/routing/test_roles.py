@@ -164,7 +164,12 @@ def test_a_call_shows_the_heads_and_what_is_done_with_parameters_that_nobody_kno
     before = {name: p._version for name, p in model.named_parameters()}
     plan = plan_parameters(model, "muon", lr=0.01, example={"tokens": tokens, "scale": 2.0}, strict=True)
     expected = {
-        "a": "embedding", "b": "table", "c": "hidden", "d": "experts", "y.weight": "head", "z.weight": "head",
+        "a": "embedding",
+        "b": "table",
+        "c": "hidden",
+        "d": "experts",
+        "y.weight": "head",
+        "z.weight": "head",
         **dict.fromkeys(["f.weight", "e.weight_ih_l0", "e.weight_hh_l0"], "hidden"),
     }
     assert {r.name: r.role for r in plan if len(r.shape) > 1} == expected
