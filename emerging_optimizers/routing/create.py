@@ -1,8 +1,8 @@
 """From a name and a model to one optimizer."""
 
 import inspect
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine import EngineOptions
-from emerging_optimizers.routing.plan import FROZEN, OverrideT, RoutePlan, default_lr, plan_parameters
-from emerging_optimizers.routing.routed import RoutedOptimizer, group_options
+from emerging_optimizers.routing.groups import Router, group_options
+from emerging_optimizers.routing.plan import OverrideT, RoutePlan, default_lr, plan_parameters
+from emerging_optimizers.routing.routed import RoutedOptimizer
 
 
 def create_optimizer(
@@ -112,46 +113,10 @@ def create_optimizer(
     execution = {key: engine.pop(key) for key in ("execution",) if key in engine}
     decay = {"weight_decay": kwargs["weight_decay"]} if "weight_decay" in kwargs else {}
     options = {companion.lower(): {**decay, **(companion_options or {}), **engine}, name.lower(): {**kwargs, **engine}}
-    parameters = dict(model_or_params.named_parameters())
-    groups: dict[Any, dict[str, Any]] = {}
-    for route in plan:
-        route = route.later or route
-        if route.optimizer == FROZEN:
-            continue
-        key = (
-            route.optimizer,
-            id(route.lr) if isinstance(route.lr, torch.Tensor) else route.lr,
-            route.decays,
-            route.view,
-            route.factor_rows,
-            repr(sorted(route.options.items())),
-        )
-        if key not in groups:
-            asked = {**options.get(route.optimizer, {**decay, **engine}), "lr": route.lr}
-            if route.view != "auto":
-                asked["matrix_view"] = route.view
-            if route.factor_rows is not None:
-                asked["out_features"] = route.factor_rows
-            if not route.decays:
-                asked["weight_decay"] = 0.0
-            groups[key] = {
-                **group_options(route.optimizer, {**asked, **route.options}),
-                "algorithm": route.optimizer,
-                "params": [],
-                "reasons": [],
-                "roles": [],
-            }
-        groups[key]["params"].append((route.name, parameters[route.name]))
-        groups[key]["reasons"].append(route.reason)
-        groups[key]["roles"].append(route.role)
-    # The main algorithm first: loggers show the learning rate of the first group.
-    order = {name.lower(): 0, companion.lower(): 1}
-    ordered = sorted(groups.values(), key=lambda group: order.get(group["algorithm"], 2))
-    for group, group_name in zip(ordered, _names(ordered), strict=True):
-        group["name"] = group_name
-        del group["roles"]
+    replan = partial(plan_parameters, name=name, lr=lr, companion=companion, companion_lr=companion_lr, roles=roles)
+    router = Router(model_or_params, replan, options, {**decay, **engine}, (name.lower(), companion.lower()))
     defaults = group_options(name, {**options[name.lower()], "lr": default_lr(name) if lr is None else lr})
-    return RoutedOptimizer(ordered, plan, defaults=defaults, **execution)
+    return RoutedOptimizer(router.groups(plan), plan, defaults=defaults, router=router, **execution)
 
 
 def _check_unit(name: str, lr: Any, companion: str, companion_lr: Any, options: Mapping[str, Any]) -> None:
@@ -166,27 +131,3 @@ def _check_unit(name: str, lr: Any, companion: str, companion_lr: Any, options: 
             f"with scale_mode={given!r} lr={lr!r} of {name!r} says nothing about the learning rate of {companion!r}; "
             f"give companion_lr, {default_lr(companion):g} say"
         )
-
-
-# What a group's name says of the roles in it.
-_IN_WORDS = {
-    "hidden": "hidden matrices",
-    "conv": "convolutions",
-    "experts": "experts",
-    "embedding": "embeddings",
-    "position": "positions",
-    "head": "heads",
-    "vector": "vectors",
-    "table": "tables",
-}
-
-
-def _names(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """For each group its algorithm and what is in it; no two are equal."""
-    seen: Counter[str] = Counter()
-    for group in groups:
-        roles = list(dict.fromkeys(_IN_WORDS.get(role, role) for role in group["roles"]))
-        said = ", ".join(roles[:3]) + (", ..." if len(roles) > 3 else "")
-        name = f"{group['algorithm']}: {said}"
-        seen[name] += 1
-        yield name if seen[name] == 1 else f"{name} {seen[name]}"

@@ -9,6 +9,7 @@ from emerging_optimizers import registry
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.checkpoint import plain_names
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
+from emerging_optimizers.routing.groups import Router, group_options
 from emerging_optimizers.routing.plan import RoutePlan, default_lr
 
 
@@ -30,9 +31,10 @@ class RoutedOptimizer(RuleOptimizer):
         plan: RoutePlan | None = None,
         *,
         defaults: Mapping[str, Any],
+        router: Router | None = None,
         **engine: Any,
     ) -> None:
-        self.plan = plan
+        self.plan, self._router = plan, router
         super().__init__(groups, {}, **engine)
         self.defaults = dict(defaults)  # the main algorithm's, which schedulers read; each group has its own options
 
@@ -44,12 +46,27 @@ class RoutedOptimizer(RuleOptimizer):
         return algorithm
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its "algorithm" is a registry name, whose defaults fill what the group does not set."""
+        """Add a group; its "algorithm" is a registry name, whose defaults fill what the group does not set.
+
+        Without "algorithm", parameters of the model go where the plan sends them, in as many groups as that takes;
+        an "lr" is then the main algorithm's, and the others' are in proportion.
+        """
         if "algorithm" not in param_group:
-            raise ValueError(
-                'RoutedOptimizer: a parameter group needs "algorithm", a name of list_optimizers(); the groups of this '
-                "optimizer follow different rules"
-            )
+            router = getattr(self, "_router", None)  # a copy has none
+            groups = None if router is None else router.groups_of(param_group, self.defaults["lr"])
+            if groups is None:
+                raise ValueError(
+                    'RoutedOptimizer: a parameter group needs "algorithm", a name of list_optimizers(); the groups of '
+                    "this optimizer follow different rules, and not all of these parameters are in its model"
+                )
+            before = len(self.param_groups)
+            try:
+                for group in groups:
+                    self.add_param_group(group)
+            except BaseException:
+                del self.param_groups[before:]
+                raise
+            return
         self._check_names(param_group)
         defaults, self.defaults = self.defaults, {}  # torch would fill the group with them
         try:
@@ -84,12 +101,6 @@ def devices_that_cast(optimizer: RuleOptimizer) -> list[torch.device]:
         if (casts := getattr(optimizer._algorithm(group), "casts", None)) and casts(group)
     ]
     return [p.device for group in groups for p in group["params"]]
-
-
-def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All hyper-parameters of a group of the optimizer `name`; raises as its constructor does."""
-    nothing = torch.zeros(0, 2, device="cpu")  # which any matrix view fits
-    return dict(registry.entry(name).load()([nothing], **options).defaults)
 
 
 def _routes(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:

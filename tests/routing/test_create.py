@@ -302,12 +302,33 @@ def test_state_never_goes_to_a_parameter_of_another_name():
 # ---- groups that are added later ------------------------------------------------------------------------------------
 
 
-def test_an_added_group_must_say_its_algorithm():
+def test_an_added_group_of_parameters_that_the_model_does_not_have_must_say_its_algorithm():
     optimizer = create_optimizer("muon", GPTLike(), **LR)
     groups = len(optimizer.param_groups)
     with pytest.raises(ValueError, match=r'needs "algorithm", a name of list_optimizers\(\)'):
         optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(3, 3)))], "lr": 0.1})
     assert len(optimizer.param_groups) == groups
+
+
+def test_parameters_that_join_the_model_are_routed_and_their_rates_are_in_proportion():
+    model = GPTLike()
+    optimizer = create_optimizer("muon", model, **LR, weight_decay=0.3)
+    model.h = nn.Linear(8, 8)
+    before = len(optimizer.param_groups)
+    optimizer.add_param_group({"params": list(model.h.parameters()), "lr": LR["lr"] / 10})
+    added = optimizer.param_groups[before:]
+    assert [(g["algorithm"], g["param_names"], g["weight_decay"]) for g in added] == [
+        ("muon", ["h.weight"], 0.3),
+        ("adamw", ["h.bias"], 0.0),
+    ]
+    assert [g["lr"] for g in added] == pytest.approx([LR["lr"] / 10, LR["companion_lr"] / 10])
+    before = [p.detach().clone() for p in model.h.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not any(map(torch.equal, model.h.parameters(), before))
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.add_param_group({"params": list(model.h.parameters())})
 
 
 @pytest.mark.parametrize("algorithm", list_optimizers())
