@@ -1,12 +1,15 @@
 """What `load_state_dict` adds to torch's: names decide, the state keeps its dtype, and a bad one changes nothing."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from emerging_optimizers.engine.validate import label, names_of
+
+# From the name of a parameter to another; or from beginnings of names to other beginnings.
+RenameT = Callable[[str], str] | Mapping[str, str]
 
 # Written into every state_dict under "format"; raised when the layout of the state changes.
 FORMAT = 1
@@ -23,6 +26,32 @@ def plain_name(name: str) -> str:
     """The name of a parameter or a module, without what wrappers put into it."""
     name = _WRAPPERS.sub("", name).removeprefix("module.")  # DistributedDataParallel's
     return _PARAMETRIZED.sub(r"\1", name)
+
+
+def renamed(state_dict: dict[str, Any], rename: RenameT | None) -> dict[str, Any]:
+    """A checkpoint in which every parameter has the name that `rename` gives it.
+
+    Raises:
+        ValueError: its parameters have no names.
+    """
+    if rename is None:
+        return state_dict
+    give = _replacing(rename) if isinstance(rename, Mapping) else rename
+    groups = []
+    for group in state_dict["param_groups"]:
+        names = names_of(group)
+        if names is None and group["params"]:
+            raise ValueError("rename: the parameters of this checkpoint have no names; leave rename out")
+        groups.append({**group, "param_names": [*map(give, names or ())]})
+    return {**state_dict, "param_groups": groups}
+
+
+def _replacing(beginnings: Mapping[str, str]) -> Callable[[str], str]:
+    def give(name: str) -> str:
+        found = max((old for old in beginnings if name.startswith(old)), key=len, default=None)
+        return name if found is None else beginnings[found] + name.removeprefix(found)
+
+    return give
 
 
 def plain_names(group: Mapping[str, Any]) -> list[str] | None:

@@ -23,6 +23,7 @@ from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.ambient import undisturbed
 from emerging_optimizers.engine.buckets import LONG_STREAK, Bucket, Chunk, fill_buckets, keys_of, state_dtype
+from emerging_optimizers.engine.checkpoint import RenameT
 from emerging_optimizers.engine.executors import Execution, many_graphs
 from emerging_optimizers.engine.guard import NonfiniteT
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
@@ -617,10 +618,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         }
 
     @undisturbed
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], rename: RenameT | None = None) -> None:
         """As in torch, but the state keeps its own dtype (torch casts it to the parameter's).
 
         Where parameters have names on both sides, the names say what belongs to what; otherwise the order does.
+
+        Args:
+            state_dict: what `state_dict()` returned.
+            rename: of a checkpoint whose parameters had other names: a function from each name to the one that it has
+                here, or a dictionary from beginnings of names to what stands there now (`{"encoder.": "trunk."}`).
 
         Raises:
             ValueError: the checkpoint does not belong to this optimizer, or a value in it is none; nothing has changed.
@@ -632,6 +638,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         def stage(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check_format(incoming)
+            incoming = self._as_here(checkpoint.renamed(incoming, rename))
             self._check_route(incoming["param_groups"])
             incoming = checkpoint.arranged(self._name, self.param_groups, incoming)
             saved = checkpoint.state_by_parameter(self._name, self.param_groups, incoming)
@@ -678,6 +685,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
+
+    def _as_here(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint of another kind in the form of one of this optimizer's."""
+        return incoming
 
     def _checked_options(self, index: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A group of a checkpoint, completed by the one that is here; it is checked like that."""

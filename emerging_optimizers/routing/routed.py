@@ -78,6 +78,24 @@ class RoutedOptimizer(RuleOptimizer):
         name = group["algorithm"]
         return group_options(name, {"lr": group["lr"] if "lr" in group else default_lr(name)})
 
+    def _as_here(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint of torch.optim.AdamW(model.parameters()) in the groups that are here.
+
+        Learning rate, betas and epsilon are the checkpoint's; which parameters decay is the plan's.
+        """
+        saved = incoming["param_groups"]
+        mine = {name: group for group in self.param_groups for name in group.get("param_names", ())}
+        order = [route.name for route in self.plan or () if route.name in mine]
+        alike = all(group["algorithm"] == "adamw" for group in self.param_groups)
+        if not alike or len(saved) != 1 or "algorithm" in saved[0] or len(saved[0]["params"]) != len(order):
+            return incoming
+        ids = dict(zip(order, saved[0]["params"], strict=True))
+        told = {key: saved[0][key] for key in ("lr", "initial_lr", "betas", "eps") if key in saved[0]}
+        groups = [
+            {**group, **told, "params": [ids[name] for name in group["param_names"]]} for group in self.param_groups
+        ]
+        return {**incoming, "param_groups": groups}
+
     def _check_route(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
         mine, saved = _routes(self.param_groups), _routes(saved_groups)
         lines = [

@@ -380,3 +380,41 @@ def test_a_checkpoint_of_a_compiled_or_wrapped_model_loads_into_the_bare_one() -
             group["param_names"] = [prefix + name for name in group["param_names"]]
         optimizer.load_state_dict(saved)
         saved = create_optimizer("muon", model).state_dict()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_of_torchs_adamw_loads_and_goes_on_as_torch_does(tied: bool) -> None:
+    model, other = GPTLike(tied=tied), GPTLike(tied=tied)
+    other.load_state_dict(model.state_dict())
+    theirs = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.8, 0.9), weight_decay=0.0)
+    train(model, theirs, range(3))
+    other.load_state_dict(model.state_dict())
+    ours = create_optimizer("adamw", other, lr=1e-5, weight_decay=0.0)
+    ours.load_state_dict(theirs.state_dict())
+    assert {(group["lr"], group["betas"]) for group in ours.param_groups} == {(3e-3, (0.8, 0.9))}
+    train(model, theirs, range(3, 6))
+    train(other, ours, range(3, 6))
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="the routes of the checkpoint differ"):
+        create_optimizer("muon", other, **LR).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("rename", [{"": "trunk."}, {"b.": "trunk.b.", "": "trunk."}, lambda name: f"trunk.{name}"])
+def test_a_checkpoint_of_a_renamed_model_loads(rename) -> None:
+    model = GPTLike()
+    optimizer = create_optimizer("soap", model, **LR)
+    train(model, optimizer, range(3))
+    other = nn.ModuleDict({"trunk": copy.deepcopy(model)})
+    resumed = create_optimizer("soap", other, **LR)
+    with pytest.raises(ValueError, match=r"b.weight: adamw in the checkpoint, absent here"):
+        resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(optimizer.state_dict(), rename=rename)
+    train(model, optimizer, range(3, 5))
+    train(other["trunk"], resumed, range(3, 5))
+    assert same_weights(model, other)
+    nameless = copy.deepcopy(optimizer.state_dict())
+    for group in nameless["param_groups"]:
+        del group["param_names"]
+    with pytest.raises(ValueError, match="rename: the parameters of this checkpoint have no names"):
+        resumed.load_state_dict(nameless, rename=rename)
