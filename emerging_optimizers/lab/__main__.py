@@ -208,11 +208,12 @@ class List:
         names = list_optimizers(self.pattern)
         if not names:
             raise UsageError(f"no optimizer matches {self.pattern!r}; known are {', '.join(OPTIMIZERS)}")
-        table = Table("name", "what it is", "for", "paper")
+        table = Table("name", "what it is", "for", "lr to start from", "unit", "paper")
         for name, entry in OPTIMIZERS.items():
             if name in names:
                 shapes = "any shape" if entry.elementwise else "matrices"
-                table.add_row(name, entry.description, shapes, entry.paper)
+                start = "" if entry.start is None else f"{entry.start:g}"
+                table.add_row(name, entry.description, shapes, start, entry.unit, entry.paper)
         Console().print(table)
 
 

@@ -72,7 +72,7 @@ def create_optimizer(
         if given:
             raise ValueError(f"{given[0]} belongs to a model; given are parameters, which all go to {name!r}")
         optimizer: torch.optim.Optimizer = registry.entry(name).load()(
-            model_or_params, **({} if lr is None else {"lr": lr}), **kwargs
+            model_or_params, lr=default_lr(name) if lr is None else lr, **kwargs
         )
         return optimizer
 
@@ -115,7 +115,10 @@ def create_optimizer(
     options = {companion.lower(): {**decay, **(companion_options or {}), **engine}, name.lower(): {**kwargs, **engine}}
     replan = partial(plan_parameters, name=name, lr=lr, companion=companion, companion_lr=companion_lr, roles=roles)
     router = Router(model_or_params, replan, options, {**decay, **engine}, (name.lower(), companion.lower()))
-    defaults = group_options(name, {**options[name.lower()], "lr": default_lr(name) if lr is None else lr})
+    main_lr = next(
+        (route.lr for route in plan if route.optimizer == name.lower()), default_lr(name) if lr is None else lr
+    )
+    defaults = group_options(name, {**options[name.lower()], "lr": main_lr})
     return RoutedOptimizer(router.groups(plan), plan, defaults=defaults, router=router, **execution)
 
 
