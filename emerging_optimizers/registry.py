@@ -175,7 +175,7 @@ OPTIMIZERS: dict[str, Entry] = {
         description="momentum whitened by two factors that products alone fit",
         paper="Li 2015, arXiv 1512.04202; Li 2024, arXiv 2402.11858",
         start=0.001,
-        unit="updates are whitened, but bounded by the gradient's size at the start",
+        unit="updates are whitened where gradients are well above damping_noise_scale, and shrink with them below it",
     ),
     "rekls": Entry(
         path="emerging_optimizers.soap.rekls:REKLS",

@@ -218,6 +218,23 @@ class List:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """Show the named sets of hyper-parameters, as in create_optimizer(..., recipe=NAME)."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Prints each with its options and its source."""
+        from emerging_optimizers.routing.recipes import RECIPES
+
+        for name, recipe in RECIPES.items():
+            for optimizer, options in recipe.options.items():
+                print(f'create_optimizer("{optimizer}", model, recipe="{name}")')
+                print(f"  {optimizer}: " + ", ".join(f"{key}={value!r}" for key, value in options.items()))
+                beside = {**recipe.companion, **recipe.overrides}
+                print("  adamw: " + ", ".join(f"{key}={value!r}" for key, value in beside.items()))
+                print(f"  {recipe.source}\n")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Say what a step of an optimizer will cost: bytes of state, bytes for a moment, operations, time."""
 
@@ -248,7 +265,7 @@ class Estimate:
             raise UsageError(str(error)) from error
 
 
-Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report | Estimate | List
+Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report | Estimate | List | Recipes
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from emerging_optimizers import registry
 from emerging_optimizers.engine import EngineOptions
 from emerging_optimizers.routing.groups import Router, group_options
 from emerging_optimizers.routing.plan import OverrideT, RoutePlan, default_lr, plan_parameters
+from emerging_optimizers.routing.recipes import find_recipe
 from emerging_optimizers.routing.routed import RoutedOptimizer
 
 
@@ -29,6 +30,7 @@ def create_optimizer(
     example: Any = None,
     strict: bool = False,
     plan: RoutePlan | None = None,
+    recipe: str | None = None,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
     """Make an optimizer by name, for a model or for parameters.
@@ -51,6 +53,8 @@ def create_optimizer(
         strict: raise if the role of a parameter is a guess, or unknown.
         plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `roles`, `overrides`,
             `example` and `strict` have been said there and are refused here.
+        recipe: a name of `eopt recipes`: hyper-parameters as a source gives them. What else is said here goes before,
+            and the companion's learning rate keeps its proportion to `lr`.
         **kwargs: arguments of the optimizer `name`, and `EngineOptions`; all but `weight_update_hook` hold for the
             companion too, and so does `weight_decay`.
 
@@ -66,6 +70,18 @@ def create_optimizer(
     """
     routing = {"companion_lr": companion_lr, "roles": roles, "overrides": overrides, "example": example,
                "strict": strict or None}  # fmt: skip
+    if recipe is not None:
+        said = find_recipe(recipe, name)
+        kwargs = {**said.options[name.lower()], **kwargs}
+        own, side = kwargs.pop("lr", None), said.companion.get("lr")
+        if plan is None and isinstance(model_or_params, nn.Module) and companion_lr is None and own and side:
+            companion_lr = side if lr is None else lr * (side / own)  # in the source's proportion
+        if plan is None and lr is None:
+            lr = own
+        if isinstance(model_or_params, nn.Module) and companion.lower() == "adamw":
+            rest = {key: value for key, value in said.companion.items() if key != "lr"}
+            companion_options = {**rest, **(companion_options or {})}
+            routing["overrides"] = overrides = {**(overrides or {}), **said.overrides} or None
     if not isinstance(model_or_params, nn.Module):
         given = [key for key, value in {**routing, "plan": plan, "companion_options": companion_options}.items()
                  if value is not None]  # fmt: skip
