@@ -297,13 +297,15 @@ def list_optimizers(pattern: str = "*", with_description: bool = False) -> list[
     return [(name, OPTIMIZERS[name].description) for name in names] if with_description else names
 
 
-def register_optimizer(name: str) -> Callable[[ClassT], ClassT]:
+def register_optimizer(name: str, *, start: float | None = None, unit: str = ADAMS) -> Callable[[ClassT], ClassT]:
     """Class decorator: `create_optimizer`, `list_optimizers` and the lab know the class by this name.
 
     A module that is executed again may register its classes again.
 
     Args:
         name: a new name; upper and lower case are the same.
+        start: the learning rate to start from; None: the constructor's default.
+        unit: what the learning rate is, see `Entry`; the companion follows one in Adam's unit.
 
     Raises:
         ValueError: another class has the name.
@@ -328,6 +330,8 @@ def register_optimizer(name: str) -> Callable[[ClassT], ClassT]:
             description=(cls.__doc__ or cls.__name__).strip().partition("\n")[0].rstrip("."),
             paper="",
             elementwise=bool(getattr(getattr(cls, "rule", None), "elementwise", False)),
+            start=start,
+            unit=unit,
             cls=cls,
         )
         return cls

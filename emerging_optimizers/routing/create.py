@@ -11,8 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine import EngineOptions
+from emerging_optimizers.routing.choice import OverrideT, default_lr
 from emerging_optimizers.routing.groups import Router, group_options
-from emerging_optimizers.routing.plan import OverrideT, RoutePlan, default_lr, plan_parameters
+from emerging_optimizers.routing.plan import RoutePlan, plan_parameters
 from emerging_optimizers.routing.recipes import find_recipe
 from emerging_optimizers.routing.routed import RoutedOptimizer
 

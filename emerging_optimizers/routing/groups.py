@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from emerging_optimizers import registry
-from emerging_optimizers.routing.plan import FROZEN, Route, RoutePlan
+from emerging_optimizers.routing.choice import FROZEN
+from emerging_optimizers.routing.plan import Route, RoutePlan
 
 
 class Router:

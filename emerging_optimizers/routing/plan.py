@@ -1,31 +1,24 @@
 """The route plan: for each parameter of a model the rule, its learning rate and the reason."""
 
-import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine.matrix_view import MatrixViewT
 from emerging_optimizers.engine.optimizer import DTYPES
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.lowrank import LowRankLinear
+from emerging_optimizers.routing.choice import FROZEN, Choice, OverrideT, Rates
 from emerging_optimizers.routing.layouts import layout
 from emerging_optimizers.routing.places import places
-from emerging_optimizers.routing.roles import TREATMENTS, Finding, RoleT, find_roles
-
-FROZEN = "frozen"
-
-
-# What `overrides` holds for a pattern: an optimizer, "frozen", or options, of which "optimizer" may be one.
-OverrideT = str | Mapping[str, Any]
+from emerging_optimizers.routing.roles import RoleT, find_roles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,23 +172,9 @@ def plan_parameters(
         2.weight adamw | output head: as many rows as the embedding '0.weight'
         2.bias adamw | vector
     """
-    main, side = registry.entry(name), registry.entry(companion)
     name, companion = name.lower(), companion.lower()
-    if not side.elementwise:
-        raise ValueError(
-            f"companion={companion!r} updates matrices only; choose an element-wise one: "
-            + ", ".join(n for n, e in registry.OPTIMIZERS.items() if e.elementwise)
-        )
-    rates = {name: default_lr(name) if lr is None else lr}
-    if companion_lr is not None:
-        if name == companion:
-            raise ValueError(f"companion_lr={companion_lr!r}: {name!r} is its own companion and takes lr alone")
-        rates[companion] = companion_lr
-    elif lr is None:
-        rates.setdefault(companion, default_lr(companion))
-    elif main.in_adams_unit:
-        rates.setdefault(companion, lr)
-    chosen = _Choice(name, companion, roles, overrides)
+    chosen = Choice(name, companion, roles, overrides)
+    rates = Rates(name, companion, lr, companion_lr)
     modules = dict(model.named_modules(remove_duplicate=False))
     where = places(model, modules)
     factorized = any(isinstance(module, LowRankLinear) for module in modules.values())
@@ -218,20 +197,15 @@ def plan_parameters(
         if optimizer == "stacked_soap" and finding.role == "experts":
             view, how = "auto", "as one, so that they share their factors"
         options = dict(options)
-        if optimizer != FROZEN and optimizer not in rates and "lr" not in options:
-            if optimizer == companion or (lr is not None and not registry.entry(optimizer).in_adams_unit):
-                raise ValueError(
-                    f"lr={lr!r} of {name!r} says nothing about the learning rate of {optimizer!r}, which takes "
-                    f"{parameter_name!r}: {main.unit}. Give "
-                    + (f"companion_lr, {default_lr(companion):g} say" if optimizer == companion
-                       else f"it in overrides, {{'optimizer': {optimizer!r}, 'lr': {default_lr(optimizer):g}}} say")
-                )  # fmt: skip
-            rates[optimizer] = default_lr(optimizer) if lr is None or not main.in_adams_unit else lr
         route = Route(
             name=parameter_name,
             shape=tuple(p.shape),
             optimizer=optimizer,
-            lr=None if optimizer == FROZEN else options.pop("lr", rates.get(optimizer)),
+            lr=None
+            if optimizer == FROZEN
+            else options.pop("lr")
+            if "lr" in options
+            else rates.of(optimizer, parameter_name),
             decays="weight_decay" in options or finding.decays,
             reason=f"{reason}; {how}" if how else reason,
             role=finding.role,
@@ -256,124 +230,6 @@ def plan_parameters(
             + (", or give an example." if example is None else ".")
         )
     return plan
-
-
-class _Choice:
-    """Which optimizer takes a parameter, by its role and by what was asked for."""
-
-    def __init__(
-        self,
-        name: str,
-        companion: str,
-        roles: Mapping[str, str] | None,
-        overrides: Mapping[str, OverrideT] | None,
-    ) -> None:
-        self.name, self.companion = name, companion
-        self.elementwise = registry.entry(name).elementwise
-        self.roles = {role: self._known(f"roles[{role!r}]", value) for role, value in (roles or {}).items()}
-        for role in self.roles:
-            if role not in TREATMENTS:
-                raise ValueError(f"roles: there is no role {role!r}; allowed are {', '.join(TREATMENTS)}")
-        self.overrides: dict[str, tuple[Callable[[str, str], bool], dict[str, Any]]] = {}
-        for pattern, value in (overrides or {}).items():
-            options = {"optimizer": value} if isinstance(value, str) else dict(value)
-            if "optimizer" in options:
-                options["optimizer"] = self._known(f"overrides[{pattern!r}]", options["optimizer"])
-            self.overrides[pattern] = (_matcher(pattern), options)
-        self.matched: dict[str, bool] = dict.fromkeys(self.overrides, False)
-        self.decided: dict[str, bool] = dict.fromkeys(self.overrides, False)
-
-    @staticmethod
-    def _known(where: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError(f"{where}={value!r} is not the name of an optimizer; see list_optimizers()")
-        if value.lower() == FROZEN:
-            return FROZEN
-        try:
-            registry.entry(value)
-        except ValueError as wrong:
-            raise ValueError(f"{where}={value!r}: {wrong}") from None
-        return value.lower()
-
-    def of(
-        self, name: str, p: Tensor, finding: Finding, factors: bool, factorized: bool
-    ) -> tuple[str, str, bool, Mapping[str, Any]]:
-        """Optimizer, reason, whether that is a fallback, and options."""
-        optimizer, reason, fallback = self._by_role(p, finding, factors, factorized)
-        if finding.role in self.roles:
-            optimizer, reason, fallback = self.roles[finding.role], f"{reason}; roles[{finding.role!r}]", False
-            self._check(f"roles[{finding.role!r}]={optimizer!r}", optimizer, name, p, factors)
-        options: Mapping[str, Any] = {}
-        found = [pattern for pattern, (matches, _) in self.overrides.items() if matches(name, finding.role)]
-        self.matched |= dict.fromkeys(found, True)
-        if found:
-            self.decided[found[0]] = True
-            options = dict(self.overrides[found[0]][1])
-            if "optimizer" in options:
-                optimizer, reason, fallback = options.pop("optimizer"), f"override {found[0]!r}", False
-                self._check(f"overrides[{found[0]!r}]={optimizer!r}", optimizer, name, p, factors)
-            else:
-                reason = f"{reason}; override {found[0]!r}"
-        return optimizer, reason, fallback, options
-
-    def _by_role(self, p: Tensor, finding: Finding, factors: bool, factorized: bool) -> tuple[str, str, bool]:
-        if self.elementwise:
-            vector = p.ndim < 2 or finding.role == "vector"
-            return (
-                self.name,
-                "element-wise; vector, no weight decay" if vector else "element-wise: takes any shape",
-                False,
-            )
-        if factors:
-            if self.name == "spectron":
-                return self.name, finding.reason, False
-            return self.companion, f"{finding.reason}: not one matrix, only Spectron takes them", False
-        if not TREATMENTS[finding.role].matrix:
-            return self.companion, finding.reason, finding.guess
-        if 1 in (p.shape[0], p[0].numel()):
-            return self.companion, f"{finding.reason} of one row or column, a vector", finding.guess
-        if self.name == "spectron" and factorized:
-            return self.companion, "dense in a model of low-rank layers: Spectron would truncate it", True
-        return self.name, finding.reason, finding.guess
-
-    @staticmethod
-    def _check(given: str, optimizer: str, name: str, p: Tensor, factors: bool) -> None:
-        if optimizer == FROZEN or registry.entry(optimizer).elementwise:
-            return
-        if p.ndim < 2:
-            raise ValueError(f"{given} cannot be met: {name!r} of shape {tuple(p.shape)} is not a matrix")
-        if factors and optimizer != "spectron":
-            raise ValueError(
-                f"{given} cannot be met: {name!r} holds two factors of a low-rank layer, not one matrix; "
-                "create_optimizer('spectron', model) takes them"
-            )
-
-    def check_all_used(self, names: list[str]) -> None:
-        """Raise ValueError for a pattern that has decided nothing."""
-        if unused := [pattern for pattern, matched in self.matched.items() if not matched]:
-            lines = []
-            for pattern in unused:
-                close = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=2, cutoff=0.4)
-                lines.append(f"{pattern!r}" + (f" (nearest: {', '.join(close)})" if close else ""))
-            raise ValueError(f"overrides match no parameter: {', '.join(lines)}")
-        if shadowed := [pattern for pattern, decided in self.decided.items() if not decided]:
-            raise ValueError(
-                f"overrides decide nothing: {', '.join(map(repr, shadowed))}; all that they match is matched by a "
-                "pattern before them. Put the narrower pattern first"
-            )
-
-
-def _matcher(pattern: str) -> Callable[[str, str], bool]:
-    """Whether a pattern of `overrides` means a parameter, by its name and role."""
-    if pattern in TREATMENTS:
-        return lambda name, role: role == pattern or name == pattern
-    if pattern.startswith("re:"):
-        try:
-            search = re.compile(pattern.removeprefix("re:")).search
-        except re.error as wrong:
-            raise ValueError(f"overrides: {pattern!r} is no regular expression: {wrong}") from None
-        return lambda name, role: search(name) is not None
-    return lambda name, role: fnmatchcase(name, pattern)
 
 
 def table(routes: Sequence[Route]) -> list[str]:
@@ -401,20 +257,6 @@ def table(routes: Sequence[Route]) -> list[str]:
 
 # A plan of more rows than this groups what repeats over layers.
 _WHOLE = 60
-
-
-def default_lr(name: str) -> Any:
-    """The learning rate to start from with `name`: the registry's, else that of its constructor.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if (start := registry.entry(name).start) is not None:
-        return start
-    default = inspect.signature(registry.entry(name).load()).parameters["lr"].default
-    if default is inspect.Parameter.empty:
-        raise ValueError(f"{name!r} has no default learning rate; give lr")
-    return default
 
 
 def _casts_by_default(name: str) -> bool:

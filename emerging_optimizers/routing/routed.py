@@ -9,8 +9,9 @@ from emerging_optimizers import registry
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.checkpoint import plain_names
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
+from emerging_optimizers.routing.choice import default_lr
 from emerging_optimizers.routing.groups import Router, group_options
-from emerging_optimizers.routing.plan import RoutePlan, default_lr
+from emerging_optimizers.routing.plan import RoutePlan
 
 
 class RoutedOptimizer(RuleOptimizer):
