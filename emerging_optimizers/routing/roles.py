@@ -79,10 +79,12 @@ _POSITION = re.compile(
 _TABLE = re.compile(r"(^|_)(token|tokens|query|queries|latent|latents|mask|cls|register|registers|prompt|prefix)(_|$)|"
                     r"A_log$|bias_table$|^tokens?$", re.I)  # fmt: skip
 _HEAD = re.compile(
-    r"^(?!pre_)(.*_)?(lm_head|head|heads|score|classifier|cls|predictions?|predictor|logits|unembed(ding)?|qa_outputs|actor|"
+    r"^(?!pre_)(.*_)?(lm_head|head|heads|score|classifier|cls|predict(ion|ions|or)?|logits|unembed(ding)?|qa_outputs|actor|"
     r"critic|policy|value_head|output_layer|output_projection|out_layer|fc_out|final_layer|conv_out|(visual|text|image)_projection)(_.*|\d*)?$",
     re.I,
 )
+# The same, directly in the model.
+_TOP_HEAD = re.compile(r"^(out|output|outputs|readout|final|fc|last|last_layer)$", re.I)
 # What stands before a head, or is one only for whoever uses a base model as an encoder.
 _NOT_LAST = re.compile(r"pooler|transform|dense$", re.I)
 _EMBEDDING = re.compile(r"emb(ed|edding|eddings)?$|^wte$", re.I)
@@ -368,6 +370,8 @@ def _heads(
 def _named_head(place: Place) -> str | None:
     """The path of the innermost module that has the name of a head and holds a layer, or is it."""
     parts = place.path.split(".")
+    if len(parts) == 1 and _TOP_HEAD.match(place.path):
+        return place.path
     for depth in reversed(range(len(parts))):
         if _HEAD.match(parts[depth]) and not (depth < len(parts) - 1 and _is_conv(place.layer)):
             numbered = "heads" in parts[depth] and depth + 1 < len(parts) and parts[depth + 1].isdigit()
@@ -376,7 +380,7 @@ def _named_head(place: Place) -> str | None:
 
 
 def _repeated(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Paths of blocks that stand several times beside one another: a model's trunk."""
+    """Paths of blocks that stand beside one another, in a list or as a sequence of their kind: a model's trunk."""
     found: set[str] = set()
     for path, module in modules.items():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -385,7 +389,8 @@ def _repeated(modules: Mapping[str, nn.Module]) -> set[str]:
         for name, child in module.named_children():
             if child._modules:
                 blocks.setdefault(type(child), []).append(plain_path(f"{path}.{name}" if path else name))
-        found |= {name for same in blocks.values() if len(same) > 1 for name in same}
+        least = 1 if isinstance(module, nn.ModuleList) else 2  # a list is made for more, whatever it holds now
+        found |= {name for same in blocks.values() if len(same) >= least for name in same}
     return found
 
 

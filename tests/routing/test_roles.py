@@ -128,6 +128,15 @@ def test_several_heads_are_found_and_what_stands_before_each_is_hidden() -> None
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["out", "output", "fc", "predict_action"])
+def test_a_layer_of_the_model_itself_that_is_called_output_is_one_and_inside_a_block_it_is_not(name: str) -> None:
+    block = Named(attention=Named(output=nn.Linear(D, D), out=nn.Linear(D, D), fc=nn.Linear(D, D)))
+    model = Named(
+        **{name: nn.Linear(D, 3)}, embed=nn.Embedding(50, D), blocks=nn.ModuleList([block]), b=nn.Linear(D, D)
+    )
+    assert {r.name for r in plan_parameters(model, "muon", lr=0.01) if r.role == "head"} == {f"{name}.weight"}
+
+
 def test_the_middle_of_a_pipeline_has_no_head() -> None:
     blocks = nn.ModuleList([Named(attn=nn.Linear(D, D), mlp=Named(up=nn.Linear(D, D), down=nn.Linear(D, D)))])
     for stage in (Named(layers=blocks), Named(layers=nn.ModuleList([*blocks, *blocks]))):
