@@ -33,20 +33,19 @@ def _adams_size(momentum: float) -> float:
 
 # The one step that all of them take five times: (3.4445, -4.7750, 2.0315).
 _JORDANS_STEPS = {"coefficient_type": "simple", "num_ns_steps": 5}
+_JORDAN = {
+    **_JORDANS_STEPS,
+    "lr": 0.02,
+    "momentum": 0.95,
+    "nesterov": True,
+    "scale_mode": "shape_scaling",
+    "weight_decay": 0.0,
+}
 
 RECIPES: dict[str, Recipe] = {
     "keller-jordan": Recipe(
         source="Jordan et al. 2024, github.com/KellerJordan/Muon, muon.py at 00ba60d",
-        options={
-            "muon": {
-                **_JORDANS_STEPS,
-                "lr": 0.02,
-                "momentum": 0.95,
-                "nesterov": True,
-                "scale_mode": "shape_scaling",
-                "weight_decay": 0.0,
-            }
-        },
+        options={"muon": _JORDAN},
         companion={"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0},
     ),
     "moonlight": Recipe(
@@ -66,16 +65,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "nanochat": Recipe(
         source="Karpathy 2025, github.com/karpathy/nanochat, nanochat/gpt.py at 025c432, for a width of 768",
-        options={
-            "muon": {
-                **_JORDANS_STEPS,
-                "lr": 0.02,
-                "momentum": 0.95,
-                "nesterov": True,
-                "scale_mode": "shape_scaling",
-                "weight_decay": 0.0,
-            }
-        },
+        options={"muon": _JORDAN},
         companion={"lr": 4e-3, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0},
         overrides={"embedding": {"lr": 0.2}},
     ),
