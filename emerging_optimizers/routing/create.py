@@ -136,7 +136,8 @@ def create_optimizer(
         (route.lr for route in plan if route.optimizer == name.lower()), default_lr(name) if lr is None else lr
     )
     defaults = group_options(name, {**options[name.lower()], "lr": main_lr})
-    return RoutedOptimizer(router.groups(plan), plan, defaults=defaults, router=router, **execution)
+    groups, waiting = router.groups(plan)
+    return RoutedOptimizer(groups, plan, defaults=defaults, router=router, waiting=waiting, **execution)
 
 
 def _check_unit(name: str, lr: Any, companion: str, companion_lr: Any, options: Mapping[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """Parameter groups out of routes."""
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,15 @@ from torch import Tensor, nn
 from emerging_optimizers import registry
 from emerging_optimizers.routing.choice import FROZEN
 from emerging_optimizers.routing.plan import Route, RoutePlan
+
+
+class Waiting(NamedTuple):
+    """A parameter that does not require a gradient yet, and the name of the group that it joins then."""
+
+    name: str
+    p: Tensor
+    reason: str
+    group: str
 
 
 class Router:
@@ -36,33 +44,46 @@ class Router:
         self._options, self._rest = options, rest
         self._order = {name: k for k, name in enumerate(order)}
 
-    def groups(self, routes: Iterable[Route]) -> list[dict[str, Any]]:
-        """Groups of the parameters of some routes; the main algorithm's are the first, which loggers show."""
+    def groups(
+        self, routes: Iterable[Route], taken: Collection[str] = ()
+    ) -> tuple[list[dict[str, Any]], list[Waiting]]:
+        """Groups of the parameters of some routes, none named as in `taken`, and what joins them later.
+
+        The main algorithm's groups are the first, which loggers show. A group in which everything waits is there too,
+        so that schedulers know it.
+        """
         model = self._model()
         assert model is not None
         parameters = dict(model.named_parameters())
-        groups: dict[Any, dict[str, Any]] = {}
-        roles: dict[Any, dict[str, None]] = {}
+        members: dict[Any, list[Route]] = {}
         for route in routes:
-            route = route.later or route
-            if route.optimizer == FROZEN:
-                continue
-            rate = id(route.lr) if isinstance(route.lr, Tensor) else route.lr
-            options = repr(sorted(route.options.items()))
-            key = (route.optimizer, rate, route.decays, route.view, route.factor_rows, options)
-            if key not in groups:
-                groups[key] = {
-                    **self._options_of(route),
-                    "algorithm": route.optimizer,
-                    "params": [],
-                    "reasons": [],
+            for_now = route.later or route
+            if for_now.optimizer != FROZEN:
+                rate = id(for_now.lr) if isinstance(for_now.lr, Tensor) else for_now.lr
+                options = repr(sorted(for_now.options.items()))
+                key = (for_now.optimizer, rate, for_now.decays, for_now.view, for_now.factor_rows, options)
+                members.setdefault(key, []).append(route)
+        keys = sorted(members, key=lambda key: self._order.get(key[0], len(self._order)))
+        names = _unlike((f"{key[0]}: {_some(members[key])}" for key in keys), taken)
+        groups, waiting = [], []
+        for key, name in zip(keys, names, strict=True):
+            now = [route for route in members[key] if route.later is None]
+            groups.append(
+                {
+                    **self._options_of(members[key][0].later or members[key][0]),
+                    "algorithm": key[0],
+                    "params": [(route.name, parameters[route.name]) for route in now],
+                    "reasons": [route.reason for route in now],
+                    "name": name,
+                    **({} if now else {"param_names": []}),  # torch takes the others' from "params"
                 }
-            groups[key]["params"].append((route.name, parameters[route.name]))
-            groups[key]["reasons"].append(route.reason)
-            roles.setdefault(key, {})[_IN_WORDS.get(route.role, route.role)] = None
-        keys = sorted(groups, key=lambda key: self._order.get(key[0], len(self._order)))
-        names = _unlike(f"{key[0]}: {_some(list(roles[key]))}" for key in keys)
-        return [{**groups[key], "name": name} for key, name in zip(keys, names, strict=True)]
+            )
+            waiting += [
+                Waiting(route.name, parameters[route.name], route.later.reason, name)
+                for route in members[key]
+                if route.later is not None
+            ]
+        return groups, waiting
 
     def _options_of(self, route: Route) -> dict[str, Any]:
         asked = {**self._options.get(route.optimizer, self._rest), "lr": route.lr}
@@ -74,7 +95,7 @@ class Router:
             asked["weight_decay"] = 0.0
         return group_options(route.optimizer, {**asked, **route.options})
 
-    def groups_of(self, group: Mapping[str, Any], main_lr: Any) -> list[dict[str, Any]] | None:
+    def groups_of(self, group: Mapping[str, Any], main_lr: Any, taken: Collection[str]) -> list[dict[str, Any]] | None:
         """A group that names no algorithm, as groups of what its parameters are in the model; None: some are not in it.
 
         Its "lr" is the main algorithm's; the others' are in proportion.
@@ -85,7 +106,8 @@ class Router:
         names = {} if model is None else {name for name, p in model.named_parameters() if id(p) in given}
         if model is None or len(names) < len(given):
             return None
-        groups = self.groups(route for route in self._replan(model) if route.name in names)
+        routes = (route.later or route for route in self._replan(model) if route.name in names)
+        groups, _ = self.groups(routes, taken)
         rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         factor = float(rest.pop("lr", main_lr)) / float(main_lr)
         return [{**made, "lr": made["lr"] * factor, **rest} for made in groups]
@@ -110,13 +132,15 @@ _IN_WORDS = {
 }
 
 
-def _some(words: Sequence[str]) -> str:
+def _some(routes: Sequence[Route]) -> str:
+    words = list(dict.fromkeys(_IN_WORDS.get(route.role, route.role) for route in routes))
     return ", ".join(words[:3]) + (", ..." if len(words) > 3 else "")
 
 
-def _unlike(names: Iterable[str]) -> Iterator[str]:
-    """The names, with a number where one comes again."""
-    seen: Counter[str] = Counter()
+def _unlike(names: Iterable[str], taken: Collection[str]) -> Iterator[str]:
+    """The names, with a number where one is taken or comes again."""
+    seen = {*taken}
     for name in names:
-        seen[name] += 1
-        yield name if seen[name] == 1 else f"{name} {seen[name]}"
+        choices = (name, *(f"{name} {k}" for k in range(2, len(seen) + 3)))
+        yield (chosen := next(choice for choice in choices if choice not in seen))
+        seen.add(chosen)

@@ -7,10 +7,10 @@ import torch
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine import RuleOptimizer
-from emerging_optimizers.engine.checkpoint import plain_names
+from emerging_optimizers.engine.checkpoint import RenameT, plain_names
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.routing.choice import default_lr
-from emerging_optimizers.routing.groups import Router, group_options
+from emerging_optimizers.routing.groups import Router, Waiting, group_options
 from emerging_optimizers.routing.plan import RoutePlan
 
 
@@ -24,7 +24,7 @@ class RoutedOptimizer(RuleOptimizer):
         plan: the route plan that it was made from; None for a copy or after unpickling from elsewhere.
     """
 
-    _kept = ("execution", "plan")
+    _kept = ("execution", "plan", "_waiting")
 
     def __init__(
         self,
@@ -33,9 +33,10 @@ class RoutedOptimizer(RuleOptimizer):
         *,
         defaults: Mapping[str, Any],
         router: Router | None = None,
+        waiting: Sequence[Waiting] = (),
         **engine: Any,
     ) -> None:
-        self.plan, self._router = plan, router
+        self.plan, self._router, self._waiting = plan, router, [*waiting]
         super().__init__(groups, {}, **engine)
         self.defaults = dict(defaults)  # the main algorithm's, which schedulers read; each group has its own options
 
@@ -54,7 +55,8 @@ class RoutedOptimizer(RuleOptimizer):
         """
         if "algorithm" not in param_group:
             router = getattr(self, "_router", None)  # a copy has none
-            groups = None if router is None else router.groups_of(param_group, self.defaults["lr"])
+            taken = [group["name"] for group in self.param_groups if "name" in group]
+            groups = None if router is None else router.groups_of(param_group, self.defaults["lr"], taken)
             if groups is None:
                 raise ValueError(
                     'RoutedOptimizer: a parameter group needs "algorithm", a name of list_optimizers(); the groups of '
@@ -74,6 +76,29 @@ class RoutedOptimizer(RuleOptimizer):
             super().add_param_group({**self._defaults_of(param_group), **param_group})
         finally:
             self.defaults = defaults
+
+    def _take_in(self) -> None:
+        """Let what requires a gradient by now join its group, unless somebody has put it into another one."""
+        ready = [x for x in self._waiting if x.p.requires_grad]
+        if not ready:
+            return
+        taken = {id(p) for group in self.param_groups for p in group["params"]}
+        by_name = {group.get("name"): group for group in self.param_groups}
+        for x in ready:
+            group = by_name.get(x.group)
+            if group is not None and id(x.p) not in taken:
+                for key, value in (("params", x.p), ("param_names", x.name), ("reasons", x.reason)):
+                    group.setdefault(key, []).append(value)
+        self._waiting = [x for x in self._waiting if not x.p.requires_grad]
+
+    def _step(self) -> None:
+        self._take_in()
+        super()._step()
+
+    def load_state_dict(self, state_dict: dict[str, Any], rename: RenameT | None = None) -> None:
+        """See `RuleOptimizer`; what requires a gradient by now belongs to it."""
+        self._take_in()
+        super().load_state_dict(state_dict, rename)
 
     def _defaults_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
         name = group["algorithm"]

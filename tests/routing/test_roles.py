@@ -1,5 +1,6 @@
 """How a role is found: marks, layers, what the model says, a call, and last names; and what follows from it."""
 
+import copy
 import re
 from typing import Any
 
@@ -346,6 +347,51 @@ def test_what_was_frozen_joins_with_its_route_when_it_is_trained() -> None:
     frozen.step()
     whole.step()
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+    for mine, theirs in zip(frozen.param_groups, whole.param_groups, strict=True):
+        assert (mine["name"], set(mine["param_names"])) == (theirs["name"], set(theirs["param_names"]))
+
+
+def test_what_joined_is_in_checkpoints_and_copies_and_a_group_in_which_all_wait_is_there_for_schedulers() -> None:
+    model = body(lm_head=nn.Linear(D, 50))
+    for layer in (model.up, model.down):
+        layer.requires_grad_(False)
+    optimizer = create_optimizer("muon", model, lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    first = optimizer.param_groups[0]
+    assert (first["name"], first["params"], first["lr"]) == ("muon: hidden matrices", [], 0.005)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for one in (model, twin_model):
+        one.up.requires_grad_(True)
+        for p in one.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    twin.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["param_names"] == ["up.weight"]
+    assert all(map(torch.equal, model.parameters(), twin_model.parameters()))
+    other = copy.deepcopy(model)
+    resumed = create_optimizer("muon", other, lr=0.01)
+    resumed.load_state_dict(optimizer.state_dict())
+    for one, o in ((model, optimizer), (other, resumed)):
+        for p in one.parameters():
+            p.grad = torch.full_like(p, 0.5) if p.requires_grad else None
+        o.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_what_somebody_else_has_added_does_not_join_twice() -> None:
+    """Lightning's BaseFinetuning adds what it thaws, at a lower rate."""
+    model = body(lm_head=nn.Linear(D, 50))
+    model.up.requires_grad_(False)
+    optimizer = create_optimizer("muon", model, lr=0.01)
+    model.up.requires_grad_(True)
+    optimizer.add_param_group({"params": list(model.up.parameters()), "lr": 0.001})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rates == {name: 0.001 if name.startswith("up.") else 0.01 for name, _ in model.named_parameters()}
+    assert len({group["name"] for group in optimizer.param_groups}) == len(optimizer.param_groups)
 
 
 def test_a_frozen_parameter_that_no_optimizer_can_update_stays_out() -> None:
