@@ -19,8 +19,10 @@ export MKL_NUM_THREADS ?= 1
 STAMP := .venv/.installed
 ifeq ($(PY),.venv/bin/python)
 ENV := $(STAMP)
+FRAMEWORKS := .venv/.frameworks
 else
 ENV :=
+FRAMEWORKS :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
@@ -95,7 +97,7 @@ contracts: $(ENV)
 	@echo "contracts: import-linter"
 	@$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-logo
 
-test-all: check ## like test, with the slow sweeps
+test-all: check $(FRAMEWORKS) ## like test, with the slow sweeps and the examples of every framework
 	@echo "test-all: pytest with the slow sweeps"
 	$(PYTEST) $(PARALLEL) $(ARGS)
 
@@ -156,4 +158,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "env: uv is not available or failed (its message is above): going on with pip, which is slower"; \
 	  $(PIP_TORCH) $(PIP) -e '.[lab,dev]'; \
 	fi
+	@touch $@
+
+.venv/.frameworks: $(STAMP)
+	@echo "env: installing the frameworks of docs/frameworks.md"
+	@$(UV) -e '.[lab,dev,frameworks]' || $(PIP) -e '.[lab,dev,frameworks]'
 	@touch $@
