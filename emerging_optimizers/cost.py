@@ -26,6 +26,7 @@ from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.fused import squares
 from emerging_optimizers.engine.validate import place
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
+from emerging_optimizers.registry import entry
 from emerging_optimizers.routing import create_optimizer
 from emerging_optimizers.routing.routed import devices_that_cast
 
@@ -126,8 +127,9 @@ def estimate(
     with FakeTensorMode(), torch.no_grad():
         copied = copy.deepcopy(target, {id(x): _fake(x, device) for x in _tensors(target)})
         try:
-            if isinstance(optimizer, str):  # the rate, which some have no default for, changes no cost
-                made = create_optimizer(optimizer, copied, **{"lr": 1e-3, **options})
+            if isinstance(optimizer, str):  # the rate, which one has none to start from, changes no cost
+                rate = {"lr": 1e-3} if entry(optimizer).start is None else {}
+                made = create_optimizer(optimizer, copied, **{**rate, **options})
             else:
                 made = optimizer(copied)
             looked: set[Tensor] = set()

@@ -297,7 +297,7 @@ def list_optimizers(pattern: str = "*", with_description: bool = False) -> list[
     return [(name, OPTIMIZERS[name].description) for name in names] if with_description else names
 
 
-def register_optimizer(name: str, *, start: float | None = None, unit: str = ADAMS) -> Callable[[ClassT], ClassT]:
+def register_optimizer(name: str, start: float | None = None, unit: str = ADAMS) -> Callable[[ClassT], ClassT]:
     """Class decorator: `create_optimizer`, `list_optimizers` and the lab know the class by this name.
 
     A module that is executed again may register its classes again.

@@ -260,7 +260,7 @@ def test_optimizers_plans_and_estimates_say_it() -> None:
             Spectron(w, lr=0.1, rank=2),
             create_optimizer("muon", model),
             plan_parameters(model, "muon"),
-            plan_parameters(model, "spectron", lr=0.1),
+            plan_parameters(model, "spectron", lr=0.1, companion_lr=0.01),
             estimate(model, "muon", seconds=False),
             estimate(w, Muon, seconds=False),
         ):
