@@ -78,11 +78,13 @@ _POSITION = re.compile(
 )
 _TABLE = re.compile(r"(^|_)(token|tokens|query|queries|latent|latents|mask|cls|register|registers|prompt|prefix)(_|$)|"
                     r"A_log$|bias_table$|^tokens?$", re.I)  # fmt: skip
-_HEAD = re.compile(
-    r"^(?!pre_)(.*_)?(lm_head|head|heads|score|classifier|cls|predict(ion|ions|or)?|logits|unembed(ding)?|qa_outputs|actor|"
-    r"critic|policy|value_head|output_layer|output_projection|out_layer|fc_out|final_layer|conv_out|(visual|text|image)_projection)(_.*|\d*)?$",
-    re.I,
+# With whatever stands before or behind them: "classification_head", "head_dist".
+_HEAD_WORDS = (
+    "head heads score classifier cls predict prediction predictions predictor logits unembed unembedding qa_outputs "
+    "actor critic policy output_layer output_projection out_layer fc_out final_layer conv_out visual_projection "
+    "text_projection image_projection"
 )
+_HEAD = re.compile(rf"^(?!pre_)(.*_)?({'|'.join(_HEAD_WORDS.split())})(_.*|\d*)?$", re.I)
 # The same, directly in the model.
 _TOP_HEAD = re.compile(r"^(out|output|outputs|readout|final|fc|last|last_layer)$", re.I)
 # What stands before a head, or is one only for whoever uses a base model as an encoder.
@@ -140,8 +142,10 @@ def find_roles(
 
 def _marked(place: Place, p: Tensor) -> Finding | None:
     if p.ndim >= 2 and getattr(p, "is_embedding_or_output_parameter", False):  # Megatron-LM's
-        role: RoleT = "embedding" if _looks_up(place) else "head"
-        return Finding(role, f"{_WORDS[role]}: marked is_embedding_or_output_parameter")
+        mark = "marked is_embedding_or_output_parameter"
+        return (
+            Finding("embedding", f"embedding: {mark}") if _looks_up(place) else Finding("head", f"output head: {mark}")
+        )
     return None
 
 
@@ -153,14 +157,6 @@ def _undecayed(where: Sequence[Place], modules: Mapping[str, nn.Module]) -> set[
             own = dict(module.named_parameters())
             found |= {id(own[name]) for name in names() if name in own}
     return found
-
-
-_WORDS = {
-    "embedding": "embedding",
-    "position": "table of positions or types",
-    "head": "output head",
-    "hidden": "hidden matrix",
-}
 
 
 def _tied(modules: Mapping[str, nn.Module]) -> set[int]:
