@@ -96,7 +96,7 @@ class Choice:
             return self.companion, f"{finding.reason}: not one matrix, only Spectron takes them", False
         if not TREATMENTS[finding.role].matrix:
             return self.companion, finding.reason, finding.guess
-        if 1 in (p.shape[0], p[0].numel()):
+        if 1 in (p.shape[0], p.numel() // max(1, p.shape[0])):
             return self.companion, f"{finding.reason} of one row or column, a vector", finding.guess
         if self.name == "spectron" and factorized:
             return self.companion, "dense in a model of low-rank layers: Spectron would truncate it", True

@@ -130,7 +130,15 @@ def create_optimizer(
     execution = {key: engine.pop(key) for key in ("execution",) if key in engine}
     decay = {"weight_decay": kwargs["weight_decay"]} if "weight_decay" in kwargs else {}
     options = {companion.lower(): {**decay, **(companion_options or {}), **engine}, name.lower(): {**kwargs, **engine}}
-    replan = partial(plan_parameters, name=name, lr=lr, companion=companion, companion_lr=companion_lr, roles=roles)
+    replan = partial(
+        plan_parameters,
+        name=name,
+        lr=lr,
+        companion=companion,
+        companion_lr=companion_lr,
+        roles=roles,
+        overrides=overrides,
+    )
     router = Router(model_or_params, replan, options, {**decay, **engine}, (name.lower(), companion.lower()))
     main_lr = next(
         (route.lr for route in plan if route.optimizer == name.lower()), default_lr(name) if lr is None else lr

@@ -25,6 +25,7 @@ class RoutedOptimizer(RuleOptimizer):
     """
 
     _kept = ("execution", "plan", "_waiting")
+    _router: Router | None = None  # a copy has none
 
     def __init__(
         self,
@@ -54,9 +55,8 @@ class RoutedOptimizer(RuleOptimizer):
         an "lr" is then the main algorithm's, and the others' are in proportion.
         """
         if "algorithm" not in param_group:
-            router = getattr(self, "_router", None)  # a copy has none
             taken = [group["name"] for group in self.param_groups if "name" in group]
-            groups = None if router is None else router.groups_of(param_group, self.defaults["lr"], taken)
+            groups = None if self._router is None else self._router.groups_of(param_group, self.defaults["lr"], taken)
             if groups is None:
                 raise ValueError(
                     'RoutedOptimizer: a parameter group needs "algorithm", a name of list_optimizers(); the groups of '

@@ -1,7 +1,7 @@
 """What a model does with each of its parameters in one call, which computes nothing where that can be avoided."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,28 +62,28 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        made = [x for x in tree_leaves(args[0] if name == "__setitem__" else out) if isinstance(x, Tensor)]
+        called = getattr(func, "__name__", "")
+        made = [x for x in tree_leaves(args[0] if called == "__setitem__" else out) if isinstance(x, Tensor)]
         if not made:
             return out
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         weights = {name for x in given for name in _form_of(x)}
-        if name in _LAYERS and isinstance(args[0], Tensor):  # what goes through a layer is no weight of it
+        if called in _LAYERS and isinstance(args[0], Tensor):  # what goes through a layer is no weight of it
             self.uses.others |= {*_form_of(args[0])}
             weights -= {*_form_of(args[0])}
         sources = {name for x in given for name in _sources(x)}
         if not weights:
             _note(made, sources=sources)
-        elif name in _PRODUCTS:
+        elif called in _PRODUCTS:
             self.uses.products |= weights
-            if name in _BATCHES or (name == "einsum" and _goes_through(args)):
+            if called in _BATCHES or (called == "einsum" and _goes_through(args)):
                 self.uses.stacks |= {name for x in given if x.ndim == 3 for name in _form_of(x)}
             self.uses.followed |= sources
             _note(made, sources=weights)
-        elif name in _LOOKUPS:
+        elif called in _LOOKUPS:
             self.uses.lookups |= weights
             _note(made)
-        elif len(weights) == 1 and not sources and len([x for x in given if not _form_of(x)]) == 0:
+        elif len(weights) == 1 and all(map(_form_of, given)):
             _note(made, form=weights)  # turned, cut or cast: still this parameter
         else:
             self.uses.others |= weights
@@ -108,7 +108,7 @@ def _sources(x: Tensor) -> Iterable[str]:
 
 def _note(tensors: Iterable[Tensor], *, sources: Iterable[str] = (), form: Iterable[str] = ()) -> None:
     for x in tensors:
-        x._sources, x._form_of = frozenset(sources) | frozenset(_sources(x)), frozenset(form)  # type: ignore[attr-defined]
+        x._sources, x._form_of = frozenset(sources) | frozenset(_sources(x)), frozenset(form)  # type: ignore[attr-defined]  # notes of our own on a tensor
 
 
 def trace(model: nn.Module, example: Any) -> Uses:
@@ -128,13 +128,13 @@ def trace(model: nn.Module, example: Any) -> Uses:
     args = args if isinstance(args, (tuple, list)) else (args,)
     given = (tuple(args), dict(kwargs))
     try:
-        return _call(model, given, lambda x: x.to("meta"), torch.device("meta"))
-    except Exception as wrong:
+        return _call(model, given, meta=True)
+    except Exception as wrong:  # whatever a model does where there are no values
         failed = wrong
     if not any(p.is_meta for p in model.parameters()):
         try:
-            return _call(model, given, torch.clone, nullcontext())
-        except Exception as wrong:
+            return _call(model, given, meta=False)
+        except Exception as wrong:  # whatever a model does with a wrong example
             failed = wrong
     raise ValueError(
         f"example: the model cannot be called with it ({type(failed).__name__}: {failed}). Give what the model takes "
@@ -142,17 +142,18 @@ def trace(model: nn.Module, example: Any) -> Uses:
     ) from failed
 
 
-def _call(
-    model: nn.Module,
-    given: tuple[tuple[Any, ...], dict[str, Any]],
-    copied: Callable[[Tensor], Tensor],
-    device: AbstractContextManager[object],
-) -> Uses:
-    args, kwargs = tree_map_only(Tensor, lambda x: copied(x.detach()), given)
+def _call(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], *, meta: bool) -> Uses:
+    """One call on the meta device, or for real with copies of whatever a model may write."""
+
+    def copied(x: Tensor) -> Tensor:
+        return x.detach().to("meta") if meta else x.detach().clone()
+
+    args, kwargs = tree_map_only(Tensor, copied, given)
     tensors = {name: copied(b) for name, b in model.named_buffers()}
     for name, p in model.named_parameters():
-        tensors[name] = p.detach() if p.device.type == "meta" or copied is torch.clone else copied(p.detach())
+        tensors[name] = copied(p) if meta else p.detach()  # a call only reads them
         _note([tensors[name]], form=[name])
+    device = torch.device("meta") if meta else nullcontext()
     uses = Uses()
     modes = {module: module.training for module in model.modules()}
     try:

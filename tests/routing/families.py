@@ -31,23 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROLES = frozenset(
-    {
-        "embedding",
-        "position",
-        "table",
-        "head",
-        "hidden",
-        "conv",
-        "depthwise",
-        "patch",
-        "router",
-        "experts",
-        "adapter",
-        "vector",
-        "unknown",
-    }
-)
+from emerging_optimizers.routing.roles import TREATMENTS
 
 Roles = dict[str, str]
 Example = Callable[[], dict[str, Any]]
@@ -87,8 +71,8 @@ def expected(family: Family, model: nn.Module) -> dict[str, str]:
             raise LookupError(f"no pattern matches {name}, of shape {tuple(parameter.shape)}")
     if idle:
         raise LookupError(f"patterns that decide nothing: {', '.join(idle)}")
-    if not ROLES.issuperset(roles.values()):
-        raise LookupError(f"roles that do not exist: {sorted(set(roles.values()) - ROLES)}")
+    if not TREATMENTS.keys() >= {*roles.values()}:
+        raise LookupError(f"roles that do not exist: {sorted({*roles.values()} - TREATMENTS.keys())}")
     return roles
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -392,6 +393,24 @@ def test_what_somebody_else_has_added_does_not_join_twice() -> None:
     rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
     assert rates == {name: 0.001 if name.startswith("up.") else 0.01 for name, _ in model.named_parameters()}
     assert len({group["name"] for group in optimizer.param_groups}) == len(optimizer.param_groups)
+
+
+def test_an_empty_matrix_has_a_route() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that there is nothing to initialise
+        model = body(none=nn.Linear(D, 0), nothing=nn.Linear(0, D), lm_head=nn.Linear(D, 50))
+    plan = plan_parameters(model, "muon", lr=0.01)
+    assert {plan["none.weight"].role, plan["nothing.weight"].role} == {"hidden"}
+    create_optimizer("muon", model, lr=0.01)
+
+
+def test_what_joins_the_model_obeys_the_overrides() -> None:
+    model = body(lm_head=nn.Linear(D, 50))
+    optimizer = create_optimizer("muon", model, lr=0.01, overrides={"re:(down|late).weight": "soap"})
+    model.late = nn.Linear(D, D)
+    optimizer.add_param_group({"params": list(model.late.parameters())})
+    got = {name: group["algorithm"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert (got["down.weight"], got["late.weight"], got["late.bias"]) == ("soap", "soap", "adamw")
 
 
 def test_a_frozen_parameter_that_no_optimizer_can_update_stays_out() -> None:
