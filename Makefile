@@ -32,11 +32,11 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu test-kernels format clean clean-env
+.PHONY: help env demo grid findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu test-kernels fingerprint fingerprint-check format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' Makefile
 	@echo "options: PYTHON=python3.12 (for .venv)  PY=python3 (no .venv)  TORCH_INDEX=<url>  ARGS=\"...\""
 
 env: $(ENV) ## make the environment in .venv (the other targets do it by themselves)
@@ -100,6 +100,12 @@ contracts: $(ENV)
 test-all: check $(FRAMEWORKS) ## like test, with the slow sweeps and the examples of every framework
 	@echo "test-all: pytest with the slow sweeps"
 	$(PYTEST) $(PARALLEL) $(ARGS)
+
+fingerprint: $(ENV) ## record twenty steps of every optimizer bit for bit, before a rebuild (runs/fingerprint.pt)
+	@$(PY) -m tests.fingerprint record
+
+fingerprint-check: $(ENV) ## compare with what `make fingerprint` has recorded on this machine
+	@$(PY) -m tests.fingerprint check
 
 # One process, since workers would share one device. pytest-timeout may be missing from a machine that was
 # set up by others, so a setting that pytest does not know is no error here.
