@@ -4,7 +4,8 @@ Layer 1: imports linalg and torch; knows the contract of a rule (`engine/rule.py
 """
 
 from emerging_optimizers.engine.observe import Alarm, SpikeWatch
-from emerging_optimizers.engine.optimizer import EngineOptions, RuleOptimizer
+from emerging_optimizers.engine.optimizer import RuleOptimizer
+from emerging_optimizers.engine.options import EngineOptions
 from emerging_optimizers.engine.rule import Phase, Rule, Scalars, Step
 from emerging_optimizers.engine.scalars import debias, lerp
 

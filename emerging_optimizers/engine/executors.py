@@ -2,16 +2,15 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import as_tensors
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
-
-Execution = Literal["stacked", "per_matrix", "compiled"]
 
 BACKEND = "inductor"  # of torch.compile; most tests take one that generates no code
 

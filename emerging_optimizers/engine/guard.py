@@ -13,7 +13,7 @@ stay as they are. All of it is decided on the device.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch import Tensor
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.rule import Rule
 
-NonfiniteT = Literal["skip", "raise", "propagate"]
 DECAY = 0.95
 
 

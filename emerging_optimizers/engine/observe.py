@@ -48,9 +48,10 @@ from emerging_optimizers.engine.guard import DECAY
 from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.momenta import momentum_of
 from emerging_optimizers.engine.optimizer import RuleOptimizer
+from emerging_optimizers.engine.options import COUNT, POSITIVE, Check, optional
 from emerging_optimizers.engine.rule import Phase
 from emerging_optimizers.engine.transit import Transit
-from emerging_optimizers.engine.validate import COUNT, POSITIVE, Check, check_group, optional, place, suggest
+from emerging_optimizers.engine.validate import check_group, place, suggest
 from emerging_optimizers.engine.weight_decay import keep_factor
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in
 from emerging_optimizers.linalg.precision import fp32_matmul_precision

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import fields
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -24,29 +24,25 @@ from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.ambient import undisturbed
 from emerging_optimizers.engine.buckets import LONG_STREAK, Bucket, Chunk, fill_buckets, keys_of, state_dtype
 from emerging_optimizers.engine.checkpoint import RenameT
-from emerging_optimizers.engine.executors import Execution, many_graphs
-from emerging_optimizers.engine.guard import NonfiniteT
+from emerging_optimizers.engine.executors import many_graphs
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
-from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, blocks, is_view
+from emerging_optimizers.engine.matrix_view import blocks
+from emerging_optimizers.engine.options import (
+    LEARNING_RATE,
+    NON_NEGATIVE,
+    Check,
+    Declared,
+    EngineOptions,
+    Execution,
+    declared,
+    one_of,
+    options_in,
+    with_arguments,
+)
 from emerging_optimizers.engine.rounding import MOST
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.run import BucketStep
-from emerging_optimizers.engine.validate import (
-    FLAG,
-    HOOK,
-    LEARNING_RATE,
-    NON_NEGATIVE,
-    POSITIVE,
-    Check,
-    check_group,
-    label,
-    misspelled,
-    one_of,
-    optional,
-    place,
-    plain_options,
-    suggest,
-)
+from emerging_optimizers.engine.validate import check_group, label, misspelled, place, plain_options, suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -60,45 +56,6 @@ def _eager(function: FunctionT) -> FunctionT:
     As torch.optim does it: `torch.compiler.disable` would import dynamo with this module, a second or more.
     """
     return torch._disable_dynamo(function)  # type: ignore[attr-defined, return-value]  # torch.optim's own, untyped
-
-
-class EngineOptions(TypedDict, total=False):
-    """Keyword arguments that every optimizer takes.
-
-    Attributes:
-        maximize: follow the gradient up instead of down; per group. Default False.
-        spike_guard: scale a matrix's gradient down whose norm exceeds this many times the running mean of its norms
-            (> 1); None: never. Per group. Default None.
-        nonfinite: what a NaN or an infinity in a gradient does: "skip" (that matrix, or in an element-wise rule that
-            parameter, sits the step out and no state sees the gradient), "raise" (before anything moves; reads the
-            device) or "propagate". Per group. Default "skip".
-        matrix_view: how a parameter is cut into matrices; per group, for matrix optimizers: "auto" (a 3-D parameter
-            is a batch), "flatten" ((out, rest)), "joined" (a batch as one matrix), "transposed" (stored as (in, out)),
-            ("heads", count), ("split", size, ...) or ("interleaved", size, ...); `engine/matrix_view.py` says all.
-            Default "auto".
-        weight_update_hook: the law by which the weight moves: a name of `engine/hooks.py` ("hyperball", "radial_brake",
-            "relative_update", "spectral_clip", "spectral_weight_decay"), (name, its arguments), or a
-            `WeightUpdateHook`, which may be two functions of a parameter as published. Per group. Default None:
-            W <- keep W - lr U.
-        capturable: steps can be recorded in a CUDA graph: the learning rate becomes a tensor on the parameters' device
-            (fill it, as schedulers do; a number set later is taken over by the next step outside of a graph), and the
-            host looks at nothing. Every step but the first few, which have to be taken before, is then the same; what
-            needs the host is refused. Per group. Default False.
-        state_dtype: torch.bfloat16 keeps momentum and first moments (of decay up to some hundred steps), and the bases
-            of the SOAP family, in half the memory; everything is computed in float32 as before, and second moments and
-            factors stay in it. Refused where an optimizer has neither. Per group. Default None: float32.
-        execution: "stacked" (default: matrices of one shape in one call), "per_matrix" (one matrix a call, the
-            definition of correct) or "compiled" (the rule through torch.compile).
-    """
-
-    maximize: bool
-    spike_guard: float | None
-    nonfinite: NonfiniteT
-    matrix_view: MatrixViewT
-    weight_update_hook: WeightUpdateHookT
-    capturable: bool
-    state_dtype: torch.dtype | None
-    execution: Execution
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -116,43 +73,48 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[type[Rule]]
-    ranges: ClassVar[Mapping[str, Check]] = {}
-    _common_ranges: ClassVar[Mapping[str, Check]] = {
+    # What each option may be and what it is where nothing is said, by the constructors of a class and its bases.
+    ranges: ClassVar[Mapping[str, Check]] = {
         "lr": LEARNING_RATE,
         "weight_decay": NON_NEGATIVE,
         "weight_decay_method": one_of(*get_args(WeightDecayT)),
-        "maximize": FLAG,
-        "spike_guard": optional(Check(lambda v: POSITIVE.holds(v) and v > 1, "a finite number > 1")),
-        "nonfinite": one_of(*get_args(NonfiniteT)),
-        "matrix_view": Check(is_view, ALLOWED),
-        "state_dtype": Check(lambda v: v in (None, torch.bfloat16), "None or torch.bfloat16"),
-        "weight_update_hook": HOOK,
-        "capturable": FLAG,
+        **{name: option.check for name, option in options_in(EngineOptions).items()},
     }
+    preset: ClassVar[Mapping[str, Any]] = {
+        "weight_decay": 0.0,
+        "weight_decay_method": "decoupled",
+        **{name: option.default for name, option in options_in(EngineOptions).items()},
+    }
+    # Options of the base that a class does not leave open: they are in no group and in no checkpoint.
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    _arguments: ClassVar[tuple[tuple[str, str], ...]] = ()
     # Attributes beside torch's that a pickle or a copy keeps.
     _kept: ClassVar[tuple[str, ...]] = ("execution",)
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], **engine: Any) -> None:
-        self.execution: Execution = engine.pop("execution", "stacked")
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        said = declared(vars(cls)["__init__"]) if "__init__" in vars(cls) else Declared(arguments=cls._arguments)
+        ranges: dict[str, Check] = {}
+        preset: dict[str, Any] = {}
+        for base in reversed(cls.__mro__[1:]):
+            ranges |= vars(base).get("ranges", {})
+            preset |= vars(base).get("preset", {})
+        ranges |= {**said.ranges, **vars(cls).get("ranges", {})}
+        cls.ranges = {name: check for name, check in ranges.items() if name not in cls.fixed}
+        cls.preset = {**preset, **said.defaults, **vars(cls).get("preset", {})}
+        cls._arguments = said.arguments
+        cls.__doc__ = with_arguments(cls.__doc__, said.arguments)
+
+    def __init__(self, params: ParamsT, defaults: Mapping[str, Any] | None = None, **options: Any) -> None:
+        options = {name: value for name, value in options.items() if name not in self.fixed}
+        self.execution: Execution = options.pop("execution", "stacked")
         if self.execution not in get_args(Execution):
             raise ValueError(
                 f"{self._name}: execution={self.execution!r} is not one of {', '.join(get_args(Execution))}"
             )
-        defaults = {
-            "weight_decay": 0.0,
-            "weight_decay_method": "decoupled",
-            **defaults,
-            "maximize": engine.pop("maximize", False),
-            "spike_guard": engine.pop("spike_guard", None),
-            "nonfinite": engine.pop("nonfinite", "skip"),
-            "matrix_view": engine.pop("matrix_view", "auto"),
-            "state_dtype": engine.pop("state_dtype", None),
-            "weight_update_hook": engine.pop("weight_update_hook", None),
-            "capturable": engine.pop("capturable", False),
-        }
-        if engine:
-            name = next(iter(engine))
-            raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, defaults)}")
+        for name in options.keys() - self.ranges.keys():
+            raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, self.ranges)}")
+        defaults = {**self.preset, **(defaults or {}), **options}
         self._ahead = Ahead()
         self._events: dict[Tensor, Tensor] = {}
         self._foreign: frozenset[str] = frozenset()
@@ -169,13 +131,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         def __getattr__(self, name: str) -> Any:
             """An option, as groups that do not set it have it."""
             try:
-                return self.__dict__["defaults"][name]
+                return {**type(self).fixed, **self.__dict__["defaults"]}[name]
             except KeyError:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
 
         def __setattr__(self, name: str, value: Any) -> None:
             """Anything; an option is set in every group."""
-            if "param_groups" in self.__dict__ and (name in self.ranges or name in self._common_ranges):
+            if name in self.fixed:
+                raise ValueError(f"{self._name}: {name}={value!r} is not possible; it is {self.fixed[name]!r} here")
+            if "param_groups" in self.__dict__ and name in self.ranges:
                 for group in (self.defaults, *self.param_groups):
                     group[name] = value
             else:
@@ -193,7 +157,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a group whose hyper-parameters have been checked."""
-        return self._algorithm(group).rule.from_group(group)
+        algorithm = self._algorithm(group)
+        return algorithm.rule.from_group({**group, **algorithm.fixed})
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:
@@ -224,8 +189,13 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _check_names(self, group: Mapping[str, Any]) -> None:
         """Raise for an entry that is a misspelled option; every other one is the user's."""
-        known = self._defaults_of(group)
+        known, fixed = self._defaults_of(group), self._algorithm(group).fixed
         for name in group:
+            if name in fixed and group[name] != fixed[name]:
+                raise ValueError(
+                    f"{self._name}: a parameter group sets {name}={group[name]!r}, which is {fixed[name]!r} for "
+                    f"{self._algorithm(group).__name__}; leave it out"
+                )
             if meant := misspelled(name, known):
                 raise ValueError(
                     f"{self._name}: a parameter group sets {name!r}, which is not an option; did you mean {meant!r}?"
@@ -235,7 +205,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The rule of a group; built and checked again only where a value of the group has changed."""
         group = self.param_groups[index]
         algorithm = self._algorithm(group)
-        ranges = {**self._common_ranges, **algorithm.ranges}
+        ranges = algorithm.ranges
         known = self._rules.get(index)
         if known is None or len(group) != known.entries:
             self._check_names(group)
@@ -693,7 +663,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _checked_options(self, index: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
         """A group of a checkpoint, completed by the one that is here; it is checked like that."""
         algorithm = self._algorithm(mine)
-        ranges = {**self._common_ranges, **algorithm.ranges}
+        ranges = algorithm.ranges
         own = {key: mine[key] for key in ("param_names",) if key in mine}
         group = plain_options({**mine, **theirs, **own, "params": theirs["params"]}, ranges)
         check_group(algorithm.__name__, f"the checkpoint's param_groups[{index}]", group, ranges)

@@ -13,10 +13,11 @@ from torch import Tensor
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment
 from emerging_optimizers.engine.commit import Write, commit
-from emerging_optimizers.engine.executors import Execution, call, prepare, step_elements
+from emerging_optimizers.engine.executors import call, prepare, step_elements
 from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_
 from emerging_optimizers.engine.guard import decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
+from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.rounding import watch
 from emerging_optimizers.engine.rule import Phase, Rule, Step
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars

@@ -37,7 +37,7 @@ from torch.linalg import vector_norm
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Phase, Scalars, Step, lerp
-from emerging_optimizers.engine.validate import FRACTION, NON_NEGATIVE, one_of, optional
+from emerging_optimizers.engine.options import FRACTION, NON_NEGATIVE, one_of, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import NSCoeffT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT

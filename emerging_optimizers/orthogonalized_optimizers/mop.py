@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Scalars
-from emerging_optimizers.engine.validate import POSITIVE, one_of
+from emerging_optimizers.engine.options import POSITIVE, one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.polar import polar_svd
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine.hooks import HyperballHook
-from emerging_optimizers.engine.validate import POSITIVE, label, optional
+from emerging_optimizers.engine.options import POSITIVE, optional
+from emerging_optimizers.engine.validate import label
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import NSCoeffT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT

@@ -29,7 +29,7 @@ from torch.linalg import vector_norm
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Phase, Scalars, Step
-from emerging_optimizers.engine.validate import BETAS, NON_NEGATIVE
+from emerging_optimizers.engine.options import BETAS, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.coefficients import NSCoeffT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT

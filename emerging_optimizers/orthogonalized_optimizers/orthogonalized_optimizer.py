@@ -25,8 +25,9 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
+from emerging_optimizers.engine.options import FLAG, FRACTION, one_of
 from emerging_optimizers.engine.scalars import make_scalars
-from emerging_optimizers.engine.validate import FLAG, FRACTION, one_of, suggest
+from emerging_optimizers.engine.validate import suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions
-from emerging_optimizers.engine.validate import COUNT, FLAG, POSITIVE, Check, one_of, optional
+from emerging_optimizers.engine.options import COUNT, FLAG, POSITIVE, Check, one_of, optional
 from emerging_optimizers.linalg.coefficients import (
     SCHEDULES,
     Coefficients,

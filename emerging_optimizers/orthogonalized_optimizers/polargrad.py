@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Scalars
-from emerging_optimizers.engine.validate import POSITIVE
+from emerging_optimizers.engine.options import POSITIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import NSCoeffT
 from emerging_optimizers.linalg.eigh import eigh_descending

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine.hooks import WeightUpdateHook
-from emerging_optimizers.engine.validate import COUNT, POSITIVE, label, one_of
+from emerging_optimizers.engine.options import COUNT, POSITIVE, one_of
+from emerging_optimizers.engine.validate import label
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import NSCoeffT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT

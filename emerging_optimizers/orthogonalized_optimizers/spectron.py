@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
-from emerging_optimizers.engine.validate import COUNT, FRACTION, NON_NEGATIVE, Check, one_of, optional
+from emerging_optimizers.engine.options import COUNT, FRACTION, NON_NEGATIVE, Check, one_of, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.coefficients import (
     SCHEDULES,

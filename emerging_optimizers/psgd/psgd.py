@@ -48,7 +48,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
-from emerging_optimizers.engine.validate import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, SEED, optional
+from emerging_optimizers.engine.options import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, optional
+from emerging_optimizers.engine.options import WHOLE as SEED
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import project_in, project_out

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
-from emerging_optimizers.engine.validate import FRACTION, one_of
+from emerging_optimizers.engine.options import FRACTION, one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 

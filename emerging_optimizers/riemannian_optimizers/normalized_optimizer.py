@@ -27,7 +27,7 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.hooks import WeightUpdateHook
-from emerging_optimizers.engine.validate import BETAS, FRACTION, POSITIVE, one_of
+from emerging_optimizers.engine.options import BETAS, FRACTION, POSITIVE, one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
 

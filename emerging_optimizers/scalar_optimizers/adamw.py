@@ -26,7 +26,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_
-from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
+from emerging_optimizers.engine.options import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 

@@ -27,8 +27,8 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_of_averages_
+from emerging_optimizers.engine.options import COUNT, FLAG, FRACTION, NON_NEGATIVE, Check, optional
 from emerging_optimizers.engine.scalars import add_, addcmul_, lerp
-from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, NON_NEGATIVE, Check, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 THREE_BETAS = Check(

@@ -25,8 +25,8 @@ from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_, subtract_
 from emerging_optimizers.engine.hooks import KeepNorm
+from emerging_optimizers.engine.options import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.scalars import addcdiv_, addcmul_
-from emerging_optimizers.engine.validate import BETAS, FLAG, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 

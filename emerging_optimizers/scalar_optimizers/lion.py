@@ -22,7 +22,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
-from emerging_optimizers.engine.validate import BETAS
+from emerging_optimizers.engine.options import BETAS
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 

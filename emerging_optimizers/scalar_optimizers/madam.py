@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.validate import BETAS, FLAG, Check
+from emerging_optimizers.engine.options import BETAS, FLAG, Check
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 EVEN = Check(lambda v: isinstance(v, int) and v % 2 == 0, "an even integer")

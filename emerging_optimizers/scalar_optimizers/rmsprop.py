@@ -22,8 +22,8 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_
+from emerging_optimizers.engine.options import FRACTION, NON_NEGATIVE
 from emerging_optimizers.engine.scalars import addcmul_
-from emerging_optimizers.engine.validate import FRACTION, NON_NEGATIVE
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 

@@ -24,8 +24,8 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
+from emerging_optimizers.engine.options import FLAG, FRACTION
 from emerging_optimizers.engine.scalars import lerp
-from emerging_optimizers.engine.validate import FLAG, FRACTION
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 

@@ -26,8 +26,8 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_of_averages_
+from emerging_optimizers.engine.options import BETAS, COUNT, FLAG, FRACTION, NON_NEGATIVE, optional
 from emerging_optimizers.engine.scalars import add_, addcmul_
-from emerging_optimizers.engine.validate import BETAS, COUNT, FLAG, FRACTION, NON_NEGATIVE, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 from emerging_optimizers.scalar_optimizers.ademamix import half_life_warmup

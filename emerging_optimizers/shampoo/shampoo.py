@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.validate import COUNT, FRACTION, POSITIVE, optional
+from emerging_optimizers.engine.options import COUNT, FRACTION, POSITIVE, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.inverse_root import inverse_root
 from emerging_optimizers.linalg.kernels.symmetric import gram

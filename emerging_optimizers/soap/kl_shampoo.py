@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.validate import COUNT, FLAG, FRACTION, POSITIVE, WHOLE, one_of, optional
+from emerging_optimizers.engine.options import COUNT, FLAG, FRACTION, POSITIVE, WHOLE, one_of, optional
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision

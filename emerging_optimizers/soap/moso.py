@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.validate import FLAG, FRACTION, NON_NEGATIVE, POSITIVE, one_of
+from emerging_optimizers.engine.options import FLAG, FRACTION, NON_NEGATIVE, POSITIVE, one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram

@@ -65,7 +65,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.validate import (
+from emerging_optimizers.engine.options import (
     BETAS,
     COUNT,
     FLAG,

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, RuleOptimizer, Scalars
-from emerging_optimizers.engine.validate import COUNT, POSITIVE, one_of
+from emerging_optimizers.engine.options import COUNT, POSITIVE, one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import (
     SCHEDULES,

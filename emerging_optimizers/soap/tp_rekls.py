@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
-from emerging_optimizers.engine.validate import one_of
+from emerging_optimizers.engine.options import one_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
