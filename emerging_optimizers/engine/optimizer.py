@@ -665,6 +665,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         algorithm = self._algorithm(mine)
         ranges = algorithm.ranges
         own = {key: mine[key] for key in ("param_names",) if key in mine}
+        for name in theirs.keys() & algorithm.fixed.keys():  # written when it was an option
+            if theirs[name] != algorithm.fixed[name]:
+                raise ValueError(
+                    f"{algorithm.__name__}: the checkpoint's param_groups[{index}] has {name}={theirs[name]!r}, and it "
+                    f"is {algorithm.fixed[name]!r} for this optimizer"
+                )
+        theirs = {name: value for name, value in theirs.items() if name not in algorithm.fixed}
         group = plain_options({**mine, **theirs, **own, "params": theirs["params"]}, ranges)
         check_group(algorithm.__name__, f"the checkpoint's param_groups[{index}]", group, ranges)
         algorithm._check_choice(group)

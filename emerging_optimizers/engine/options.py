@@ -21,7 +21,9 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine.hooks import HOOKS, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, is_view
 from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.linalg.coefficients import SCHEDULES, NSCoeffT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.linalg.scaling import MuonScaleT
 
 ClassT = TypeVar("ClassT", bound=type)
 Execution = Literal["stacked", "per_matrix", "compiled"]
@@ -108,7 +110,7 @@ MatrixParams = Annotated[
     "flattened to (out, rest).",
 ]
 LearningRate = Annotated[float | Tensor, Option(LEARNING_RATE, "learning rate, >= 0.")]
-Momentum = Annotated[float, Option(FRACTION, "mu, decay of the momentum, in [0, 1).")]
+Momentum = Annotated[float, Option(FRACTION, "mu, in [0, 1).")]
 Betas = Annotated[tuple[float, float], Option(BETAS, "decay of Adam's moments, each in [0, 1).")]
 Eps = Annotated[float, Option(NON_NEGATIVE, "added to the root of the second moment, >= 0.")]
 PositiveEps = Annotated[float, Option(POSITIVE, "added to the root of the second moment, > 0.")]
@@ -123,6 +125,19 @@ MatmulPrecision = Annotated[
 ]
 MaxUpdateRms = Annotated[float, Option(NON_NEGATIVE, "scale an update down whose RMS is larger; 0: never.")]
 ExtraScaleFactor = Annotated[float, Option(POSITIVE, "multiplies the update, > 0.")]
+ShampooBeta = Annotated[float, Option(FRACTION, "decay of the factors, in [0, 1).")]
+MaxPrecondDim = Annotated[int | None, Option(optional(COUNT), "a side that is longer has no factor. None: no limit.")]
+NewtonSchulzSteps = Annotated[int, Option(COUNT, "Newton-Schulz steps, >= 1.")]
+ScheduledCoefficients = Annotated[
+    NSCoeffT, Option(one_of(*SCHEDULES), 'the coefficients of Newton-Schulz, as for `Muon`; not "custom".')
+]
+ScaleMode = Annotated[
+    MuonScaleT,
+    Option(
+        one_of(*get_args(MuonScaleT)),
+        '"spectral" sqrt(max(M, N)); "shape_scaling" sqrt(max(1, M / N)); "unit_rms_norm" sqrt(M / N).',
+    ),
+]
 
 
 def _option_of(hint: Any) -> Option | None:
@@ -275,13 +290,15 @@ def declared(constructor: Callable[..., Any]) -> Declared:
             more = options_in(kind)
             ranges |= {key: option.check for key, option in more.items()}
             defaults |= {key: option.default for key, option in more.items()}
-            arguments.append((f"**{name}", f"see `{kind.__name__}`."))
+            everyones = EngineOptions.__annotations__
+            arguments += [(key, f"{x.text} Default {x.default!r}.") for key, x in more.items() if key not in everyones]
+            arguments.append((f"**{name}", "see `EngineOptions`."))
             continue
         if option := _option_of(hint):
             ranges[name] = option.check
         if text := _text_of(hint):
             arguments.append((name, text))
-    constructor.__annotations__ = plain
+    constructor.__annotations__ = {**plain, "return": None}
     return Declared(ranges, defaults, tuple(arguments))
 
 

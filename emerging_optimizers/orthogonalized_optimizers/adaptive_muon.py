@@ -29,21 +29,33 @@ References:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Unpack, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Phase, Scalars, Step, lerp
-from emerging_optimizers.engine.options import FRACTION, NON_NEGATIVE, one_of, optional
-from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.coefficients import NSCoeffT
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.engine.options import (
+    FRACTION,
+    Eps,
+    ExtraScaleFactor,
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    NewtonSchulzSteps,
+    Option,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    one_of,
+    optional,
+)
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
-from emerging_optimizers.orthogonalized_optimizers.muon import Muon
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    CoefficientType,
+    NewtonSchulzPrecision,
     OrthogonalizerOptions,
     PolarOptimizer,
     PolarRule,
@@ -100,28 +112,37 @@ class AdaptiveMuonRule(PolarRule):
         return Step(U * (scale * t.extra_scale_factor), AdaptiveMuonState(momentum, V))
 
 
+AdaptiveMuonWeightDecayMethod = Annotated[
+    WeightDecayMethod, '"decoupled", "independent", "l2" (not with "namo") or "palm".'
+]
+Moment2Method = Annotated[
+    Moment2MethodT,
+    Option(
+        one_of(*get_args(Moment2MethodT)),
+        '"adamuon" (element-wise), "normuon" (by row or column) or "namo" (one number).',
+    ),
+]
+AdamuonScale = Annotated[
+    AdaMuonScaleT,
+    Option(
+        one_of(*get_args(AdaMuonScaleT)),
+        '"muon" gives adamuon\'s quotient the norm of O; "published" leaves it at an RMS of 1 before Muon\'s '
+        "scale is applied, so that with the default scale the update is sqrt(max(M, N)) times larger.",
+    ),
+]
+
+
+OptionalScaleMode = Annotated[
+    MuonScaleT | None,
+    Option(
+        optional(one_of(*get_args(MuonScaleT))),
+        "as in `Muon`; None: none, for a subclass whose `orthogonalize` scales its result.",
+    ),
+]
+
+
 class AdaptiveMuon(PolarOptimizer):
     """AdaptiveMuon; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" (not with "namo") or "palm".
-        fp32_matmul_prec: as in `Muon`.
-        coefficient_type: as in `Muon`.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        scale_mode: as in `Muon`; None: none, for a subclass whose `orthogonalize` scales its result.
-        extra_scale_factor: multiplies the update, > 0.
-        moment2_method: "adamuon" (element-wise), "normuon" (by row or column) or "namo" (one number).
-        beta2: decay of the second moment, in [0, 1).
-        eps: added to the root of the second moment (normuon: its lower bound), >= 0.
-        adamuon_scale: "muon" gives adamuon's quotient the norm of O; "published" leaves it at an RMS of 1 before
-            Muon's scale is applied, so that with the default scale the update is sqrt(max(M, N)) times larger.
-        **options: see `OrthogonalizerOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -136,15 +157,6 @@ class AdaptiveMuon(PolarOptimizer):
     """
 
     rule = AdaptiveMuonRule
-    ranges = {
-        **PolarOptimizer.ranges,
-        "scale_mode": optional(Muon.ranges["scale_mode"]),
-        "extra_scale_factor": Muon.ranges["extra_scale_factor"],
-        "moment2_method": one_of(*get_args(Moment2MethodT)),
-        "beta2": FRACTION,
-        "eps": NON_NEGATIVE,
-        "adamuon_scale": one_of(*get_args(AdaMuonScaleT)),
-    }
     set_later = {
         **{field.name: field.default for field in fields(AdaptiveMuonRule)},
         "scale_mode": None,  # a `scaled_orthogonalize_fn` has it
@@ -155,42 +167,25 @@ class AdaptiveMuon(PolarOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: LearningRate,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.01,
         *,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        scale_mode: MuonScaleT | None = "spectral",
-        extra_scale_factor: float = 1.0,
-        moment2_method: Moment2MethodT = "adamuon",
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-        adamuon_scale: AdaMuonScaleT = "muon",
+        nesterov: Nesterov = False,
+        weight_decay_method: AdaptiveMuonWeightDecayMethod = "decoupled",
+        fp32_matmul_prec: NewtonSchulzPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: NewtonSchulzSteps = 5,
+        scale_mode: OptionalScaleMode = "spectral",
+        extra_scale_factor: ExtraScaleFactor = 1.0,
+        moment2_method: Moment2Method = "adamuon",
+        beta2: Annotated[float, Option(FRACTION, "decay of the second moment, in [0, 1).")] = 0.95,
+        eps: Annotated[Eps, "added to the root of the second moment (normuon: its lower bound), >= 0."] = 1e-8,
+        adamuon_scale: AdamuonScale = "muon",
         **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            moment2_method=moment2_method,
-            beta2=beta2,
-            eps=eps,
-            adamuon_scale=adamuon_scale,
-            **options,
-        )
+        super().__init__(**given(locals()))
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:

@@ -16,17 +16,26 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Literal, Unpack, get_args
+from typing import Annotated, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Scalars
-from emerging_optimizers.engine.options import POSITIVE, one_of
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    ExtraScaleFactor,
+    LearningRate,
+    MatmulPrecision,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    Option,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    one_of,
+)
 from emerging_optimizers.linalg.polar import polar_svd
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
     OrthogonalizedOptimizer,
@@ -56,21 +65,13 @@ class MOPRule(OrthogonalizedRule):
         return polar_BMN * (muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode) * t.extra_scale_factor)
 
 
+MOPScaleMode = Annotated[
+    MopScaleT, Option(one_of("nuclear_norm", *get_args(MuonScaleT)), '"nuclear_norm", or as in `Muon`.')
+]
+
+
 class MOP(OrthogonalizedOptimizer):
     """MOP; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: of the last product, U V'.
-        scale_mode: "nuclear_norm", or as in `Muon`.
-        extra_scale_factor: multiplies the update, > 0.
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -85,38 +86,22 @@ class MOP(OrthogonalizedOptimizer):
     """
 
     rule = MOPRule
-    ranges = {
-        **OrthogonalizedOptimizer.ranges,
-        "scale_mode": one_of("nuclear_norm", *get_args(MuonScaleT)),
-        "extra_scale_factor": POSITIVE,
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: LearningRate = 3e-4,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.01,
         *,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "highest",
-        scale_mode: MopScaleT = "nuclear_norm",
-        extra_scale_factor: float = 1.0,
+        nesterov: Nesterov = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: Annotated[MatmulPrecision, "of the last product, U V'."] = "highest",
+        scale_mode: MOPScaleMode = "nuclear_norm",
+        extra_scale_factor: ExtraScaleFactor = 1.0,
         **engine: Unpack[EngineOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            **engine,
-        )
+        super().__init__(**given(locals()))
 
 
 def nuclear_norm(polar_BMN: Tensor, x_BMN: Tensor) -> Tensor:

@@ -18,22 +18,32 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Unpack, get_args
+from typing import Annotated, ClassVar, Unpack
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Scalars
-from emerging_optimizers.engine.options import POSITIVE, one_of
-from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.coefficients import NSCoeffT
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.engine.options import (
+    ExtraScaleFactor,
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    NewtonSchulzSteps,
+    ScaleMode,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.linalg.scaling import MuonScaleT
 from emerging_optimizers.linalg.scaling import muon_scale_factor as get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    CoefficientType,
+    NewtonSchulzPrecision,
     OrthogonalizerOptions,
     PolarOptimizer,
     PolarRule,
+    UseSyrk,
 )
 
 
@@ -50,32 +60,11 @@ class MuonRule(PolarRule):
         return self.polar(x_BMN).mul_(scale * t.extra_scale_factor)  # fresh, so in place
 
 
+MuonExtraScaleFactor = Annotated[ExtraScaleFactor, "multiplies the update, > 0. 0.2 matches the update RMS of AdamW."]
+
+
 class Muon(PolarOptimizer):
     """Muon; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0; with the default scale, the RMS of the update.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: Newton-Schulz in bfloat16 where the device multiplies it fast, else float32 ("medium";
-            `repr` says which, `linalg.precision` how that is decided), TF32 where the device has it ("high") or float32
-            ("highest"). float64 parameters are computed in float64.
-        coefficient_type: "quintic" (5 steps), "simple" (any), "polar_express" (8), "cans" (5), "aol" (4),
-            "deepseekv4" (10), "cubic5" (5) or "custom". Another number of steps than a set is made for is
-            announced by a warning; "cubic5" refuses it. "cans" diverges on gradients of low rank where products are
-            rounded, and is refused unless `fp32_matmul_prec="highest"`. "aol" follows nearly rank-one gradients with
-            the wrong sign, as published, and a warning says so.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        scale_mode: "spectral" sqrt(max(M, N)); "shape_scaling" sqrt(max(1, M / N)); "unit_rms_norm" sqrt(M / N).
-        extra_scale_factor: multiplies the update, > 0. 0.2 matches the update RMS of AdamW.
-        use_syrk: the symmetric products of Newton-Schulz by a triton kernel that computes half of them: on CUDA
-            devices with triton, for bfloat16 and float32 (not float64); elsewhere True is refused. At
-            fp32_matmul_prec="highest" the kernel does without tensor cores, and is right rather than fast.
-        **options: see `OrthogonalizerOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -91,41 +80,22 @@ class Muon(PolarOptimizer):
     """
 
     rule = MuonRule
-    ranges = {
-        **PolarOptimizer.ranges,
-        "scale_mode": one_of(*get_args(MuonScaleT)),
-        "extra_scale_factor": POSITIVE,
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: Annotated[LearningRate, "learning rate, >= 0; with the default scale, the RMS of the update."] = 3e-4,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.01,
         *,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        scale_mode: MuonScaleT = "spectral",
-        extra_scale_factor: float = 1.0,
-        use_syrk: bool = False,
+        nesterov: Nesterov = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: NewtonSchulzPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: NewtonSchulzSteps = 5,
+        scale_mode: ScaleMode = "spectral",
+        extra_scale_factor: MuonExtraScaleFactor = 1.0,
+        use_syrk: UseSyrk = False,
         **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            use_syrk=use_syrk,
-            **options,
-        )
+        super().__init__(**given(locals()))

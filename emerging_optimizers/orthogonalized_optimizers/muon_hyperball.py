@@ -18,20 +18,32 @@ References:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack
-
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from typing import Annotated, Any, Unpack
 
 from emerging_optimizers.engine.hooks import HyperballHook
-from emerging_optimizers.engine.options import POSITIVE, optional
+from emerging_optimizers.engine.options import (
+    POSITIVE,
+    ExtraScaleFactor,
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    NewtonSchulzSteps,
+    Option,
+    ScaleMode,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    optional,
+)
 from emerging_optimizers.engine.validate import label
-from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.coefficients import NSCoeffT
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
-from emerging_optimizers.linalg.scaling import MuonScaleT
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
-from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import OrthogonalizerOptions
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    CoefficientType,
+    NewtonSchulzPrecision,
+    OrthogonalizerOptions,
+    UseSyrk,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,26 +60,16 @@ class MuonHyperballRule(MuonRule):
         return HyperballHook(self.hyperball_radius, self.hyperball_eps)
 
 
+HyperballRadius = Annotated[
+    float | None,
+    Option(
+        optional(POSITIVE), "R, > 0, for every matrix, which the first step takes there; None: the norm that each has."
+    ),
+]
+
+
 class MuonHyperball(Muon):
     """MuonHyperball; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0; the angle of a step.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0.
-        hyperball_eps: smaller norms count as zero, > 0.
-        hyperball_radius: R, > 0, for every matrix, which the first step takes there; None: the norm that each has.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: as in `Muon`.
-        coefficient_type: as in `Muon`.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        scale_mode: as in `Muon`; without effect, as the update is normalized.
-        extra_scale_factor: as in `Muon`; without effect, as the update is normalized.
-        use_syrk: as in `Muon`.
-        **options: see `OrthogonalizerOptions`; `weight_update_hook` has to be None.
 
     Raises:
         ValueError: a value out of its range, a parameter with fewer than two dimensions, or one that is zero where
@@ -84,44 +86,27 @@ class MuonHyperball(Muon):
     """
 
     rule = MuonHyperballRule
-    ranges = {**Muon.ranges, "hyperball_eps": POSITIVE, "hyperball_radius": optional(POSITIVE)}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: Annotated[LearningRate, "learning rate, >= 0; the angle of a step."] = 3e-4,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.01,
         *,
-        hyperball_eps: float = 1e-8,
-        hyperball_radius: float | None = None,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        scale_mode: MuonScaleT = "spectral",
-        extra_scale_factor: float = 1.0,
-        use_syrk: bool = False,
+        hyperball_eps: Annotated[float, Option(POSITIVE, "smaller norms count as zero, > 0.")] = 1e-8,
+        hyperball_radius: HyperballRadius = None,
+        nesterov: Nesterov = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: NewtonSchulzPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: NewtonSchulzSteps = 5,
+        scale_mode: ScaleMode = "spectral",
+        extra_scale_factor: ExtraScaleFactor = 1.0,
+        use_syrk: UseSyrk = False,
         **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        own: Any = {"hyperball_eps": hyperball_eps, "hyperball_radius": hyperball_radius}
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            use_syrk=use_syrk,
-            **options,
-            **own,
-        )
+        super().__init__(**given(locals()))
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:

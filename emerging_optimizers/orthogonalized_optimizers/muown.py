@@ -21,21 +21,36 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Phase, Scalars, Step
-from emerging_optimizers.engine.options import BETAS, NON_NEGATIVE
+from emerging_optimizers.engine.options import (
+    NON_NEGATIVE,
+    Betas,
+    ExtraScaleFactor,
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    NewtonSchulzSteps,
+    Option,
+    ScaleMode,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
-from emerging_optimizers.linalg.coefficients import NSCoeffT
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
-from emerging_optimizers.linalg.scaling import MuonScaleT
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
-from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import OrthogonalizerOptions
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    CoefficientType,
+    NewtonSchulzPrecision,
+    OrthogonalizerOptions,
+    UseSyrk,
+)
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
 
 # Rows shorter than this count as this long: a row of zeros has no direction yet, and nothing may divide by its norm.
@@ -99,26 +114,11 @@ class MuownRule(MuonRule):
         return Step(None, MuownState(g, v_norm, momentum, m_g, v_g), parameter=g * (V_BMN / v_norm))
 
 
+MuownBetas = Annotated[Betas, "decay of Adam's first and second moment of the magnitudes, each in [0, 1)."]
+
+
 class Muown(Muon):
     """Muown; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate of directions and magnitudes, >= 0.
-        momentum: mu, in [0, 1).
-        weight_decay: of the magnitudes, >= 0.
-        betas: decay of Adam's first and second moment of the magnitudes, each in [0, 1).
-        adam_eps: added to the root of that second moment, >= 0.
-        fp32_matmul_prec: as in `Muon`.
-        coefficient_type: as in `Muon`.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        scale_mode: as in `Muon`.
-        extra_scale_factor: multiplies the update of the directions, > 0.
-        use_syrk: as in `Muon`.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **options: see `OrthogonalizerOptions`; `weight_update_hook` has to be None.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -133,44 +133,27 @@ class Muown(Muon):
     """
 
     rule = MuownRule
-    ranges = {**Muon.ranges, "betas": BETAS, "adam_eps": NON_NEGATIVE}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
+        params: MatrixParams,
+        lr: Annotated[LearningRate, "learning rate of directions and magnitudes, >= 0."] = 3e-4,
+        momentum: Momentum = 0.95,
+        weight_decay: Annotated[WeightDecay, "of the magnitudes, >= 0."] = 0.0,
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        adam_eps: float = 1e-8,
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        scale_mode: MuonScaleT = "spectral",
-        extra_scale_factor: float = 1.0,
-        use_syrk: bool = False,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
+        betas: MuownBetas = (0.9, 0.95),
+        adam_eps: Annotated[float, Option(NON_NEGATIVE, "added to the root of that second moment, >= 0.")] = 1e-8,
+        fp32_matmul_prec: NewtonSchulzPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: NewtonSchulzSteps = 5,
+        scale_mode: ScaleMode = "spectral",
+        extra_scale_factor: Annotated[ExtraScaleFactor, "multiplies the update of the directions, > 0."] = 1.0,
+        use_syrk: UseSyrk = False,
+        nesterov: Nesterov = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        own: Any = {"betas": betas, "adam_eps": adam_eps}
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            use_syrk=use_syrk,
-            **options,
-            **own,
-        )
+        super().__init__(**given(locals()))
 
 
 def _row_norms(x_BMN: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
             "fp32_matmul_prec": fp32_matmul_prec,
             **kwargs,
         }
-        self._later = {name: value for name, value in self.set_later.items() if name not in defaults}
+        self._later = {name: value for name, value in self.set_later.items() if name not in {**self.preset, **defaults}}
         super().__init__(params, defaults, **engine)
         for group in self.param_groups:  # its check has filled them in, for the check alone
             for name, value in self._later.items():

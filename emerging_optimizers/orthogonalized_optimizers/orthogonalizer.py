@@ -16,14 +16,26 @@ error bounds and costs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions
-from emerging_optimizers.engine.options import COUNT, FLAG, POSITIVE, Check, one_of, optional
+from emerging_optimizers.engine.options import (
+    COUNT,
+    FLAG,
+    MATMUL_PRECISION,
+    POSITIVE,
+    Check,
+    EngineOptions,
+    Option,
+    described,
+    given,
+    one_of,
+    optional,
+)
+from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import (
     SCHEDULES,
     Coefficients,
@@ -49,22 +61,72 @@ LEAST_ACCURACY = 0.05
 OrthogonalizerT = Literal["newton_schulz", "gram_newton_schulz", "qdwh", "svd"]
 
 
+NewtonSchulzPrecision = Annotated[
+    FP32MatmulPrecT,
+    Option(
+        MATMUL_PRECISION,
+        'Newton-Schulz in bfloat16 where the device multiplies it fast, else float32 ("medium"; `repr` says which, '
+        '`linalg.precision` how that is decided), TF32 where the device has it ("high") or float32 ("highest"). '
+        "float64 parameters are computed in float64.",
+    ),
+]
+CoefficientType = Annotated[
+    NSCoeffT,
+    Option(
+        one_of(*SCHEDULES, "custom"),
+        '"quintic" (5 steps), "simple" (any), "polar_express" (8), "cans" (5), "aol" (4), "deepseekv4" (10), "cubic5" '
+        '(5) or "custom". Another number of steps than a set is made for is announced by a warning; "cubic5" '
+        'refuses it. "cans" diverges on gradients of low rank where products are rounded, and is refused unless '
+        '`fp32_matmul_prec="highest"`. "aol" follows nearly rank-one gradients with the wrong sign, as published, and '
+        "a warning says so.",
+    ),
+]
+UseSyrk = Annotated[
+    bool,
+    Option(
+        FLAG,
+        "the symmetric products of Newton-Schulz by a triton kernel that computes half of them: on CUDA devices with "
+        "triton, for bfloat16 and float32 (not float64); elsewhere True is refused. At "
+        'fp32_matmul_prec="highest" the kernel does without tensor cores, and is right rather than fast.',
+    ),
+]
+
+
+@described
 class OrthogonalizerOptions(EngineOptions, total=False):
-    """Keyword arguments of every optimizer that orthogonalizes by choice, beyond `EngineOptions`.
+    """Keyword arguments of every optimizer that orthogonalizes by choice, beyond `EngineOptions`."""
 
-    Attributes:
-        orthogonalizer: "newton_schulz" (default), "gram_newton_schulz" (the same map, cheaper where one side is much
-            the longer), "qdwh" or "svd" (exact). Per group.
-        accuracy: instead of `coefficient_type` and `num_ns_steps`: the fewest steps that take every singular value of
-            at least 1e-3 of the Frobenius norm to within this distance of 1 (`linalg.coefficients.minimax`), in (0, 1)
-            and at least 0.05 unless `fp32_matmul_prec="highest"`. 0.6 takes 4 steps, 0.15 takes 5. None (default): they
-            count. Per group.
-        custom_coefficient_sets: the (a, b, c) of each step for coefficient_type="custom", cycled. Per group.
-    """
-
-    orthogonalizer: OrthogonalizerT
-    accuracy: float | None
-    custom_coefficient_sets: Sequence[tuple[float, float, float]] | None
+    orthogonalizer: Annotated[
+        OrthogonalizerT,
+        Option(
+            one_of(*get_args(OrthogonalizerT)),
+            '"newton_schulz", "gram_newton_schulz" (the same map, cheaper where one side is much the longer), "qdwh" '
+            'or "svd" (exact). Per group.',
+            default="newton_schulz",
+        ),
+    ]
+    accuracy: Annotated[
+        float | None,
+        Option(
+            optional(Check(lambda v: POSITIVE.holds(v) and v < 1, "a number in (0, 1)")),
+            "instead of `coefficient_type` and `num_ns_steps`: the fewest steps that take every singular value of at "
+            "least 1e-3 of the Frobenius norm to within this distance of 1 (`linalg.coefficients.minimax`), in (0, 1) "
+            'and at least 0.05 unless `fp32_matmul_prec="highest"`. 0.6 takes 4 steps, 0.15 takes 5. None: they count. '
+            "Per group.",
+            default=None,
+        ),
+    ]
+    custom_coefficient_sets: Annotated[
+        Sequence[tuple[float, float, float]] | None,
+        Option(
+            Check(
+                lambda v: v is None or (len(v) > 0 and all(len(abc) == 3 for abc in v)),
+                "None, or a list of (a, b, c)",
+            ),
+            'the (a, b, c) of each step for coefficient_type="custom", cycled. Per group.',
+            default=None,
+        ),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,31 +174,22 @@ class PolarOptimizer(OrthogonalizedOptimizer):
     """The base of optimizers with a `PolarRule`: ranges, defaults and warnings of the orthogonalizer's settings."""
 
     rule = PolarRule
-    ranges = {
-        **OrthogonalizedOptimizer.ranges,
-        "orthogonalizer": one_of(*get_args(OrthogonalizerT)),
-        "coefficient_type": one_of(*SCHEDULES, "custom"),
-        "num_ns_steps": COUNT,
-        "accuracy": optional(Check(lambda v: POSITIVE.holds(v) and v < 1, "a number in (0, 1)")),
-        "custom_coefficient_sets": Check(
-            lambda v: v is None or (len(v) > 0 and all(len(abc) == 3 for abc in v)),
-            "None, or a list of (a, b, c)",
-        ),
-        "use_syrk": FLAG,
-    }
+    # Of options that not every class has an argument for.
+    preset = {"nesterov": False, "use_syrk": False}
+    ranges = {"coefficient_type": one_of(*SCHEDULES, "custom"), "num_ns_steps": COUNT, "use_syrk": FLAG}
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor, momentum: float, weight_decay: float, **options: Any
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float,
+        weight_decay: float,
+        *,
+        nesterov: bool = False,
+        weight_decay_method: WeightDecayT = "decoupled",
+        **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        defaults = {
-            "nesterov": False,
-            "weight_decay_method": "decoupled",
-            "orthogonalizer": "newton_schulz",
-            "accuracy": None,
-            "custom_coefficient_sets": None,
-            "use_syrk": False,
-        }
-        super().__init__(params, lr, momentum, weight_decay, **{**defaults, **options})
+        super().__init__(**given(locals()))
 
     def __repr__(self) -> str:
         casting = [group for group in self.param_groups if self.casts(group)]

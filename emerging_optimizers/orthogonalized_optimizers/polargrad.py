@@ -22,16 +22,24 @@ from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Scalars
-from emerging_optimizers.engine.options import POSITIVE
-from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.coefficients import NSCoeffT
+from emerging_optimizers.engine.options import (
+    ExtraScaleFactor,
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    NewtonSchulzSteps,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.linalg.eigh import eigh_descending
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.orthogonalized_optimizers.mop import nuclear_norm
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    CoefficientType,
+    NewtonSchulzPrecision,
     OrthogonalizerOptions,
     PolarOptimizer,
     PolarRule,
@@ -53,20 +61,6 @@ class PolarGradRule(PolarRule):
 class PolarGrad(PolarOptimizer):
     """PolarGrad; the equations are in this module's docstring.
 
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: as in `Muon`.
-        coefficient_type: as in `Muon`.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        extra_scale_factor: multiplies the update, > 0.
-        **options: see `OrthogonalizerOptions`.
-
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
@@ -80,36 +74,23 @@ class PolarGrad(PolarOptimizer):
     """
 
     rule = PolarGradRule
-    ranges = {**PolarOptimizer.ranges, "extra_scale_factor": POSITIVE}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: LearningRate = 3e-4,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.01,
         *,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "highest",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        extra_scale_factor: float = 1.0,
+        nesterov: Nesterov = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: NewtonSchulzPrecision = "highest",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: NewtonSchulzSteps = 5,
+        extra_scale_factor: ExtraScaleFactor = 1.0,
         **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            extra_scale_factor=extra_scale_factor,
-            **options,
-        )
+        super().__init__(**given(locals()))
 
 
 def one_sided_polargrad_orth_fn(

@@ -29,18 +29,27 @@ References:
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal, Unpack, get_args
+from typing import Annotated, Literal, Unpack, get_args
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Scalars
-from emerging_optimizers.engine.options import POSITIVE, one_of
-from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.coefficients import NSCoeffT
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.engine.options import (
+    POSITIVE,
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    NewtonSchulzSteps,
+    Option,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    one_of,
+)
 from emerging_optimizers.linalg.scaling import unit_norm
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    CoefficientType,
+    NewtonSchulzPrecision,
     OrthogonalizerOptions,
     PolarOptimizer,
     PolarRule,
@@ -77,23 +86,24 @@ class ScionRule(PolarRule):
         return direction * t.spectral_radius
 
 
+ScionParams = Annotated[
+    MatrixParams,
+    'tensors, (name, tensor) pairs, or groups; vectors only with norm "sign" or "rms". 3-D: a batch of '
+    "matrices; convolutions are flattened to (out, rest).",
+]
+SpectralRadius = Annotated[
+    float,
+    Option(
+        POSITIVE,
+        "rho, the radius of the ball of whichever norm, > 0. The paper's language models use 50 for hidden "
+        "matrices and 3000 for the embedding and the head.",
+    ),
+]
+Norm = Annotated[ScionNormT, Option(one_of(*get_args(ScionNormT)), '"spectral", "sign", "row", "column" or "rms".')]
+
+
 class Scion(PolarOptimizer):
     """Scion; the equations and the norms are in this module's docstring.
-
-    Args:
-        params: tensors, (name, tensor) pairs, or groups; vectors only with norm "sign" or "rms". 3-D: a batch of
-            matrices; convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0; with weight_decay=1 at most 1.
-        momentum: mu, in [0, 1).
-        fp32_matmul_prec: as in `Muon`.
-        coefficient_type: as in `Muon`.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        spectral_radius: rho, the radius of the ball of whichever norm, > 0. The paper's language models use 50 for
-            hidden matrices and 3000 for the embedding and the head.
-        norm: "spectral", "sign", "row", "column" or "rms".
-        weight_decay: 1: constrained to the ball; 0: unconstrained.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **options: see `OrthogonalizerOptions`.
 
     Raises:
         ValueError: a value out of its range, or a vector where the norm is about matrices.
@@ -116,33 +126,20 @@ class Scion(PolarOptimizer):
     """
 
     rule = ScionRule
-    ranges = {**PolarOptimizer.ranges, "spectral_radius": POSITIVE, "norm": one_of(*get_args(ScionNormT))}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
+        params: ScionParams,
+        lr: Annotated[LearningRate, "learning rate, >= 0; with weight_decay=1 at most 1."] = 3e-4,
+        momentum: Momentum = 0.95,
         *,
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        spectral_radius: float = 1.0,
-        norm: ScionNormT = "spectral",
-        weight_decay: float = 1.0,
-        weight_decay_method: WeightDecayT = "decoupled",
+        fp32_matmul_prec: NewtonSchulzPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: NewtonSchulzSteps = 5,
+        spectral_radius: SpectralRadius = 1.0,
+        norm: Norm = "spectral",
+        weight_decay: Annotated[WeightDecay, "1: constrained to the ball; 0: unconstrained."] = 1.0,
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            spectral_radius=spectral_radius,
-            norm=norm,
-            **options,
-        )
+        super().__init__(**given(locals()))

@@ -19,22 +19,38 @@ References:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack, get_args
+from typing import Annotated, Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine.hooks import WeightUpdateHook
-from emerging_optimizers.engine.options import COUNT, POSITIVE, one_of
+from emerging_optimizers.engine.options import (
+    COUNT,
+    POSITIVE,
+    ExtraScaleFactor,
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    NewtonSchulzSteps,
+    Option,
+    PositiveEps,
+    ScaleMode,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    one_of,
+)
 from emerging_optimizers.engine.validate import label
-from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.coefficients import NSCoeffT
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
-from emerging_optimizers.linalg.scaling import MuonScaleT
 from emerging_optimizers.linalg.sinkhorn import sinkhorn, sums
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
-from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import OrthogonalizerOptions
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    CoefficientType,
+    NewtonSchulzPrecision,
+    OrthogonalizerOptions,
+    UseSyrk,
+)
 
 SinkhornLawT = Literal["logarithmic", "published"]
 
@@ -67,28 +83,21 @@ class SinkhornMuonRule(MuonRule):
         return SinkhornHook(self.num_iters, self.eps, self.law)
 
 
+SinkhornMuonParams = Annotated[
+    MatrixParams,
+    "matrices or batches of matrices, (name, tensor) pairs, or groups. Each has to be what the map makes: "
+    "nonnegative, rows and columns with their sums. `utils.SinkhornMapper` makes it.",
+]
+DoublyStochasticTolerance = Annotated[
+    float, Option(POSITIVE, "how far the sums of a weight may be off when it is given, > 0.")
+]
+Law = Annotated[
+    SinkhornLawT, Option(one_of(*get_args(SinkhornLawT)), '"logarithmic", or "published", which flattens weights.')
+]
+
+
 class SinkhornMuon(Muon):
     """SinkhornMuon; the equations are in this module's docstring.
-
-    Args:
-        params: matrices or batches of matrices, (name, tensor) pairs, or groups. Each has to be what the map makes:
-            nonnegative, rows and columns with their sums. `utils.SinkhornMapper` makes it.
-        lr: learning rate, >= 0; about the relative change of an entry.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0.
-        num_iters: iterations of the map, >= 1.
-        eps: smaller sums of rows and columns count as this, > 0.
-        doubly_stochastic_tolerance: how far the sums of a weight may be off when it is given, > 0.
-        law: "logarithmic", or "published", which flattens weights.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: as in `Muon`.
-        coefficient_type: as in `Muon`.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        scale_mode: as in `Muon`.
-        extra_scale_factor: as in `Muon`.
-        use_syrk: as in `Muon`.
-        **options: see `OrthogonalizerOptions`; `weight_update_hook` has to be None.
 
     Raises:
         ValueError: a value out of its range, or a parameter that the map has not made.
@@ -103,57 +112,29 @@ class SinkhornMuon(Muon):
     """
 
     rule = SinkhornMuonRule
-    ranges = {
-        **Muon.ranges,
-        "num_iters": COUNT,
-        "eps": POSITIVE,
-        "doubly_stochastic_tolerance": POSITIVE,
-        "law": one_of(*get_args(SinkhornLawT)),
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        params: SinkhornMuonParams,
+        lr: Annotated[LearningRate, "learning rate, >= 0; about the relative change of an entry."] = 3e-4,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.01,
         *,
-        num_iters: int = 20,
-        eps: float = 1e-8,
-        doubly_stochastic_tolerance: float = 0.1,
-        law: SinkhornLawT = "logarithmic",
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        scale_mode: MuonScaleT = "spectral",
-        extra_scale_factor: float = 1.0,
-        use_syrk: bool = False,
+        num_iters: Annotated[int, Option(COUNT, "iterations of the map, >= 1.")] = 20,
+        eps: Annotated[PositiveEps, "smaller sums of rows and columns count as this, > 0."] = 1e-8,
+        doubly_stochastic_tolerance: DoublyStochasticTolerance = 0.1,
+        law: Law = "logarithmic",
+        nesterov: Nesterov = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: NewtonSchulzPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: NewtonSchulzSteps = 5,
+        scale_mode: ScaleMode = "spectral",
+        extra_scale_factor: ExtraScaleFactor = 1.0,
+        use_syrk: UseSyrk = False,
         **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        own: Any = {
-            "num_iters": num_iters,
-            "eps": eps,
-            "doubly_stochastic_tolerance": doubly_stochastic_tolerance,
-            "law": law,
-        }
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            use_syrk=use_syrk,
-            **options,
-            **own,
-        )
+        super().__init__(**given(locals()))
 
     @classmethod
     @torch.no_grad()

@@ -33,17 +33,29 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Unpack, get_args
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
-from emerging_optimizers.engine.options import COUNT, FRACTION, NON_NEGATIVE, Check, one_of, optional
+from emerging_optimizers.engine.options import (
+    COUNT,
+    FRACTION,
+    NON_NEGATIVE,
+    Check,
+    LearningRate,
+    MatrixParams,
+    NewtonSchulzSteps,
+    Option,
+    ScheduledCoefficients,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    optional,
+)
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.coefficients import (
-    SCHEDULES,
     NSCoeffT,
     announce_coefficients,
     check_coefficients,
@@ -58,6 +70,7 @@ from emerging_optimizers.linalg.precision import (
     newton_schulz_in_words,
     reduced_dtype,
 )
+from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import NewtonSchulzPrecision
 
 
 class Factor(NamedTuple):
@@ -274,6 +287,33 @@ def _largest_stretch(values: Mapping[str, Any]) -> float:
     return float(x.abs().max()) * (1 + (2**-7 if values["fp32_matmul_prec"] == "medium" else 2**-18))
 
 
+SpectronParams = Annotated[
+    MatrixParams,
+    "tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices; "
+    "convolutions are flattened to (out, rest). `lowrank.factor_groups(model)` makes the groups of a "
+    "model whose factors are its weights.",
+]
+RankRatio = Annotated[
+    float | None,
+    Option(
+        optional(Check(lambda v: NON_NEGATIVE.holds(v) and 0 < v <= 1, "a number in (0, 1]")),
+        "r as a share of min(M, N), in (0, 1]; it then stands in for `rank`.",
+    ),
+]
+TruncationTolerance = Annotated[
+    float | None,
+    Option(
+        optional(NON_NEGATIVE),
+        "how much of a matrix the first step may lose, as a share of its Frobenius norm. More raises before "
+        "anything moves; None: any, with a warning that says how much.",
+    ),
+]
+OutFeatures = Annotated[
+    int | None,
+    Option(optional(COUNT), "for a parameter that is the two factors, A above B: the rows of A. None: a dense weight."),
+]
+
+
 class Spectron(RuleOptimizer):
     """Spectron; the equations are in this module's docstring.
 
@@ -285,26 +325,6 @@ class Spectron(RuleOptimizer):
 
     A zero matrix starts with A of random orthonormal columns and B = 0, since two zero factors never move. The random
     numbers follow `torch.manual_seed`'s seed and the shape, and leave the generator alone.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest). `lowrank.factor_groups(model)` makes the groups of a model
-            whose factors are its weights.
-        lr: learning rate, >= 0; up to 1 it bounds the spectral norm of the update.
-        rank: r, >= 1; at most min(M, N) is used.
-        momentum_beta: beta, in [0, 1).
-        weight_decay: >= 0, applied to both factors.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: Newton-Schulz in bfloat16 where the device multiplies it fast, else float32 ("medium"; see
-            `Muon`), TF32 where the device has it ("high") or float32 ("highest"). Everything else is float32.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        num_power_iter: power iterations a step, >= 1.
-        coefficient_type: as in `Muon`.
-        rank_ratio: r as a share of min(M, N), in (0, 1]; it then stands in for `rank`.
-        truncation_tolerance: how much of a matrix the first step may lose, as a share of its Frobenius norm. More
-            raises before anything moves; None: any, with a warning that says how much.
-        out_features: for a parameter that is the two factors, A above B: the rows of A. None: a dense weight.
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -319,51 +339,26 @@ class Spectron(RuleOptimizer):
     """
 
     rule = SpectronRule
-    ranges = {
-        "rank": COUNT,
-        "momentum_beta": FRACTION,
-        "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
-        "num_ns_steps": COUNT,
-        "num_power_iter": COUNT,
-        "coefficient_type": one_of(*SCHEDULES),
-        "rank_ratio": optional(Check(lambda v: NON_NEGATIVE.holds(v) and 0 < v <= 1, "a number in (0, 1]")),
-        "truncation_tolerance": optional(NON_NEGATIVE),
-        "out_features": optional(COUNT),
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        rank: int = 64,
-        momentum_beta: float = 0.9,
-        weight_decay: float = 0.01,
+        params: SpectronParams,
+        lr: Annotated[LearningRate, "learning rate, >= 0; up to 1 it bounds the spectral norm of the update."] = 3e-4,
+        rank: Annotated[int, Option(COUNT, "r, >= 1; at most min(M, N) is used.")] = 64,
+        momentum_beta: Annotated[float, Option(FRACTION, "beta, in [0, 1).")] = 0.9,
+        weight_decay: Annotated[WeightDecay, ">= 0, applied to both factors."] = 0.01,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        num_ns_steps: int = 5,
-        num_power_iter: int = 1,
-        coefficient_type: NSCoeffT = "quintic",
-        rank_ratio: float | None = None,
-        truncation_tolerance: float | None = None,
-        out_features: int | None = None,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: NewtonSchulzPrecision = "medium",
+        num_ns_steps: NewtonSchulzSteps = 5,
+        num_power_iter: Annotated[int, Option(COUNT, "power iterations a step, >= 1.")] = 1,
+        coefficient_type: ScheduledCoefficients = "quintic",
+        rank_ratio: RankRatio = None,
+        truncation_tolerance: TruncationTolerance = None,
+        out_features: OutFeatures = None,
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "rank": rank,
-            "momentum_beta": momentum_beta,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-            "fp32_matmul_prec": fp32_matmul_prec,
-            "num_ns_steps": num_ns_steps,
-            "num_power_iter": num_power_iter,
-            "coefficient_type": coefficient_type,
-            "rank_ratio": rank_ratio,
-            "truncation_tolerance": truncation_tolerance,
-            "out_features": out_features,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))
 
     def __repr__(self) -> str:
         casting = [group for group in self.param_groups if self.casts(group)]

@@ -16,17 +16,26 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Scalars
 from emerging_optimizers.engine.hooks import WeightUpdateHook
-from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.coefficients import NSCoeffT
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
+from emerging_optimizers.engine.options import (
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    NewtonSchulzSteps,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
+from emerging_optimizers.linalg.precision import fp32_matmul_precision
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
+    CoefficientType,
+    NewtonSchulzPrecision,
     OrthogonalizerOptions,
     PolarOptimizer,
     PolarRule,
@@ -62,19 +71,6 @@ class SpelRule(PolarRule):
 class Spel(PolarOptimizer):
     """SPEL; the equations are in this module's docstring.
 
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0; the spectral norm of a step before the retraction.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: as in `Muon`; of both Newton-Schulz iterations.
-        coefficient_type: as in `Muon`.
-        num_ns_steps: Newton-Schulz steps, >= 1.
-        **options: see `OrthogonalizerOptions`; `weight_update_hook` has to be None.
-
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
@@ -92,27 +88,16 @@ class Spel(PolarOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.1,
+        params: MatrixParams,
+        lr: Annotated[LearningRate, "learning rate, >= 0; the spectral norm of a step before the retraction."] = 3e-4,
+        momentum: Momentum = 0.95,
+        weight_decay: WeightDecay = 0.1,
         *,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
+        nesterov: Nesterov = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: NewtonSchulzPrecision = "medium",
+        coefficient_type: CoefficientType = "quintic",
+        num_ns_steps: NewtonSchulzSteps = 5,
         **options: Unpack[OrthogonalizerOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=weight_decay_method,
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            **options,
-        )
+        super().__init__(**given(locals()))

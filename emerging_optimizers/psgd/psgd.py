@@ -41,16 +41,28 @@ References:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
-from emerging_optimizers.engine.options import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, optional
-from emerging_optimizers.engine.options import WHOLE as SEED
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    COUNT,
+    FRACTION,
+    NON_NEGATIVE,
+    POSITIVE,
+    WHOLE,
+    LearningRate,
+    MatrixParams,
+    MaxPrecondDim,
+    MaxUpdateRms,
+    Momentum,
+    Option,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.noise import counted_normal
@@ -154,27 +166,33 @@ def balance(factors: list[Tensor]) -> list[Tensor]:
     return [Q * (mean / peak).view(-1, *(1 for _ in Q.shape[1:])) for Q, peak in zip(factors, peaks, strict=True)]
 
 
+PSGDLearningRate = Annotated[
+    LearningRate, "learning rate, >= 0; once the factors are fitted, about the RMS of the update."
+]
+PrecondLr = Annotated[float, Option(POSITIVE, "step size of the factors at the start, > 0; up to 0.5 is sensible.")]
+PrecondInitScale = Annotated[float, Option(POSITIVE, "the factors start at this times the identity, > 0.")]
+DampingNoiseScale = Annotated[
+    float,
+    Option(
+        NON_NEGATIVE,
+        "standard deviation of the noise that the factors see, >= 0. 0 is for gradients that are never zero: "
+        "without any, the factors grow by `precond_lr` a step.",
+    ),
+]
+MinPrecondLr = Annotated[float, Option(POSITIVE, "lower bound of the step size of the factors, > 0.")]
+WarmupSteps = Annotated[
+    int, Option(COUNT, "T; after 3 T steps the step size of the factors is half of the first, >= 1.")
+]
+Seed = Annotated[
+    int | None, Option(WHOLE, "of the noise, >= 0; None: the seed of `torch.manual_seed`. The checkpoint holds it.")
+]
+
+
+DiagonalFrom = Annotated[MaxPrecondDim, "a side that is longer has a diagonal factor. None: no limit."]
+
+
 class PSGDPro(RuleOptimizer):
     """PSGD-Pro; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0; once the factors are fitted, about the RMS of the update.
-        weight_decay: >= 0.
-        momentum: mu, in [0, 1).
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        beta_lip: beta, decay of the curvature bounds, in [0, 1).
-        precond_lr: step size of the factors at the start, > 0; up to 0.5 is sensible.
-        precond_init_scale: the factors start at this times the identity, > 0.
-        damping_noise_scale: standard deviation of the noise that the factors see, >= 0. 0 is for gradients that are
-            never zero: without any, the factors grow by `precond_lr` a step.
-        min_precond_lr: lower bound of the step size of the factors, > 0.
-        warmup_steps: T; after 3 T steps the step size of the factors is half of the first, >= 1.
-        max_update_rms: scale an update down whose RMS is larger; 0: never.
-        max_precond_dim: a side that is longer has a diagonal factor. None: no limit.
-        seed: of the noise, >= 0; None: the seed of `torch.manual_seed`. The checkpoint holds it.
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -189,52 +207,27 @@ class PSGDPro(RuleOptimizer):
     """
 
     rule = PSGDRule
-    ranges = {
-        "momentum": FRACTION,
-        "beta_lip": FRACTION,
-        "precond_lr": POSITIVE,
-        "precond_init_scale": POSITIVE,
-        "damping_noise_scale": NON_NEGATIVE,
-        "min_precond_lr": POSITIVE,
-        "warmup_steps": COUNT,
-        "max_update_rms": NON_NEGATIVE,
-        "max_precond_dim": optional(COUNT),
-        "seed": SEED,
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-3,
-        weight_decay: float = 0.01,
-        momentum: float = 0.9,
+        params: MatrixParams,
+        lr: PSGDLearningRate = 3e-3,
+        weight_decay: WeightDecay = 0.01,
+        momentum: Momentum = 0.9,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        beta_lip: float = 0.9,
-        precond_lr: float = 0.1,
-        precond_init_scale: float = 1.0,
-        damping_noise_scale: float = 0.1,
-        min_precond_lr: float = 0.01,
-        warmup_steps: int = 10000,
-        max_update_rms: float = 0.0,
-        max_precond_dim: int | None = 10000,
-        seed: int | None = None,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        beta_lip: Annotated[float, Option(FRACTION, "beta, decay of the curvature bounds, in [0, 1).")] = 0.9,
+        precond_lr: PrecondLr = 0.1,
+        precond_init_scale: PrecondInitScale = 1.0,
+        damping_noise_scale: DampingNoiseScale = 0.1,
+        min_precond_lr: MinPrecondLr = 0.01,
+        warmup_steps: WarmupSteps = 10000,
+        max_update_rms: MaxUpdateRms = 0.0,
+        max_precond_dim: DiagonalFrom = 10000,
+        seed: Seed = None,
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "weight_decay_method": weight_decay_method,
-            "beta_lip": beta_lip,
-            "precond_lr": precond_lr,
-            "precond_init_scale": precond_init_scale,
-            "damping_noise_scale": damping_noise_scale,
-            "min_precond_lr": min_precond_lr,
-            "warmup_steps": warmup_steps,
-            "max_update_rms": max_update_rms,
-            "max_precond_dim": max_precond_dim,
-            # Read here and kept, so that a run that goes on in another process goes on with the same noise.
-            "seed": torch.initial_seed() if seed is None else seed,
-        }
-        super().__init__(params, defaults, **engine)
+        options = given(locals())
+        # Read here and kept, so that a run that goes on in another process goes on with the same noise.
+        options["seed"] = torch.initial_seed() if seed is None else seed
+        super().__init__(**options)

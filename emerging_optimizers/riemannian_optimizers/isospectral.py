@@ -31,14 +31,23 @@ References:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Unpack, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
-from emerging_optimizers.engine.options import FRACTION, one_of
+from emerging_optimizers.engine.options import (
+    LearningRate,
+    MatmulPrecision,
+    MatrixParams,
+    Momentum,
+    Option,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    one_of,
+)
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
@@ -132,19 +141,11 @@ class IsoRule(Rule):
         return Step(None, IsoState(u, sigma, v, momentum_u, momentum_v), parameter=(u * sigma.unsqueeze(-2)) @ v.mT)
 
 
+Retraction = Annotated[RetractionT, Option(one_of(*get_args(RetractionT)), '"qr", "polar" or "cayley".')]
+
+
 class Iso(RuleOptimizer):
     """Iso; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        momentum: mu, in [0, 1).
-        retraction: "qr", "polar" or "cayley".
-        fp32_matmul_prec: float32 matmul precision: "highest", "high" or "medium".
-        weight_decay: >= 0; shrinks all singular values alike.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -159,30 +160,17 @@ class Iso(RuleOptimizer):
     """
 
     rule = IsoRule
-    ranges = {
-        "momentum": FRACTION,
-        "retraction": one_of(*get_args(RetractionT)),
-        "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
-        retraction: RetractionT = "qr",
+        params: MatrixParams,
+        lr: LearningRate = 1e-3,
+        momentum: Momentum = 0.9,
+        retraction: Retraction = "qr",
         *,
-        fp32_matmul_prec: FP32MatmulPrecT = "highest",
-        weight_decay: float = 0.0,
-        weight_decay_method: WeightDecayT = "decoupled",
+        fp32_matmul_prec: MatmulPrecision = "highest",
+        weight_decay: Annotated[WeightDecay, ">= 0; shrinks all singular values alike."] = 0.0,
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "retraction": retraction,
-            "fp32_matmul_prec": fp32_matmul_prec,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

@@ -19,20 +19,35 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Annotated, Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.hooks import WeightUpdateHook
-from emerging_optimizers.engine.options import BETAS, FRACTION, POSITIVE, one_of
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    Betas,
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    Option,
+    PositiveEps,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    one_of,
+)
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
 
 CorrectBiasT = bool | Literal["published"]
-_RANGES = {"dim": one_of(0, 1, -2, -1), "eps": POSITIVE}
+Dim = Annotated[
+    int,
+    Option(
+        one_of(0, 1, -2, -1),
+        "the dimension over which norms are taken: 0 for unit columns, 1 for unit rows.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -115,17 +130,6 @@ class ObliqueAdamRule(ObliqueRule):
 class ObliqueSGD(RuleOptimizer):
     """Heavy-ball SGD on columns or rows of unit norm; the equations are in this module's docstring.
 
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0; see above.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        dim: the dimension over which norms are taken: 0 for unit columns, 1 for unit rows.
-        eps: smaller norms count as this, > 0.
-        **engine: see `EngineOptions`.
-
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
@@ -141,46 +145,37 @@ class ObliqueSGD(RuleOptimizer):
     """
 
     rule = ObliqueSGDRule
-    ranges = {**_RANGES, "momentum": FRACTION}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        params: MatrixParams,
+        lr: LearningRate = 1e-3,
+        momentum: Momentum = 0.9,
+        weight_decay: Annotated[WeightDecay, ">= 0; see above."] = 0.0,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        dim: int = 0,
-        eps: float = 1e-8,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        dim: Dim = 0,
+        eps: Annotated[PositiveEps, "smaller norms count as this, > 0."] = 1e-8,
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-            "dim": dim,
-            "eps": eps,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))
+
+
+ObliqueAdamCorrectBias = Annotated[
+    CorrectBiasT,
+    Option(
+        one_of(True, False, "published"),
+        'divide the moments by 1 - beta^t; "published": divide the root of the second moment by it instead, '
+        "which makes the first update sqrt(1 - beta2) times its right size.",
+    ),
+]
+
+
+ObliqueAdamEps = Annotated[PositiveEps, "added to the root of the second moment; smaller norms count as this; > 0."]
 
 
 class ObliqueAdam(RuleOptimizer):
     """Adam on columns or rows of unit norm; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        betas: decay of the first and second moment, each in [0, 1).
-        weight_decay: >= 0; see above.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        dim: the dimension over which norms are taken: 0 for unit columns, 1 for unit rows.
-        eps: added to the root of the second moment; smaller norms count as this; > 0.
-        correct_bias: divide the moments by 1 - beta^t; "published": divide the root of the second moment by it instead,
-            which makes the first update sqrt(1 - beta2) times its right size.
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -197,28 +192,18 @@ class ObliqueAdam(RuleOptimizer):
     """
 
     rule = ObliqueAdamRule
-    ranges = {**_RANGES, "betas": BETAS, "correct_bias": one_of(True, False, "published")}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        params: MatrixParams,
+        lr: LearningRate = 1e-3,
+        betas: Annotated[Betas, "decay of the first and second moment, each in [0, 1)."] = (0.9, 0.99),
+        weight_decay: Annotated[WeightDecay, ">= 0; see above."] = 0.0,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        dim: int = 0,
-        eps: float = 1e-8,
-        correct_bias: CorrectBiasT = True,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        dim: Dim = 0,
+        eps: ObliqueAdamEps = 1e-8,
+        correct_bias: ObliqueAdamCorrectBias = True,
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-            "dim": dim,
-            "eps": eps,
-            "correct_bias": correct_bias,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

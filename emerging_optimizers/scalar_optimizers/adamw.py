@@ -17,17 +17,25 @@ References:
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_
-from emerging_optimizers.engine.options import BETAS, FLAG, NON_NEGATIVE
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    Betas,
+    CorrectBias,
+    Eps,
+    LearningRate,
+    Nesterov,
+    Params,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 
 
 class AdamState(NamedTuple):
@@ -95,17 +103,6 @@ class AdamWRule(Rule):
 class AdamW(RuleOptimizer):
     """AdamW, equal to `torch.optim.AdamW`; the equations are in this module's docstring.
 
-    Args:
-        params: tensors of any shape, (name, tensor) pairs, or groups.
-        lr: learning rate, >= 0, a number or a 0-D tensor.
-        betas: decay of the first and second moment, each in [0, 1).
-        eps: added to the root of the second moment, >= 0.
-        weight_decay: >= 0.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        correct_bias: divide the moments by 1 - beta^t.
-        nesterov: look one step ahead (NAdamW).
-        **engine: see `EngineOptions`.
-
     Raises:
         ValueError: a value out of its range.
 
@@ -120,28 +117,18 @@ class AdamW(RuleOptimizer):
     """
 
     rule = AdamWRule
-    ranges = {"betas": BETAS, "eps": NON_NEGATIVE, "correct_bias": FLAG, "nesterov": FLAG}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        params: Params,
+        lr: Annotated[LearningRate, "learning rate, >= 0, a number or a 0-D tensor."] = 1e-3,
+        betas: Annotated[Betas, "decay of the first and second moment, each in [0, 1)."] = (0.9, 0.999),
+        eps: Eps = 1e-8,
+        weight_decay: WeightDecay = 1e-2,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        correct_bias: bool = True,
-        nesterov: bool = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        correct_bias: CorrectBias = True,
+        nesterov: Annotated[Nesterov, "look one step ahead (NAdamW)."] = False,
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-            "correct_bias": correct_bias,
-            "nesterov": nesterov,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

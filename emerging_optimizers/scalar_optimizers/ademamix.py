@@ -18,18 +18,30 @@ References:
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_of_averages_
-from emerging_optimizers.engine.options import COUNT, FLAG, FRACTION, NON_NEGATIVE, Check, optional
+from emerging_optimizers.engine.options import (
+    COUNT,
+    FRACTION,
+    NON_NEGATIVE,
+    Check,
+    CorrectBias,
+    Eps,
+    LearningRate,
+    Option,
+    Params,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    optional,
+)
 from emerging_optimizers.engine.scalars import add_, addcmul_, lerp
-from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 THREE_BETAS = Check(
     lambda v: isinstance(v, tuple) and len(v) == 3 and all(map(FRACTION.holds, v)), "three numbers in [0, 1)"
@@ -119,21 +131,24 @@ class AdEMAMixRule(Rule):
         return adam_of_averages_(weights, grads, averages, 0.0, v, beta2=beta2, eps=t.eps, step=step, lr=lr, keep=keep)
 
 
+AdEMAMixBetas = Annotated[
+    tuple[float, float, float],
+    Option(
+        THREE_BETAS,
+        "decay of the fast first moment, of the second moment, and of the slow first moment; each in [0, 1).",
+    ),
+]
+Alpha = Annotated[float, Option(NON_NEGATIVE, "weight of the slow moment, >= 0; 4 to 10 for long runs. 0: Adam.")]
+NumBetaSlowWarmupSteps = Annotated[
+    int | None, Option(optional(COUNT), "steps over which the slow moment slows down, >= 1; None: slow from the start.")
+]
+NumAlphaWarmupSteps = Annotated[
+    int | None, Option(optional(COUNT), "steps over which alpha grows from 0, >= 1; None: alpha from the start.")
+]
+
+
 class AdEMAMix(RuleOptimizer):
     """AdEMAMix; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of any shape, (name, tensor) pairs, or groups.
-        lr: learning rate, >= 0.
-        betas: decay of the fast first moment, of the second moment, and of the slow first moment; each in [0, 1).
-        eps: added to the root of the second moment, >= 0.
-        weight_decay: >= 0.
-        alpha: weight of the slow moment, >= 0; 4 to 10 for long runs. 0: Adam.
-        correct_bias: divide the fast and the second moment by 1 - beta^t.
-        num_beta_slow_warmup_steps: steps over which the slow moment slows down, >= 1; None: slow from the start.
-        num_alpha_warmup_steps: steps over which alpha grows from 0, >= 1; None: alpha from the start.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range.
@@ -149,39 +164,20 @@ class AdEMAMix(RuleOptimizer):
     """
 
     rule = AdEMAMixRule
-    ranges = {
-        "betas": THREE_BETAS,
-        "eps": NON_NEGATIVE,
-        "alpha": NON_NEGATIVE,
-        "correct_bias": FLAG,
-        "num_beta_slow_warmup_steps": optional(COUNT),
-        "num_alpha_warmup_steps": optional(COUNT),
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        params: Params,
+        lr: LearningRate = 1e-3,
+        betas: AdEMAMixBetas = (0.9, 0.999, 0.9999),
+        eps: Eps = 1e-8,
+        weight_decay: WeightDecay = 0.0,
         *,
-        alpha: float = 2.0,
-        correct_bias: bool = True,
-        num_beta_slow_warmup_steps: int | None = None,
-        num_alpha_warmup_steps: int | None = None,
-        weight_decay_method: WeightDecayT = "decoupled",
+        alpha: Alpha = 2.0,
+        correct_bias: Annotated[CorrectBias, "divide the fast and the second moment by 1 - beta^t."] = True,
+        num_beta_slow_warmup_steps: NumBetaSlowWarmupSteps = None,
+        num_alpha_warmup_steps: NumAlphaWarmupSteps = None,
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "correct_bias": correct_bias,
-            "num_beta_slow_warmup_steps": num_beta_slow_warmup_steps,
-            "num_alpha_warmup_steps": num_alpha_warmup_steps,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

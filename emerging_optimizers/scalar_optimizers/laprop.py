@@ -15,19 +15,28 @@ References:
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_, subtract_
 from emerging_optimizers.engine.hooks import KeepNorm
-from emerging_optimizers.engine.options import BETAS, FLAG, NON_NEGATIVE
+from emerging_optimizers.engine.options import (
+    FLAG,
+    Betas,
+    CorrectBias,
+    Eps,
+    LearningRate,
+    Option,
+    Params,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.engine.scalars import addcdiv_, addcmul_
-from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 
 
@@ -71,21 +80,23 @@ class LaPropRule(Rule):
         return [*fit, *subtract_(weights, m, lr / (1 - beta1**step), keep)]
 
 
+LaPropBetas = Annotated[
+    Betas,
+    "decay of the momentum and of the second moment, each in [0, 1). A beta2 far below Adam's (0.65, say) "
+    "forgets a spike in a few steps.",
+]
+FrobNormalize = Annotated[
+    bool,
+    Option(
+        FLAG,
+        "rescale every parameter to the Frobenius norm that it had before the step; weight decay is then "
+        "undone by it, and a warning says so.",
+    ),
+]
+
+
 class LaProp(RuleOptimizer):
     """LaProp; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of any shape, (name, tensor) pairs, or groups.
-        lr: learning rate, >= 0.
-        betas: decay of the momentum and of the second moment, each in [0, 1). A beta2 far below Adam's (0.65, say)
-            forgets a spike in a few steps.
-        eps: added to the root of the second moment, >= 0.
-        weight_decay: >= 0.
-        correct_bias: divide the moments by 1 - beta^t.
-        frob_normalize: rescale every parameter to the Frobenius norm that it had before the step; weight decay is
-            then undone by it, and a warning says so.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range.
@@ -101,31 +112,21 @@ class LaProp(RuleOptimizer):
     """
 
     rule = LaPropRule
-    ranges = {"betas": BETAS, "eps": NON_NEGATIVE, "correct_bias": FLAG, "frob_normalize": FLAG}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        params: Params,
+        lr: LearningRate = 1e-3,
+        betas: LaPropBetas = (0.9, 0.999),
+        eps: Eps = 1e-8,
+        weight_decay: WeightDecay = 0.0,
         *,
-        correct_bias: bool = True,
-        frob_normalize: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
+        correct_bias: CorrectBias = True,
+        frob_normalize: FrobNormalize = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "correct_bias": correct_bias,
-            "frob_normalize": frob_normalize,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))
 
     @classmethod
     def _announce(cls, group: Any) -> None:

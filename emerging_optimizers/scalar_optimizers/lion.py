@@ -13,17 +13,15 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
-from emerging_optimizers.engine.options import BETAS
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import Betas, LearningRate, Params, WeightDecay, WeightDecayMethod, given
 
 
 class LionState(NamedTuple):
@@ -57,16 +55,11 @@ class LionRule(Rule):
         return sign_of_average_(weights, grads, state.exp_avg, t.betas, lr=lr, keep=keep)
 
 
+LionBetas = Annotated[Betas, "weight of the old momentum in the update, and decay of the momentum; each in [0, 1)."]
+
+
 class Lion(RuleOptimizer):
     """Lion; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of any shape, (name, tensor) pairs, or groups.
-        lr: learning rate, >= 0: by how much every element moves.
-        betas: weight of the old momentum in the update, and decay of the momentum; each in [0, 1).
-        weight_decay: >= 0.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range.
@@ -82,22 +75,15 @@ class Lion(RuleOptimizer):
     """
 
     rule = LionRule
-    ranges = {"betas": BETAS}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.01,
+        params: Params,
+        lr: Annotated[LearningRate, "learning rate, >= 0: by how much every element moves."] = 1e-4,
+        betas: LionBetas = (0.9, 0.99),
+        weight_decay: WeightDecay = 0.01,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

@@ -18,15 +18,23 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.options import BETAS, FLAG, Check
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    Betas,
+    Check,
+    CorrectBias,
+    LearningRate,
+    Option,
+    Params,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 
 EVEN = Check(lambda v: isinstance(v, int) and v % 2 == 0, "an even integer")
 
@@ -81,20 +89,19 @@ class MAdamRule(Rule):
         return Step(*madam_direction(grad, state, t, correct_bias=self.correct_bias, scale_log2=self.scale_log2))
 
 
+ScaleLog2 = Annotated[
+    int,
+    Option(
+        EVEN,
+        "k, an even integer: the second moment is kept times 2^k. In float32 squares of gradients above 1e-22 "
+        "/ 2^(k/2) do not vanish, and those below 1e19 / 2^(k/2) do not overflow. A checkpoint has to be "
+        "continued with the same k.",
+    ),
+]
+
+
 class MAdam(RuleOptimizer):
     """MAdam; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of any shape, (name, tensor) pairs, or groups.
-        lr: learning rate, >= 0.
-        betas: decay of the first and second moment, each in [0, 1).
-        weight_decay: >= 0.
-        scale_log2: k, an even integer: the second moment is kept times 2^k. In float32 squares of gradients above
-            1e-22 / 2^(k/2) do not vanish, and those below 1e19 / 2^(k/2) do not overflow. A checkpoint has to be
-            continued with the same k.
-        correct_bias: divide the moments by 1 - beta^t.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range.
@@ -110,26 +117,17 @@ class MAdam(RuleOptimizer):
     """
 
     rule = MAdamRule
-    ranges = {"betas": BETAS, "scale_log2": EVEN, "correct_bias": FLAG}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
+        params: Params,
+        lr: LearningRate = 1e-3,
+        betas: Annotated[Betas, "decay of the first and second moment, each in [0, 1)."] = (0.9, 0.999),
+        weight_decay: WeightDecay = 0.0,
         *,
-        scale_log2: int = 16,
-        correct_bias: bool = True,
-        weight_decay_method: WeightDecayT = "decoupled",
+        scale_log2: ScaleLog2 = 16,
+        correct_bias: CorrectBias = True,
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "scale_log2": scale_log2,
-            "correct_bias": correct_bias,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

@@ -13,18 +13,25 @@ References:
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_
-from emerging_optimizers.engine.options import FRACTION, NON_NEGATIVE
+from emerging_optimizers.engine.options import (
+    FRACTION,
+    Eps,
+    LearningRate,
+    Option,
+    Params,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.engine.scalars import addcmul_
-from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 
 class RMSPropState(NamedTuple):
@@ -57,17 +64,11 @@ class RMSPropRule(Rule):
         return adam_(weights, grads, None, state.exp_avg_sq, betas=betas, eps=t.eps, step=math.inf, lr=lr, keep=keep)
 
 
+RMSPropWeightDecayMethod = Annotated[WeightDecayMethod, '"decoupled", "independent", "l2" (torch\'s) or "palm".']
+
+
 class RMSProp(RuleOptimizer):
     """RMSProp, equal to `torch.optim.RMSprop` without momentum; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of any shape, (name, tensor) pairs, or groups.
-        lr: learning rate, >= 0.
-        alpha: decay of the second moment, in [0, 1).
-        eps: added to the root of the second moment, >= 0.
-        weight_decay: >= 0.
-        weight_decay_method: "decoupled", "independent", "l2" (torch's) or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range.
@@ -83,24 +84,16 @@ class RMSProp(RuleOptimizer):
     """
 
     rule = RMSPropRule
-    ranges = {"alpha": FRACTION, "eps": NON_NEGATIVE}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        params: Params,
+        lr: LearningRate = 1e-2,
+        alpha: Annotated[float, Option(FRACTION, "decay of the second moment, in [0, 1).")] = 0.99,
+        eps: Eps = 1e-8,
+        weight_decay: WeightDecay = 0.0,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
+        weight_decay_method: RMSPropWeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

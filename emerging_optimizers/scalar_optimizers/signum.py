@@ -15,18 +15,27 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
-from emerging_optimizers.engine.options import FLAG, FRACTION
+from emerging_optimizers.engine.options import (
+    FLAG,
+    CorrectBias,
+    LearningRate,
+    Momentum,
+    Nesterov,
+    Option,
+    Params,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.engine.scalars import lerp
-from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 
 class SignumState(NamedTuple):
@@ -80,20 +89,21 @@ class SignumRule(Rule):
         return sign_of_average_(weights, grads, state.exp_avg, betas, lr=lr, keep=keep)
 
 
+SignumCorrectBias = Annotated[
+    CorrectBias, "divide by 1 - beta^t. It scales the momentum as a whole, so that only nesterov sees it."
+]
+UseShapeScaling = Annotated[
+    bool,
+    Option(
+        FLAG,
+        "multiply the update by 2 / (rows + columns); then vectors are refused, and 3-D parameters and "
+        "convolutions are taken as matrices, as by any matrix optimizer.",
+    ),
+]
+
+
 class Signum(RuleOptimizer):
     """Signum; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of any shape, (name, tensor) pairs, or groups.
-        lr: learning rate, >= 0: by how much every element moves.
-        momentum: beta, in [0, 1).
-        weight_decay: >= 0.
-        correct_bias: divide by 1 - beta^t. It scales the momentum as a whole, so that only nesterov sees it.
-        nesterov: look one step ahead.
-        use_shape_scaling: multiply the update by 2 / (rows + columns); then vectors are refused, and 3-D parameters and
-            convolutions are taken as matrices, as by any matrix optimizer.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range, or a vector where the shape matters.
@@ -109,28 +119,18 @@ class Signum(RuleOptimizer):
     """
 
     rule = SignumRule
-    ranges = {"momentum": FRACTION, "correct_bias": FLAG, "nesterov": FLAG, "use_shape_scaling": FLAG}
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        params: Params,
+        lr: Annotated[LearningRate, "learning rate, >= 0: by how much every element moves."] = 1e-3,
+        momentum: Annotated[Momentum, "beta, in [0, 1)."] = 0.9,
+        weight_decay: WeightDecay = 0.0,
         *,
-        correct_bias: bool = True,
-        nesterov: bool = False,
-        use_shape_scaling: bool = False,
-        weight_decay_method: WeightDecayT = "decoupled",
+        correct_bias: SignumCorrectBias = True,
+        nesterov: Nesterov = False,
+        use_shape_scaling: UseShapeScaling = False,
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "correct_bias": correct_bias,
-            "nesterov": nesterov,
-            "use_shape_scaling": use_shape_scaling,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

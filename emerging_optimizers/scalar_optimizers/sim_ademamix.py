@@ -17,18 +17,30 @@ References:
 
 import math
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_of_averages_
-from emerging_optimizers.engine.options import BETAS, COUNT, FLAG, FRACTION, NON_NEGATIVE, optional
+from emerging_optimizers.engine.options import (
+    COUNT,
+    FRACTION,
+    NON_NEGATIVE,
+    Betas,
+    CorrectBias,
+    Eps,
+    LearningRate,
+    Option,
+    Params,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    optional,
+)
 from emerging_optimizers.engine.scalars import add_, addcmul_
-from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 from emerging_optimizers.scalar_optimizers.ademamix import half_life_warmup
 
@@ -74,22 +86,22 @@ class SimplifiedAdEMAMixRule(Rule):
         )
 
 
+SimplifiedAdEMAMixBetas = Annotated[
+    Betas, "decay of the momentum (by its published name the fast one) and of the second moment, each in [0, 1)."
+]
+SimplifiedAdEMAMixCorrectBias = Annotated[
+    CorrectBias,
+    "make averages of the moments: the momentum times (1 - beta) / (1 - beta^t), the second moment over 1 "
+    "- beta2^t. False: the momentum is the plain sum, up to 1 / (1 - beta) gradients.",
+]
+NumBetaFastWarmupSteps = Annotated[
+    int | None, Option(optional(COUNT), "steps over which the momentum slows down, >= 1; None: slow from the start.")
+]
+MinBetaFast = Annotated[float, Option(FRACTION, "where the decay of the momentum begins then, in [0, 1).")]
+
+
 class SimplifiedAdEMAMix(RuleOptimizer):
     """Simplified AdEMAMix; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of any shape, (name, tensor) pairs, or groups.
-        lr: learning rate, >= 0.
-        betas: decay of the momentum (by its published name the fast one) and of the second moment, each in [0, 1).
-        eps: added to the root of the second moment, >= 0.
-        weight_decay: >= 0.
-        correct_bias: make averages of the moments: the momentum times (1 - beta) / (1 - beta^t), the second moment over
-            1 - beta2^t. False: the momentum is the plain sum, up to 1 / (1 - beta) gradients.
-        num_beta_fast_warmup_steps: steps over which the momentum slows down, >= 1; None: slow from the start.
-        min_beta_fast: where the decay of the momentum begins then, in [0, 1).
-        alpha: weight of the gradient itself, >= 0. 0: Adam.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range.
@@ -105,39 +117,20 @@ class SimplifiedAdEMAMix(RuleOptimizer):
     """
 
     rule = SimplifiedAdEMAMixRule
-    ranges = {
-        "betas": BETAS,
-        "eps": NON_NEGATIVE,
-        "correct_bias": FLAG,
-        "num_beta_fast_warmup_steps": optional(COUNT),
-        "min_beta_fast": FRACTION,
-        "alpha": NON_NEGATIVE,
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9999, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        params: Params,
+        lr: LearningRate = 1e-3,
+        betas: SimplifiedAdEMAMixBetas = (0.9999, 0.999),
+        eps: Eps = 1e-8,
+        weight_decay: WeightDecay = 0.0,
         *,
-        correct_bias: bool = True,
-        num_beta_fast_warmup_steps: int | None = None,
-        min_beta_fast: float = 0.9,
-        alpha: float = 2.0,
-        weight_decay_method: WeightDecayT = "decoupled",
+        correct_bias: SimplifiedAdEMAMixCorrectBias = True,
+        num_beta_fast_warmup_steps: NumBetaFastWarmupSteps = None,
+        min_beta_fast: MinBetaFast = 0.9,
+        alpha: Annotated[float, Option(NON_NEGATIVE, "weight of the gradient itself, >= 0. 0: Adam.")] = 2.0,
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "correct_bias": correct_bias,
-            "num_beta_fast_warmup_steps": num_beta_fast_warmup_steps,
-            "min_beta_fast": min_beta_fast,
-            "alpha": alpha,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

@@ -29,15 +29,25 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.options import COUNT, FRACTION, POSITIVE, optional
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    COUNT,
+    LearningRate,
+    MatrixParams,
+    MaxPrecondDim,
+    Momentum,
+    Option,
+    PositiveEps,
+    ShampooBeta,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.linalg.inverse_root import inverse_root
 from emerging_optimizers.linalg.kernels.symmetric import gram
 
@@ -88,23 +98,24 @@ class ShampooRule(Rule):
         return Step(update_BMN, ShampooState(momentum_BMN, L, R))
 
 
+PRootInv = Annotated[
+    int,
+    Option(
+        COUNT,
+        "p, an integer >= 1. 4 is Shampoo's; 2 whitens twice as much, and the update then shrinks as gradients grow.",
+    ),
+]
+
+
+ShampooMaxPrecondDim = Annotated[
+    MaxPrecondDim,
+    "a side that is longer has no factor, and the other one takes the whole root; both longer: SGD with momentum. "
+    "None: no limit.",
+]
+
+
 class Shampoo(RuleOptimizer):
     """Shampoo; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        momentum: mu, in [0, 1).
-        shampoo_beta: decay of the factors, in [0, 1).
-        eps: eigenvalues of the factors below it are faded out, > 0.
-        weight_decay: >= 0.
-        p_root_inv: p, an integer >= 1. 4 is Shampoo's; 2 whitens twice as much, and the update then shrinks as
-            gradients grow.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        max_precond_dim: a side that is longer has no factor, and the other one takes the whole root; both longer: SGD
-            with momentum. None: no limit.
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -119,36 +130,19 @@ class Shampoo(RuleOptimizer):
     """
 
     rule = ShampooRule
-    ranges = {
-        "momentum": FRACTION,
-        "shampoo_beta": FRACTION,
-        "eps": POSITIVE,
-        "p_root_inv": COUNT,
-        "max_precond_dim": optional(COUNT),
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor,
-        momentum: float = 0.9,
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: LearningRate,
+        momentum: Momentum = 0.9,
+        shampoo_beta: ShampooBeta = 0.95,
+        eps: Annotated[PositiveEps, "eigenvalues of the factors below it are faded out, > 0."] = 1e-8,
+        weight_decay: WeightDecay = 0.01,
         *,
-        p_root_inv: int = 4,
-        weight_decay_method: WeightDecayT = "decoupled",
-        max_precond_dim: int | None = 10000,
+        p_root_inv: PRootInv = 4,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        max_precond_dim: ShampooMaxPrecondDim = 10000,
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "p_root_inv": p_root_inv,
-            "weight_decay_method": weight_decay_method,
-            "max_precond_dim": max_precond_dim,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

@@ -20,17 +20,31 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack, get_args
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.options import COUNT, FLAG, FRACTION, POSITIVE, WHOLE, one_of, optional
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine import Phase, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine.options import (
+    LearningRate,
+    MatrixParams,
+    Momentum,
+    PositiveEps,
+    ShampooBeta,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.linalg.kronecker import project_in, project_out
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
+from emerging_optimizers.linalg.precision import fp32_matmul_precision
+from emerging_optimizers.soap.options import (
+    EigenbasisOptions,
+    PowerIterSteps,
+    ProductPrecision,
+    RefreshPrecision,
+    UseEigh,
+)
 from emerging_optimizers.soap.soap import EigenbasisRule
 
 
@@ -79,29 +93,6 @@ class KLShampooRule(EigenbasisRule):
 class KLShampoo(RuleOptimizer):
     """KL-Shampoo; the equations are in this module's docstring.
 
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        momentum: mu, in [0, 1).
-        shampoo_beta: decay of the factors, in [0, 1).
-        eps: floor of the eigenvalues, > 0.
-        weight_decay: >= 0.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        fp32_matmul_prec: float32 matmul precision of factors and projections: "highest", "high" or "medium".
-        use_eigh: take the bases from eigh at every refresh instead of orthogonal iteration.
-        qr_fp32_matmul_prec: float32 matmul precision of the refresh; what eigenvalues are made of is "highest".
-        power_iter_steps: orthogonal iterations a refresh, >= 1.
-        precondition_frequency: steps from one refresh of the bases to the next, >= 1.
-        refresh_ramp: with `precondition_frequency` above 1, the steps after the first basis in which it is refreshed in
-            each, before that thins out to the frequency, >= 0; half of the learning rate's warm-up is a good choice.
-        max_precond_dim: a side that is longer has no factor; both longer: SGD with momentum. None: no limit.
-        relative_floor: eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01.
-        overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
-            model. An update is then taken in bases that have not seen its gradient, which may cost loss
-            (docs/performance.md).
-        **engine: see `EngineOptions`.
-
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
@@ -115,57 +106,21 @@ class KLShampoo(RuleOptimizer):
     """
 
     rule = KLShampooRule
-    ranges = {
-        "momentum": FRACTION,
-        "shampoo_beta": FRACTION,
-        "eps": POSITIVE,
-        "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
-        "use_eigh": FLAG,
-        "qr_fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
-        "power_iter_steps": COUNT,
-        "precondition_frequency": COUNT,
-        "refresh_ramp": WHOLE,
-        "max_precond_dim": optional(COUNT),
-        "relative_floor": optional(FRACTION),
-        "overlap": FLAG,
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor,
-        momentum: float = 0.9,
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: LearningRate,
+        momentum: Momentum = 0.9,
+        shampoo_beta: ShampooBeta = 0.95,
+        eps: Annotated[PositiveEps, "floor of the eigenvalues, > 0."] = 1e-8,
+        weight_decay: WeightDecay = 0.01,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "highest",
-        use_eigh: bool = False,
-        qr_fp32_matmul_prec: FP32MatmulPrecT = "high",
-        power_iter_steps: int = 1,
-        precondition_frequency: int = 1,
-        refresh_ramp: int = 0,
-        max_precond_dim: int | None = 10000,
-        relative_floor: float | None = None,
-        overlap: bool = False,
-        **engine: Unpack[EngineOptions],
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        fp32_matmul_prec: ProductPrecision = "highest",
+        use_eigh: UseEigh = False,
+        qr_fp32_matmul_prec: RefreshPrecision = "high",
+        power_iter_steps: PowerIterSteps = 1,
+        **engine: Unpack[EigenbasisOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-            "fp32_matmul_prec": fp32_matmul_prec,
-            "use_eigh": use_eigh,
-            "qr_fp32_matmul_prec": qr_fp32_matmul_prec,
-            "power_iter_steps": power_iter_steps,
-            "precondition_frequency": precondition_frequency,
-            "refresh_ramp": refresh_ramp,
-            "max_precond_dim": max_precond_dim,
-            "relative_floor": relative_floor,
-            "overlap": overlap,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

@@ -17,19 +17,27 @@ References:
     Vyas et al. 2024, SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Rule, Scalars
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    Betas,
+    LearningRate,
+    MatrixParams,
+    ShampooBeta,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direction, madam_largest_norm
 from emerging_optimizers.scalar_optimizers.update_functions import calculate_adam_update, calculate_madam_update
+from emerging_optimizers.soap.options import FactorEps, StreamList
 from emerging_optimizers.soap.preconditioners import (
     KlSoapPreconditioner,
     PreconditionerRule,
@@ -66,17 +74,6 @@ class SoapBase(SOAP):
 
     A subclass may also set `PreconditionerCls`, and keep factors and bases otherwise (`soap.preconditioners`).
 
-    Args:
-        params: as in `KlSoapV3`.
-        lr: learning rate, >= 0.
-        betas: what `_scalar_update` gets, each in [0, 1).
-        shampoo_beta: decay of the factors, in [0, 1).
-        eps: the floor of the eigenvalues; > 0.
-        weight_decay: >= 0.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        stream_list: has no effect, and a warning says so.
-        **engine: see `EngineOptions`.
-
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
         NotImplementedError: `_scalar_update` is not overridden.
@@ -93,34 +90,23 @@ class SoapBase(SOAP):
         tensor([-0.1000, -0.1000], grad_fn=<SelectBackward0>)
     """
 
+    fixed = {"use_kl_shampoo": True}
     PreconditionerCls: ClassVar[type[SoapPreconditionerProtocol]] = KlSoapPreconditioner
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.95),
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        params: Annotated[MatrixParams, "as in `KlSoapV3`."],
+        lr: LearningRate,
+        betas: Annotated[Betas, "what `_scalar_update` gets, each in [0, 1)."] = (0.9, 0.95),
+        shampoo_beta: ShampooBeta = 0.95,
+        eps: FactorEps = 1e-8,
+        weight_decay: WeightDecay = 0.01,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        stream_list: Sequence[Any] | None = None,
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        stream_list: StreamList = None,
         **engine: Unpack[EngineOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            shampoo_beta,
-            eps,
-            weight_decay,
-            weight_decay_method=weight_decay_method,
-            use_eigh=self.PreconditionerCls is ReklsPreconditioner,
-            use_kl_shampoo=True,
-            stream_list=stream_list,
-            **engine,
-        )
+        super().__init__(use_eigh=self.PreconditionerCls is ReklsPreconditioner, **given(locals()))
 
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
         if self.PreconditionerCls not in (KlSoapPreconditioner, ReklsPreconditioner):
@@ -135,7 +121,7 @@ class SoapBase(SOAP):
             return super()._make_rule(group)
         if owner is SoapBase:
             raise NotImplementedError(f"{self._name} has no _scalar_update; override it, or use KlSoapV3")
-        return ScalarUpdateRule.from_group({**group, "function": self._scalar_update})
+        return ScalarUpdateRule.from_group({**group, **self.fixed, "function": self._scalar_update})
 
     def _scalar_update(
         self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], step: int

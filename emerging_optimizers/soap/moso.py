@@ -27,19 +27,31 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack, get_args
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
-from emerging_optimizers.engine.options import FLAG, FRACTION, NON_NEGATIVE, POSITIVE, one_of
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    FRACTION,
+    CorrectBias,
+    LearningRate,
+    MatrixParams,
+    MaxUpdateRms,
+    Momentum,
+    Option,
+    PositiveEps,
+    ShampooBeta,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+)
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
 from emerging_optimizers.linalg.scaling import clip_rms
+from emerging_optimizers.soap.options import FirstStep
 from emerging_optimizers.soap.soap import FirstStepT
 
 
@@ -107,25 +119,18 @@ def _shorter_first(x_BMN: Tensor) -> Tensor:
     return x_BMN if x_BMN.size(-2) <= x_BMN.size(-1) else x_BMN.mT
 
 
+MOSOCorrectBias = Annotated[CorrectBias, "divide the second moment by 1 - beta^t. False is the published RMSProp."]
+
+
+MOSOFirstStep = Annotated[
+    FirstStep,
+    '"adam": the first update is RMSProp\'s, the second step makes the first basis, and the second moment is carried '
+    'into every new one; "eigenbasis": the published start, with a second moment that does not follow the basis.',
+]
+
+
 class MOSO(RuleOptimizer):
     """MOSO; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0; about the RMS of the update.
-        momentum: mu, in [0, 1).
-        rms_beta: decay of the momentum's second moment, in [0, 1).
-        shampoo_beta: decay of the factor, in [0, 1).
-        eps: added to the root of the second moment, > 0.
-        weight_decay: >= 0.
-        max_update_rms: scale an update down whose RMS is larger; 0: never.
-        correct_bias: divide the second moment by 1 - beta^t. False is the published RMSProp.
-        first_step: "adam": the first update is RMSProp's, the second step makes the first basis, and the second
-            moment is carried into every new one; "eigenbasis": the published start, with a second moment that does
-            not follow the basis.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        **engine: see `EngineOptions`.
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -140,42 +145,21 @@ class MOSO(RuleOptimizer):
     """
 
     rule = MOSORule
-    ranges = {
-        "momentum": FRACTION,
-        "rms_beta": FRACTION,
-        "shampoo_beta": FRACTION,
-        "eps": POSITIVE,
-        "max_update_rms": NON_NEGATIVE,
-        "correct_bias": FLAG,
-        "first_step": one_of(*get_args(FirstStepT)),
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        rms_beta: float = 0.95,
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: Annotated[LearningRate, "learning rate, >= 0; about the RMS of the update."] = 3e-4,
+        momentum: Momentum = 0.95,
+        rms_beta: Annotated[float, Option(FRACTION, "decay of the momentum's second moment, in [0, 1).")] = 0.95,
+        shampoo_beta: Annotated[ShampooBeta, "decay of the factor, in [0, 1)."] = 0.95,
+        eps: PositiveEps = 1e-8,
+        weight_decay: WeightDecay = 0.01,
         *,
-        max_update_rms: float = 0.0,
-        correct_bias: bool = True,
-        first_step: FirstStepT = "adam",
-        weight_decay_method: WeightDecayT = "decoupled",
+        max_update_rms: MaxUpdateRms = 0.0,
+        correct_bias: MOSOCorrectBias = True,
+        first_step: MOSOFirstStep = "adam",
+        weight_decay_method: WeightDecayMethod = "decoupled",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "rms_beta": rms_beta,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "max_update_rms": max_update_rms,
-            "correct_bias": correct_bias,
-            "first_step": first_step,
-            "weight_decay_method": weight_decay_method,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**given(locals()))

@@ -55,26 +55,26 @@ References:
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, NamedTuple, Unpack, get_args
+from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.options import (
-    BETAS,
-    COUNT,
-    FLAG,
-    FRACTION,
-    NON_NEGATIVE,
-    POSITIVE,
-    WHOLE,
-    one_of,
-    optional,
+    Betas,
+    CorrectBias,
+    LearningRate,
+    MatrixParams,
+    MaxUpdateRms,
+    Nesterov,
+    ShampooBeta,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
 )
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.eigh import eigh_descending
@@ -91,6 +91,18 @@ from emerging_optimizers.soap.functions import (  # published here
     update_kronecker_factors,
     update_kronecker_factors_kl_shampoo,
 )
+from emerging_optimizers.soap.options import (
+    CorrectFactorBias,
+    FactorEps,
+    FirstStepT,
+    PowerIterSteps,
+    ProductPrecision,
+    RefreshPrecision,
+    SOAPOptions,
+    StreamList,
+    UseEigh,
+    UseKLShampoo,
+)
 
 __all__ = [
     "SOAP",
@@ -105,7 +117,6 @@ __all__ = [
     "update_kronecker_factors_kl_shampoo",
 ]
 
-FirstStepT = Literal["adam", "eigenbasis"]
 # REKLS on the demo ends at 1.83 without a floor, at 1.65 with this one (docs/training.md).
 DEFAULT_RELATIVE_FLOOR = 1e-2
 
@@ -431,42 +442,6 @@ def _in_order(x_BMN: Tensor, factor: Tensor | None, basis: Tensor | None, dim: i
 class SOAP(RuleOptimizer):
     """SOAP; the equations are in this module's docstring.
 
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        betas: decay of Adam's moments, each in [0, 1).
-        shampoo_beta: decay of the factors, in [0, 1).
-        eps: added to the root of the second moment, and the floor of the eigenvalues with KL; > 0.
-        weight_decay: >= 0.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        nesterov: Adam with Nesterov momentum.
-        correct_bias: divide Adam's moments by 1 - beta^t.
-        fp32_matmul_prec: float32 matmul precision of factors and projections: "highest", "high" or "medium".
-        use_eigh: take the bases from eigh at every refresh instead of one orthogonal iteration.
-        qr_fp32_matmul_prec: float32 matmul precision of the refresh; what eigenvalues are made of is "highest".
-        power_iter_steps: orthogonal iterations a refresh, >= 1.
-        max_update_rms: scale an update down whose RMS is larger; 0: never.
-        use_kl_shampoo: the factors of KL-Shampoo.
-        correct_shampoo_beta_bias: bias-correct the factors; None: as `correct_bias`.
-        first_step: "adam": the first update is Adam's, the second step makes the first basis; "eigenbasis": the
-            published start, whose second update explodes, and the published permutation of the second moment. It
-            reproduces published tables.
-        precondition_frequency: steps from one refresh of the bases to the next, >= 1. The factors take in every
-            gradient. Above 1, give a `refresh_ramp`.
-        refresh_ramp: with `precondition_frequency` above 1, the steps after the first basis in which it is refreshed in
-            each; then ever more rarely, in step k about every k / refresh_ramp steps, down to the frequency. 0: rare
-            from the start, which costs loss where the learning rate warms up for few steps. Give half of the warm-up's
-            steps, or all of them (docs/performance.md).
-        max_precond_dim: a side that is longer keeps the identity as its basis and has no factor; both longer: Adam.
-            None: no limit.
-        relative_floor: with KL, eigenvalues below this share of their mean count as it, in [0, 1). None: 0.01, or 0
-            with the published start.
-        overlap: refresh the bases at the end of a step instead of in it: on CUDA on a stream of its own, beside the
-            model. An update is then taken in bases that have not seen its gradient, which may cost loss
-            (docs/performance.md).
-        **engine: see `EngineOptions`.
-
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
@@ -480,85 +455,37 @@ class SOAP(RuleOptimizer):
     """
 
     rule = SOAPRule
-    ranges = {
-        "betas": BETAS,
-        "shampoo_beta": FRACTION,
-        "eps": POSITIVE,
-        "nesterov": FLAG,
-        "correct_bias": FLAG,
-        "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
-        "use_eigh": FLAG,
-        "qr_fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT)),
-        "power_iter_steps": COUNT,
-        "max_update_rms": NON_NEGATIVE,
-        "use_kl_shampoo": FLAG,
-        "correct_shampoo_beta_bias": optional(FLAG),
-        "first_step": one_of(*get_args(FirstStepT)),
-        "precondition_frequency": COUNT,
-        "refresh_ramp": WHOLE,
-        "max_precond_dim": optional(COUNT),
-        "relative_floor": optional(FRACTION),
-        "overlap": FLAG,
-    }
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.95),
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        params: MatrixParams,
+        lr: LearningRate,
+        betas: Betas = (0.9, 0.95),
+        shampoo_beta: ShampooBeta = 0.95,
+        eps: FactorEps = 1e-8,
+        weight_decay: WeightDecay = 0.01,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        nesterov: bool = False,
-        correct_bias: bool = True,
-        fp32_matmul_prec: FP32MatmulPrecT = "highest",
-        use_eigh: bool = False,
-        qr_fp32_matmul_prec: FP32MatmulPrecT = "high",
-        power_iter_steps: int = 1,
-        max_update_rms: float = 0.0,
-        use_kl_shampoo: bool = False,
-        correct_shampoo_beta_bias: bool | None = None,
-        stream_list: Sequence[Any] | None = None,
-        first_step: FirstStepT = "adam",
-        precondition_frequency: int = 1,
-        refresh_ramp: int = 0,
-        max_precond_dim: int | None = 10000,
-        relative_floor: float | None = None,
-        overlap: bool = False,
-        **engine: Unpack[EngineOptions],
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        nesterov: Annotated[Nesterov, "Adam with Nesterov momentum."] = False,
+        correct_bias: Annotated[CorrectBias, "divide Adam's moments by 1 - beta^t."] = True,
+        fp32_matmul_prec: ProductPrecision = "highest",
+        use_eigh: UseEigh = False,
+        qr_fp32_matmul_prec: RefreshPrecision = "high",
+        power_iter_steps: PowerIterSteps = 1,
+        max_update_rms: MaxUpdateRms = 0.0,
+        use_kl_shampoo: UseKLShampoo = False,
+        correct_shampoo_beta_bias: CorrectFactorBias = None,
+        stream_list: StreamList = None,
+        **engine: Unpack[SOAPOptions],
     ) -> None:
-        if stream_list is not None:
+        options = given(locals())
+        if options.pop("stream_list") is not None:
             warnings.warn(
                 "SOAP: stream_list has no effect, matrices of one shape are updated in one call; leave it out",
                 UserWarning,
                 stacklevel=2,
             )
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-            "nesterov": nesterov,
-            "correct_bias": correct_bias,
-            "fp32_matmul_prec": fp32_matmul_prec,
-            "use_eigh": use_eigh,
-            "qr_fp32_matmul_prec": qr_fp32_matmul_prec,
-            "power_iter_steps": power_iter_steps,
-            "max_update_rms": max_update_rms,
-            "use_kl_shampoo": use_kl_shampoo,
-            "correct_shampoo_beta_bias": correct_shampoo_beta_bias,
-            "first_step": first_step,
-            "precondition_frequency": precondition_frequency,
-            "refresh_ramp": refresh_ramp,
-            "max_precond_dim": max_precond_dim,
-            "relative_floor": relative_floor,
-            "overlap": overlap,
-        }
-        super().__init__(params, defaults, **engine)
+        super().__init__(**options)
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:

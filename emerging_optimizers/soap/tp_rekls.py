@@ -17,17 +17,25 @@ References:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
-from emerging_optimizers.engine.options import one_of
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.options import (
+    Betas,
+    LearningRate,
+    MatrixParams,
+    ShampooBeta,
+    WeightDecay,
+    WeightDecayMethod,
+    given,
+    one_of,
+)
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
+from emerging_optimizers.soap.options import FactorEps, ProductPrecision
 from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
 from emerging_optimizers.utils import get_pg_rank, get_pg_size
 from emerging_optimizers.utils.eig import eigh_with_fallback
@@ -112,24 +120,23 @@ def _sides(s: SOAPState, change: Callable[[Any], Any]) -> SOAPState:
     return s._replace(L=change(s.L), R=change(s.R), Q_L=change(s.Q_L), Q_R=change(s.Q_R))
 
 
+TpReklsParams = Annotated[
+    MatrixParams,
+    "tensors of two or more dimensions, (name, tensor) pairs, or groups. A group's `partition_dim` says "
+    "along which axis of a matrix its parameters are sharded, 0 or 1; None, the default: not sharded. "
+    "Groups may also set the options of `REKLS` that have no argument here, but `overlap`.",
+]
+
+
+ProcessGroupOption = Annotated[
+    dist.ProcessGroup | None,
+    "the processes among which the shards lie, in order; None: this process alone. Each makes the same optimizer, "
+    "steps and loads checkpoints at the same time, and has a gradient for the same parameters.",
+]
+
+
 class TpRekls(RuleOptimizer):
     """REKLS over a tensor-parallel group; the equations are in this module's docstring.
-
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. A group's `partition_dim` says
-            along which axis of a matrix its parameters are sharded, 0 or 1; None, the default: not sharded. Groups
-            may also set the options of `REKLS` that have no argument here, but `overlap`.
-        lr: learning rate, >= 0.
-        betas: decay of Adam's moments, each in [0, 1).
-        shampoo_beta: decay of the factors, in [0, 1).
-        eps: added to the root of the second moment, and the floor of the eigenvalues; > 0.
-        weight_decay: >= 0.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
-        tp_group: the processes among which the shards lie, in order; None: this process alone. Each makes the same
-            optimizer, steps and loads checkpoints at the same time, and has a gradient for the same parameters.
-        fp32_matmul_prec: float32 matmul precision of factors and projections; eigenvalues and rotations are always
-            formed in full float32.
-        **engine: see `EngineOptions`. `nonfinite="raise"` is refused for shards, as only one process may see it.
 
     Raises:
         ValueError: a value out of its range, a parameter with fewer than two dimensions, or a sharded matrix with a
@@ -147,35 +154,26 @@ class TpRekls(RuleOptimizer):
     rule = TpReklsRule
     # A refresh moves factors between the processes, which a stream of its own would do out of their common order.
     ranges = {**SOAP.ranges, "partition_dim": one_of(None, 0, 1), "overlap": one_of(False)}
+    preset = {field.name: field.default for field in fields(TpReklsRule) if field.name != "tp_group"}
     _kept = ("execution", "tp_group")
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.95),
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        params: TpReklsParams,
+        lr: LearningRate,
+        betas: Betas = (0.9, 0.95),
+        shampoo_beta: ShampooBeta = 0.95,
+        eps: FactorEps = 1e-8,
+        weight_decay: WeightDecay = 0.01,
         *,
-        weight_decay_method: WeightDecayT = "decoupled",
-        tp_group: dist.ProcessGroup | None = None,
-        fp32_matmul_prec: FP32MatmulPrecT = "high",
+        weight_decay_method: WeightDecayMethod = "decoupled",
+        tp_group: ProcessGroupOption = None,
+        fp32_matmul_prec: ProductPrecision = "high",
         **engine: Unpack[EngineOptions],
     ) -> None:
-        self.tp_group = tp_group
-        rest = {field.name: field.default for field in fields(TpReklsRule) if field.name != "tp_group"}
-        defaults = {
-            **rest,
-            "lr": lr,
-            "betas": betas,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-            "fp32_matmul_prec": fp32_matmul_prec,
-        }
-        super().__init__(params, defaults, **engine)
+        options = given(locals())
+        self.tp_group = options.pop("tp_group")
+        super().__init__(**options)
 
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
         rule = TpReklsRule.from_group({**group, "tp_group": self.tp_group})
