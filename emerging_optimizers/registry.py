@@ -1,6 +1,7 @@
 """The table of optimizers: name, import path, one line, paper. Importing it imports no optimizer."""
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -27,6 +28,9 @@ class Entry:
             GPT, `eopt grid`); None: not measured.
         unit: what the learning rate is: "Adam's": elements move by 0.2 to 2.2 times it, whatever the gradient's size;
             otherwise in words what it is.
+        default_trains: whether weights move enough at the learning rate that the published constructor has by default.
+            False: the loss of a small MLP falls by under 4 % in 400 steps, at every other default by 10 to 100 %
+            (`tests/test_starting_rates.py` measures it).
         cls: the class of an entry that was registered while the program ran.
     """
 
@@ -36,6 +40,7 @@ class Entry:
     elementwise: bool = False
     start: float | None = None
     unit: str = ADAMS
+    default_trains: bool = True
     cls: type | None = field(default=None, repr=False)
 
     @property
@@ -78,6 +83,7 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="ISO: An RLVR-Native Optimization Stack 2026, arXiv 2607.19331",
         start=0.1,
         unit="it scales a rotation by the gradient's size",
+        default_trains=False,
     ),
     "kl_m_soap": Entry(
         path="emerging_optimizers.soap.kl_soap:KlMSoap",
@@ -124,6 +130,7 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Lau et al. 2025, arXiv 2505.21799",
         start=0.1,
         unit="an update is as large as the gradient's nuclear norm makes it",
+        default_trains=False,
     ),
     "moso": Entry(
         path="emerging_optimizers.soap.moso:MOSO",
@@ -143,6 +150,7 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Wen et al. 2026, arXiv 2606.16899",
         start=0.05,
         unit="it is a part of the weight's norm",
+        default_trains=False,
     ),
     "muown": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muown:Muown",
@@ -169,6 +177,7 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Lau et al. 2025, arXiv 2505.21799",
         start=0.1,
         unit="an update is as large as the gradient's nuclear norm makes it",
+        default_trains=False,
     ),
     "psgd_pro": Entry(
         path="emerging_optimizers.psgd.psgd:PSGDPro",
@@ -202,6 +211,7 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Pethick et al. 2025, arXiv 2502.07529",
         start=0.004,
         unit="it is a part of the radius of a norm ball",
+        default_trains=False,
     ),
     "shampoo": Entry(
         path="emerging_optimizers.shampoo.shampoo:Shampoo",
@@ -242,6 +252,7 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Janson et al. 2026, arXiv 2602.12429",
         start=0.1,
         unit="it is the spectral norm of the update of a product of factors",
+        default_trains=False,
     ),
     "spel": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.spel:Spel",
@@ -249,6 +260,7 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Yang and Lai 2026, Manifold Constrained Steepest Descent, arXiv 2601.21487",
         start=0.03,
         unit="it is the spectral norm of an update of an orthogonal matrix",
+        default_trains=False,
     ),
     "stacked_soap": Entry(
         path="emerging_optimizers.soap.stacked_soap:StackedSoap",
@@ -276,6 +288,44 @@ def entry(name: str) -> Entry:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"there is no optimizer {name!r}; {hint}Known are {', '.join(OPTIMIZERS)}")
     return found
+
+
+def name_of(cls: type) -> str | None:
+    """The first name of a class, or of the nearest one that it derives from; None: the table has none of them."""
+    names = {known.path: name for name, known in reversed(OPTIMIZERS.items())}
+    paths = (f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
+    return next((names[path] for path in paths if path in names), None)
+
+
+def give_lr(cls: type) -> str:
+    """In words what to do where a class needs a learning rate.
+
+    Example:
+        >>> give_lr(get_optimizer_cls("soap"))
+        'give lr, 0.009 to start with (measured on a character GPT)'
+    """
+    name = name_of(cls)
+    start = OPTIMIZERS[name].start if name is not None else None
+    return "give lr" if start is None else f"give lr, {start:g} to start with (measured on a character GPT)"
+
+
+def caution(cls: type, lr: Any) -> None:
+    """Warn, once in a process, that a class hardly trains at `lr`, its published default, see `Entry`."""
+    known = next((known for known in _IDLE if known.path == f"{cls.__module__}:{cls.__qualname__}"), None)
+    if known in _CAUTIONED or known is None or not isinstance(lr, float):
+        return
+    if lr == signature(cls).parameters["lr"].default:
+        warnings.warn(
+            f"{cls.__name__}: lr={lr:g}, its published default learning rate, moves weights too little to train on "
+            f"most tasks; {give_lr(cls)}",
+            UserWarning,
+            stacklevel=2,
+        )
+        _CAUTIONED.add(known)
+
+
+_IDLE = tuple(known for known in OPTIMIZERS.values() if not known.default_trains)
+_CAUTIONED: set[Entry] = set()
 
 
 @overload

@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, signature
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_args
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from emerging_optimizers import registry
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.ambient import undisturbed
@@ -103,6 +106,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         cls.ranges = {name: check for name, check in ranges.items() if name not in cls.fixed}
         cls.preset = {**preset, **said.defaults, **vars(cls).get("preset", {})}
         cls._arguments = said.arguments
+        if "__init__" in vars(cls):
+            cls.__init__ = _asking_for_lr(cls.__init__)  # type: ignore[method-assign]  # the same signature
         cls.__doc__ = with_arguments(cls.__doc__, said.arguments)
 
     def __init__(self, params: ParamsT, defaults: Mapping[str, Any] | None = None, **options: Any) -> None:
@@ -181,7 +186,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         try:
             rule = self._checked_rule(index)
             self._check_members(index, rule)
-            self._algorithm(self.param_groups[index])._announce(self.param_groups[index])
+            algorithm = self._algorithm(self.param_groups[index])
+            algorithm._announce(self.param_groups[index])
+            registry.caution(algorithm, self.param_groups[index]["lr"])
         except Exception:  # of whatever kind: a refused group leaves nothing behind
             self._rules.pop(index, None)
             self.param_groups.pop()
@@ -836,6 +843,23 @@ class RuleOptimizer(torch.optim.Optimizer):
             UserWarning,
             stacklevel=2,
         )
+
+
+def _asking_for_lr(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor; one without a default learning rate names the rate to start from where none is given."""
+    parameters = signature(init).parameters
+    if "lr" not in parameters or parameters["lr"].default is not Parameter.empty:
+        return init
+    before = [*parameters].index("lr")
+
+    @wraps(init)
+    def asking(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "lr" not in kwargs and len(args) < before:
+            cls = type(self)
+            raise TypeError(f"{cls.__name__} has no default learning rate; {registry.give_lr(cls)}")
+        init(self, *args, **kwargs)
+
+    return asking
 
 
 class _Checked(NamedTuple):

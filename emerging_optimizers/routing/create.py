@@ -16,6 +16,7 @@ from emerging_optimizers.routing.groups import Router, group_options
 from emerging_optimizers.routing.plan import RoutePlan, plan_parameters
 from emerging_optimizers.routing.recipes import find_recipe
 from emerging_optimizers.routing.routed import RoutedOptimizer
+from emerging_optimizers.routing.torch_arguments import without_torchs
 
 
 def create_optimizer(
@@ -57,11 +58,12 @@ def create_optimizer(
         recipe: a name of `eopt recipes`: hyper-parameters as a source gives them. What else is said here goes before,
             and the companion's learning rate keeps its proportion to `lr`.
         **kwargs: arguments of the optimizer `name`, and `EngineOptions`; all but `weight_update_hook` hold for the
-            companion too, and so does `weight_decay`.
+            companion too, and so does `weight_decay`. Of torch.optim's, `fused`, `foreach`, `amsgrad=False` and
+            `differentiable=False` are taken and mean nothing.
 
     Raises:
         ValueError: an unknown name, a value out of its range, a plan that does not fit the model.
-        TypeError: an argument that the optimizer does not have.
+        TypeError: an argument that the optimizer does not have; for one of torch.optim's, its name here.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
@@ -83,6 +85,9 @@ def create_optimizer(
             rest = {key: value for key, value in said.companion.items() if key != "lr"}
             companion_options = {**rest, **(companion_options or {})}
             routing["overrides"] = overrides = {**(overrides or {}), **said.overrides} or None
+    kwargs = without_torchs(name, kwargs)
+    if companion_options is not None:
+        companion_options = without_torchs(companion, companion_options)
     if not isinstance(model_or_params, nn.Module):
         given = [key for key, value in {**routing, "plan": plan, "companion_options": companion_options}.items()
                  if value is not None]  # fmt: skip

@@ -233,7 +233,7 @@ def plan_parameters(
 
 
 def table(routes: Sequence[Route]) -> list[str]:
-    """Lines of columns; layers that are alike and stand below one another are one line."""
+    """Lines of columns; what is alike in several layers is one line. "view" is there where something is cut."""
     rows: dict[tuple[str, ...], int] = {}
     for r in routes:
         cells = (
@@ -243,16 +243,40 @@ def table(routes: Sequence[Route]) -> list[str]:
             r.optimizer,
             "" if r.lr is None else f"{float(r.lr):g}",
             "yes" if r.decays and r.optimizer != FROZEN else "no",
+            _view_in_words(r),
             r.reason,
         )
         rows[cells] = rows.get(cells, 0) + 1
-    header = ("parameter", "shape", "role", "optimizer", "lr", "decay", "reason")
+    header = ("parameter", "shape", "role", "optimizer", "lr", "decay", "view", "reason")
     lines = [header, *((f"{name}  {count} x" if count > 1 else name, *rest) for (name, *rest), count in rows.items())]
-    widths = [max(len(row[k]) for row in lines) for k in range(len(header) - 1)]
+    if not any(view for *_, view, _ in rows):
+        lines = [(*row[:-2], row[-1]) for row in lines]  # nothing is cut
+    widths = [max(len(row[k]) for row in lines) for k in range(len(lines[0]) - 1)]
     return [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip()
         for row in lines
     ]
+
+
+def _view_in_words(route: Route) -> str:
+    """How a matrix optimizer cuts a parameter, in a few words; "" where it is one matrix, or no matrix."""
+    if route.factor_rows is not None:
+        return "2 factors"
+    if route.optimizer == FROZEN or registry.entry(route.optimizer).elementwise:
+        return ""
+    view = route.options.get("matrix_view", route.view)
+    first, *rest = (view,) if isinstance(view, str) else view
+    if first == "auto":
+        return {2: "", 3: f"{route.shape[0]} matrices"}.get(len(route.shape), "flat")
+    if first in ("transposed", "columns"):
+        inner = _view_in_words(replace(route, view=tuple(rest), options={})) if rest else ""
+        return ", ".join(word for word in (first, inner) if word)
+    return {
+        "heads": f"{rest[0] if rest else 0} heads",
+        "split": f"{len(rest)} parts",
+        "interleaved": f"{len(rest)} gathered",
+        "flatten": "flat",
+    }.get(str(first), str(first))
 
 
 # A plan of more rows than this groups what repeats over layers.

@@ -123,7 +123,7 @@ class RoutedOptimizer(RuleOptimizer):
         return {**incoming, "param_groups": groups}
 
     def _check_route(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
-        mine, saved = _routes(self.param_groups), _routes(saved_groups)
+        mine, saved = _routes(self.param_groups), _routes(_named(saved_groups, self.param_groups))
         lines = [
             f"{name}: {saved.get(name, 'absent')} in the checkpoint, {mine.get(name, 'absent')} here"
             for name in sorted(mine.keys() | saved.keys())
@@ -145,6 +145,16 @@ def devices_that_cast(optimizer: RuleOptimizer) -> list[torch.device]:
         if (casts := getattr(optimizer._algorithm(group), "casts", None)) and casts(group)
     ]
     return [p.device for group in groups for p in group["params"]]
+
+
+def _named(saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Groups of a checkpoint that were saved without names (torchtitan's are), with those in the same place here."""
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in mine]:
+        return saved
+    return [
+        {**group, "param_names": here["param_names"]} if "param_names" in here and "param_names" not in group else group
+        for group, here in zip(saved, mine, strict=True)
+    ]
 
 
 def _routes(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:

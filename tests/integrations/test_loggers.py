@@ -164,9 +164,9 @@ def test_mlflow_gets_at_most_a_thousand_at_once():
 def test_nothing_is_imported_before_it_is_needed_and_a_package_that_is_missing_is_named():
     code = """
 import json, sys
-from emerging_optimizers.integrations import huggingface, loggers, torch_arguments
+from emerging_optimizers.integrations import huggingface, loggers, timm, torch_arguments
 packages = {"tensorboard": "tensorboard('runs')", "wandb": "wandb()", "mlflow": "mlflow()"}
-said = [name for name in (*packages, "transformers") if name in sys.modules]
+said = [name for name in (*packages, "transformers", "timm") if name in sys.modules]
 for package, call in packages.items():
     sys.modules[package] = None
     try:

@@ -7,6 +7,7 @@ from torch import nn
 from emerging_optimizers import AdamW, Lion, Muon, create_optimizer
 from emerging_optimizers.integrations.torch_arguments import from_torch
 from emerging_optimizers.linalg.precision import reduced_precision
+from emerging_optimizers.registry import OPTIMIZERS, register_optimizer
 from emerging_optimizers.scalar_optimizers.rmsprop import RMSProp
 
 
@@ -89,6 +90,54 @@ def test_for_a_model():
         create_optimizer("muon", model, **from_torch("muon", lr=0.02))
     optimizer = create_optimizer("muon", model, **options, companion_lr=1e-3)
     assert optimizer.param_groups[0]["extra_scale_factor"] == 0.2
+
+
+@pytest.mark.parametrize(
+    "ignored", [{"fused": True}, {"foreach": False, "amsgrad": False, "differentiable": False}], ids=str
+)
+def test_what_means_nothing_may_be_given_to_create_optimizer(ignored):
+    def groups(given, model):
+        optimizer = create_optimizer("muon", model, lr=2e-3, companion_options={"eps": 1e-6, **given}, **given)
+        return [{key: x for key, x in group.items() if key != "params"} for group in optimizer.param_groups]
+
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
+    assert groups(ignored, model) == groups({}, model)
+    alone = create_optimizer("lion", [nn.Parameter(torch.ones(3))], **ignored)
+    assert not ignored.keys() & alone.param_groups[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error", "message"),
+    [
+        ("muon", {"ns_steps": 6}, TypeError, "ns_steps=6 of torch.optim is num_ns_steps=6 here"),
+        ("muon", {"ns_coefficients": (1.0, 2.0, 3.0)}, TypeError, "custom_coefficient_sets=\\(\\(1.0, 2.0, 3.0\\),\\)"),
+        ("muon", {"adjust_lr_fn": "original"}, TypeError, r"scale_mode='shape_scaling'.*from_torch\('muon', ...\)"),
+        ("muon", {"adjust_lr_fn": "rms"}, ValueError, r"create_optimizer\('muon'\): adjust_lr_fn='rms' is not one of"),
+        ("soap", {"decoupled_weight_decay": False}, TypeError, "weight_decay_method='l2' here"),
+        ("adamw", {"amsgrad": True}, ValueError, "amsgrad=True is not possible"),
+        ("rmsprop", {"momentum": 0.9}, ValueError, "no momentum"),
+        ("muon", {"companion_options": {"amsgrad": True}}, ValueError, r"create_optimizer\('adamw'\): amsgrad=True"),
+        ("soap", {"ns_steps": 5}, TypeError, "no argument 'ns_steps'"),
+    ],
+    ids=str,
+)
+def test_create_optimizer_says_what_an_argument_of_torch_is_called_here(name, arguments, error, message):
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
+    with pytest.raises(error, match=message):
+        create_optimizer(name, model, **arguments)
+
+
+def test_a_class_of_ones_own_gets_what_it_takes():
+    @register_optimizer("fused_lion")
+    class FusedLion(Lion):
+        def __init__(self, params, lr=1e-4, **anything):
+            self.given = anything
+            super().__init__(params, lr)
+
+    try:
+        assert create_optimizer("fused_lion", [nn.Parameter(torch.ones(3))], fused=True).given == {"fused": True}
+    finally:
+        del OPTIMIZERS["fused_lion"]
 
 
 def test_another_optimizer_keeps_its_own_defaults():

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -204,6 +205,44 @@ def test_printed_it_is_a_table_of_names_shapes_learning_rates_and_reasons():
         assert row.endswith(route.reason)
         assert "x".join(map(str, route.shape)) in row
     assert "0.02" in str(plan)
+
+
+class Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.conv = nn.Conv2d(8, 4, 3, bias=False)
+        self.head = nn.Linear(8, 50)
+
+
+def test_printed_it_says_how_a_matrix_is_cut():
+    plan = plan_parameters(Fused(), "muon", lr=0.02)
+    header, *rows, _ = str(plan).splitlines()
+    assert header.split()[-3:] == ["decay", "view", "reason"]
+    assert re.search(r"^qkv.weight .* yes +3 parts +hidden", "\n".join(rows), re.MULTILINE)
+    assert re.search(r"^conv.weight .* yes +flat +conv", "\n".join(rows), re.MULTILINE)
+    assert re.search(r"^qkv.bias .* no +vector", "\n".join(rows), re.MULTILINE)
+    assert "view" not in str(plan_parameters(Fused(), "adamw", lr=0.02)).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("view", "words"),
+    [
+        ("auto", ""),
+        ("transposed", "transposed"),
+        (("heads", 6), "6 heads"),
+        (("columns", "heads", 2), "columns, 2 heads"),
+        (("transposed", "split", 4, 4), "transposed, 2 parts"),
+        (("interleaved", 2, 1, 1), "3 gathered"),
+    ],
+    ids=str,
+)
+def test_a_view_that_was_edited_is_printed(view, words):
+    plan = plan_parameters(Fused(), "muon", lr=0.02)
+    routes = [dataclasses.replace(r, view=view) if r.name == "qkv.weight" else r for r in plan]
+    line = next(x for x in str(RoutePlan(routes=tuple(routes))).splitlines() if x.startswith("qkv.weight"))
+    assert re.search(f" yes +{words} +hidden matrix", line)
 
 
 @pytest.mark.parametrize("lr", [0.25, torch.tensor(0.25), torch.tensor([0.25])], ids=["number", "0-D", "1-D"])
