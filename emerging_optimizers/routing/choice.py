@@ -18,6 +18,10 @@ FROZEN = "frozen"
 OverrideT = str | Mapping[str, Any]
 
 
+class Suggestion(dict[str, Any]):
+    """Options of a recipe for a pattern; in a model without such parameters they decide nothing."""
+
+
 class Choice:
     """Which optimizer takes a parameter, by its role and by what was asked for."""
 
@@ -46,6 +50,7 @@ class Choice:
             if "optimizer" in options:
                 options["optimizer"] = self._known(f"overrides[{pattern!r}]", options["optimizer"])
             self.overrides[pattern] = (_matcher(pattern), options)
+        self.asked = [pattern for pattern, value in (overrides or {}).items() if not isinstance(value, Suggestion)]
         self.matched: dict[str, bool] = dict.fromkeys(self.overrides, False)
         self.decided: dict[str, bool] = dict.fromkeys(self.overrides, False)
 
@@ -116,13 +121,13 @@ class Choice:
 
     def check_all_used(self, names: list[str]) -> None:
         """Raise ValueError for a pattern that has decided nothing."""
-        if unused := [pattern for pattern, matched in self.matched.items() if not matched]:
+        if unused := [pattern for pattern in self.asked if not self.matched[pattern]]:
             lines = []
             for pattern in unused:
                 close = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=2, cutoff=0.4)
                 lines.append(f"{pattern!r}" + (f" (nearest: {', '.join(close)})" if close else ""))
             raise ValueError(f"overrides match no parameter: {', '.join(lines)}")
-        if shadowed := [pattern for pattern, decided in self.decided.items() if not decided]:
+        if shadowed := [pattern for pattern in self.asked if not self.decided[pattern]]:
             raise ValueError(
                 f"overrides decide nothing: {', '.join(map(repr, shadowed))}; all that they match is matched by a "
                 "pattern before them. Put the narrower pattern first"

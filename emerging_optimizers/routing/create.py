@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine import EngineOptions
-from emerging_optimizers.routing.choice import OverrideT, default_lr
+from emerging_optimizers.routing.choice import OverrideT, Suggestion, default_lr
 from emerging_optimizers.routing.groups import Router, group_options
 from emerging_optimizers.routing.plan import RoutePlan, plan_parameters
 from emerging_optimizers.routing.recipes import find_recipe
@@ -84,7 +84,9 @@ def create_optimizer(
         if isinstance(model_or_params, nn.Module) and companion.lower() == "adamw":
             rest = {key: value for key, value in said.companion.items() if key != "lr"}
             companion_options = {**rest, **(companion_options or {})}
-            routing["overrides"] = overrides = {**(overrides or {}), **said.overrides} or None
+            suggested = {pattern: Suggestion(options) for pattern, options in said.overrides.items()}
+            overrides = {**(overrides or {})}  # what the user says comes first, and counts
+            routing["overrides"] = overrides = {**overrides, **suggested, **overrides} or None
     kwargs = without_torchs(name, kwargs)
     if companion_options is not None:
         companion_options = without_torchs(companion, companion_options)

@@ -106,3 +106,12 @@ def test_the_command_line_lists_them(capsys) -> None:
     main(["recipes"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in RECIPES)
+
+
+def test_a_recipe_for_embeddings_also_serves_a_model_that_has_none() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    assert {g["algorithm"] for g in make("nanochat", "muon", model).param_groups} == {"muon", "adamw"}
+    own = make("nanochat", "muon", GPTLike(), overrides={"embedding": {"lr": 0.1}})
+    assert {g["name"]: g["lr"] for g in own.param_groups}["adamw: embeddings"] == 0.1
+    wide = make("nanochat", "muon", GPTLike(), overrides={"*": {"lr": 0.3}})
+    assert {g["lr"] for g in wide.param_groups} == {0.3}
