@@ -19,6 +19,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # one
 
 from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.matrix_view import Block, blocks
+from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.transit import Transit
 from emerging_optimizers.engine.validate import label
@@ -168,7 +169,7 @@ class Bucket:
         for p, block in rows:
             self.offsets.append(self.offsets[-1] + block.of(p).numel() // size)
         self.state = rule.init((self.offsets[-1], *item), self.dtype, self.device)
-        rounds = [name for name in rule.rounds if getattr(self.state, name, None) is not None]
+        rounds = rounded_parts(self.state)
         self.rounded = bool(rounds) and rounded is not None
         if self.rounded:
             self.state = self.state._replace(**{name: getattr(self.state, name).to(rounded) for name in rounds})

@@ -42,6 +42,7 @@ from emerging_optimizers.engine.options import (
     options_in,
     with_arguments,
 )
+from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rounding import MOST
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.run import BucketStep
@@ -300,11 +301,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _check_rounding(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
         if group["state_dtype"] is None:
             return
-        parts = rule.init((1, 2, 2)[: 1 if rule.elementwise else 3], torch.float32, torch.device("meta"))._asdict()
-        if not any(parts.get(name) is not None for name in rule.rounds):
+        state = rule.init((1, 2, 2)[: 1 if rule.elementwise else 3], torch.float32, torch.device("meta"))
+        if not rounded_parts(state):
             raise ValueError(
-                f"{owner}: state_dtype={group['state_dtype']} is not possible: of its state ({', '.join(parts)}) "
-                "nothing bears rounding; leave it None"
+                f"{owner}: state_dtype={group['state_dtype']} is not possible: of its state "
+                f"({', '.join(state._fields)}) nothing bears rounding; leave it None"
             )
 
     @staticmethod

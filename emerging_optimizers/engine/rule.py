@@ -17,6 +17,7 @@ from torch import Tensor
 
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.hooks import WeightUpdateHook
+from emerging_optimizers.engine.parts import before_first_step
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
 
@@ -75,8 +76,7 @@ class Rule(ABC):
         elementwise: the rule acts on each element by itself; its state has the gradient's shape.
         counts_steps: `update` reads `t.step`; the count is saved as `step`.
         handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
-        rounds: parts of the state that may be kept in bfloat16 (`state_dtype`): averages over at most some hundred
-            steps, whose increments it does not round away, and bases that a refresh makes orthonormal again.
+        State: of a stack; its fields are `Part`s.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
         starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
         derived: keys of other releases' checkpoints that follow from the rest; they are not loaded.
@@ -87,7 +87,7 @@ class Rule(ABC):
     counts_steps: ClassVar[bool] = False
     handles_l2: ClassVar[bool] = False
     reads_parameters: ClassVar[bool] = False
-    rounds: ClassVar[tuple[str, ...]] = ("momentum_buffer", "exp_avg", "exp_avg_fast", "Q_L", "Q_R", "Q_M")
+    State: ClassVar[type[Any]]
     rewrites_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
     derived: ClassVar[tuple[str, ...]] = ()
@@ -168,12 +168,12 @@ class Rule(ABC):
         """The phase of the update that is the `step`-th of a matrix, from 1, whose turn in the period is `turn`."""
         return Phase.REUSE
 
-    @abstractmethod
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-        """A NamedTuple of tensors, the state before the first step; None for a part that does not exist.
+        """A `State` of tensors before the first step; None for a part that does not exist.
 
         A field's name is its key in checkpoints; its first axis is the first axis of `shape`.
         """
+        return before_first_step(self.State, shape, dtype, device)
 
     def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """The saved state of one parameter under this rule's keys, where another release wrote it under others."""

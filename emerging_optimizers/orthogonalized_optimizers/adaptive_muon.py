@@ -52,7 +52,9 @@ from emerging_optimizers.engine.options import (
     one_of,
     optional,
 )
+from emerging_optimizers.engine.parts import Momentum_BMN, Part, before_first_step
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
+from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import MomentumState
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
     NewtonSchulzPrecision,
@@ -68,8 +70,8 @@ AdaMuonScaleT = Literal["muon", "published"]
 class AdaptiveMuonState(NamedTuple):
     """Momentum (B, M, N); second moment (B, M, N), or (B, M, 1) or (B, 1, N) for normuon, or (B, 1) for namo."""
 
-    momentum_buffer: Tensor
-    moment2_buffer: Tensor
+    momentum_buffer: Momentum_BMN
+    moment2_buffer: Annotated[Tensor, Part("B M2 N2")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +85,13 @@ class AdaptiveMuonRule(PolarRule):
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """Zero moments."""
-        second = [shape[0], 1] if self.moment2_method == "namo" else list(shape)
+        if self.moment2_method == "namo":
+            momentum = before_first_step(MomentumState, shape, dtype, device)
+            return AdaptiveMuonState(*momentum, torch.zeros(shape[0], 1, dtype=dtype, device=device))
+        second = {"M2": shape[1], "N2": shape[2]}
         if self.moment2_method == "normuon":
-            second[_averaged(shape)] = 1
-        return AdaptiveMuonState(*(torch.zeros(size, dtype=dtype, device=device) for size in (shape, second)))
+            second["N2" if _averaged(shape) == -1 else "M2"] = 1
+        return before_first_step(AdaptiveMuonState, shape, dtype, device, sizes=second)
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
         """O, without scale."""

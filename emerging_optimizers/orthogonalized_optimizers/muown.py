@@ -43,6 +43,7 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import Part
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
@@ -57,14 +58,17 @@ from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_directio
 SMALLEST_ROW = 1e-12
 
 
-class MuownState(NamedTuple):
-    """Magnitudes and norms of the directions (B, M, 1), the momentum (B, M, N), Adam's moments of g (B, M, 1)."""
+Column_BM1 = Annotated[Tensor, Part("B M 1")]
 
-    g: Tensor
-    v_norm: Tensor
-    momentum_buffer: Tensor
-    m_g: Tensor
-    v_g: Tensor
+
+class MuownState(NamedTuple):
+    """Magnitudes and norms of the directions, which the first step fills in; momentum; Adam's moments of g."""
+
+    g: Column_BM1
+    v_norm: Column_BM1
+    momentum_buffer: Annotated[Tensor, Part("B M N", rounds=True)]
+    m_g: Column_BM1
+    v_g: Column_BM1
 
 
 class _Adam(NamedTuple):
@@ -77,6 +81,7 @@ class _Adam(NamedTuple):
 class MuownRule(MuonRule):
     """Muon for the directions of the rows, Adam for their magnitudes."""
 
+    State = MuownState
     scalars = ("lr", "momentum", "extra_scale_factor", "betas", "adam_eps", "weight_decay")
     counts_steps = True
     rewrites_weight = True
@@ -86,13 +91,6 @@ class MuownRule(MuonRule):
     def reads_weight(self) -> bool:
         """The direction is read off the weight."""
         return True
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-        """Zeros; the first step fills the norms in."""
-        column = (*shape[:-1], 1)
-        return MuownState(
-            *(torch.zeros(size, dtype=dtype, device=device) for size in (column, column, shape, column, column))
-        )
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

@@ -26,6 +26,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.options import FLAG, FRACTION, one_of
+from emerging_optimizers.engine.parts import Momentum_BMN
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -33,15 +34,16 @@ from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
 
 class MomentumState(NamedTuple):
-    """The momentum, (B, M, N)."""
+    """The momentum."""
 
-    momentum_buffer: Tensor
+    momentum_buffer: Momentum_BMN
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrthogonalizedRule(Rule):
     """Momentum, then `orthogonalize`; here that is the identity, subclasses override it."""
 
+    State: ClassVar[type[Any]] = MomentumState
     scalars: ClassVar[tuple[str, ...]] = ("momentum",)
     nesterov: bool = False
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
@@ -50,10 +52,6 @@ class OrthogonalizedRule(Rule):
     def matmul_precision(self) -> FP32MatmulPrecT:
         """Of `orthogonalize`; momentum has no products."""
         return self.fp32_matmul_prec
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MomentumState:
-        """Zero momentum."""
-        return MomentumState(torch.zeros(shape, dtype=dtype, device=device))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

@@ -54,6 +54,7 @@ from emerging_optimizers.engine.options import (
     given,
     optional,
 )
+from emerging_optimizers.engine.parts import Part, before_first_step
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.coefficients import (
     NSCoeffT,
@@ -84,19 +85,19 @@ class Factor(NamedTuple):
 class SpectronState(NamedTuple):
     """Factors behind a dense weight. u_A = 0 marks a matrix whose factors have to be made (again)."""
 
-    factor_A: Tensor  # B M R
-    factor_B: Tensor  # B N R
-    momentum_A: Tensor
-    momentum_B: Tensor
-    u_A: Tensor  # B M
-    u_B: Tensor  # B N
+    factor_A: Annotated[Tensor, Part("B M R")]
+    factor_B: Annotated[Tensor, Part("B N R")]
+    momentum_A: Annotated[Tensor, Part("B M R")]
+    momentum_B: Annotated[Tensor, Part("B N R")]
+    u_A: Annotated[Tensor, Part("B M")]
+    u_B: Annotated[Tensor, Part("B N")]
 
 
 class FactorState(NamedTuple):
-    """Where the parameter is the two factors, A above B: so is the state."""
+    """Where the parameter is the two factors, A above B: M rows in all, and so is the state."""
 
-    momentum: Tensor  # B M+N R
-    u: Tensor  # B M+N
+    momentum: Annotated[Tensor, Part("B M N")]
+    u: Annotated[Tensor, Part("B M")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +134,8 @@ class SpectronRule(Rule):
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """Zeros, which is no state yet; `start` makes it."""
-        B, M, N = shape
-        R = rank_of(M, N, self.rank, self.rank_ratio)
-        shapes = ((B, M, R), (B, N, R), (B, M, R), (B, N, R), (B, M), (B, N))
-        return SpectronState(*(torch.zeros(s, dtype=dtype, device=device) for s in shapes))
+        rank = rank_of(shape[-2], shape[-1], self.rank, self.rank_ratio)
+        return before_first_step(SpectronState, shape, dtype, device, sizes={"R": rank})
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
         """Factors from the truncated singular value decomposition; refuses or announces what that loses."""
@@ -232,9 +231,7 @@ class FactorRule(SpectronRule):
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """Zero momentum; `start` makes the vectors."""
-        return FactorState(
-            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape[:2], dtype=dtype, device=device)
-        )
+        return before_first_step(FactorState, shape, dtype, device)
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
         """The exact leading singular vectors."""

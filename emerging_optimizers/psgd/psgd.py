@@ -63,6 +63,7 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import Momentum_BMN, Part, before_first_step
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.noise import counted_normal
@@ -76,17 +77,18 @@ NORM_STARTS = 32  # K of `norm_lower_bound`; Li's value for float32
 class PSGDState(NamedTuple):
     """Momentum, factors, curvature bounds. The published lists Q and L, entry by entry: 0 is the left one."""
 
-    exp_avg: Tensor  # B M N
-    Q_0: Tensor  # B M M; B M where it is diagonal
-    Q_1: Tensor  # B N N; B N
-    L_0: Tensor  # B
-    L_1: Tensor  # B
+    exp_avg: Momentum_BMN
+    Q_0: Annotated[Tensor, Part("B M M", start="identity")]  # B M where it is diagonal
+    Q_1: Annotated[Tensor, Part("B N N", start="identity")]  # B N
+    L_0: Annotated[Tensor, Part("B", start=1.0)]
+    L_1: Annotated[Tensor, Part("B", start=1.0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PSGDRule(Rule):
     """Momentum, one step of each factor, the whitened momentum."""
 
+    State = PSGDState
     scalars = ("momentum", "beta_lip", "precond_lr", "min_precond_lr", "warmup_steps", "damping_noise_scale")
     counts_steps = True
     precond_init_scale: float = 1.0
@@ -95,18 +97,13 @@ class PSGDRule(Rule):
     seed: int = 0
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> PSGDState:
-        """Zero momentum, identities times the initial scale, bounds of 1."""
-        B, M, N = shape
-        limit = self.max_precond_dim or max(M, N)
-
-        def identity(size: int) -> Tensor:
-            diagonal = torch.ones(size, dtype=dtype, device=device)
-            one = self.precond_init_scale * (torch.eye(size, dtype=dtype, device=device) if size <= limit else diagonal)
-            return one.repeat(B, *(1 for _ in one.shape))
-
-        Q_0, Q_1 = identity(M), identity(N)
-        L_0, L_1 = torch.ones(2, B, dtype=dtype, device=device)
-        return PSGDState(torch.zeros(shape, dtype=dtype, device=device), Q_0, Q_1, L_0, L_1)
+        """Factors at their initial scale, diagonal where a side is long."""
+        limit = self.max_precond_dim or max(shape)
+        long = [key for key, size in zip(("Q_0", "Q_1"), shape[1:], strict=True) if size > limit]
+        state = before_first_step(PSGDState, shape, dtype, device, without=long)
+        diagonals = {key: torch.ones(shape[0], shape[1 + (key == "Q_1")], dtype=dtype, device=device) for key in long}
+        factors = {"Q_0": state.Q_0, "Q_1": state.Q_1, **diagonals}
+        return state._replace(**{key: self.precond_init_scale * Q for key, Q in factors.items()})
 
     def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """The published lists of factors and bounds by index: {"Q": [a, b]} is {"Q_0": a, "Q_1": b}."""

@@ -48,6 +48,7 @@ from emerging_optimizers.engine.options import (
     given,
     one_of,
 )
+from emerging_optimizers.engine.parts import Part
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
@@ -78,19 +79,20 @@ RETRACTIONS: Mapping[RetractionT, Callable[[Tensor, Tensor], Tensor]] = {"qr": _
 
 
 class IsoState(NamedTuple):
-    """Singular vectors and values, and the momentum of the vectors."""
+    """Singular vectors and values, which `start` makes, and the momentum of the vectors."""
 
-    u: Tensor  # B M K
-    sigma: Tensor  # B K
-    v: Tensor  # B N K
-    momentum_u: Tensor  # B M K
-    momentum_v: Tensor  # B N K
+    u: Annotated[Tensor, Part("B M S")]
+    sigma: Annotated[Tensor, Part("B S")]
+    v: Annotated[Tensor, Part("B N S")]
+    momentum_u: Annotated[Tensor, Part("B M S")]
+    momentum_v: Annotated[Tensor, Part("B N S")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class IsoRule(Rule):
     """Iso on a stack."""
 
+    State = IsoState
     scalars = ("lr", "momentum", "weight_decay")
     counts_steps = True
     rewrites_weight = True
@@ -114,13 +116,6 @@ class IsoRule(Rule):
         if self.retraction == "polar":
             return "the host checks the success of a singular value decomposition; give retraction='qr' or 'cayley'"
         return super().needs_host
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> IsoState:
-        """Room for what `start` makes."""
-        B, M, N = shape
-        K = min(M, N)
-        sizes = ((B, M, K), (B, K), (B, N, K), (B, M, K), (B, N, K))
-        return IsoState(*(torch.zeros(size, dtype=dtype, device=device) for size in sizes))
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> IsoState:
         """The weight's own factors, and no momentum."""

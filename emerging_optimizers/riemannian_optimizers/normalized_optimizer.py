@@ -38,6 +38,7 @@ from emerging_optimizers.engine.options import (
     given,
     one_of,
 )
+from emerging_optimizers.engine.parts import Decay, Part
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
 
 CorrectBiasT = bool | Literal["published"]
@@ -84,39 +85,33 @@ class ObliqueRule(Rule):
         return ObliqueHook(self.dim, self.eps)
 
 
-class MomentumState(NamedTuple):
-    """The momentum, (B, M, N)."""
+class SumState(NamedTuple):
+    """The momentum, a sum of gradients."""
 
-    momentum_buffer: Tensor
+    momentum_buffer: Annotated[Tensor, Part("B M N", rounds=True, averages=Decay())]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObliqueSGDRule(ObliqueRule):
     """Heavy ball."""
 
+    State = SumState
     scalars = ("momentum",)
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MomentumState:
-        """Zero momentum."""
-        return MomentumState(torch.zeros(shape, dtype=dtype, device=device))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
         momentum_BMN = state.momentum_buffer * t.momentum + grad
-        return Step(momentum_BMN, MomentumState(momentum_BMN))
+        return Step(momentum_BMN, SumState(momentum_BMN))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObliqueAdamRule(ObliqueRule):
     """Adam."""
 
+    State = AdamState
     scalars = ("betas", "eps")
     counts_steps = True
     correct_bias: CorrectBiasT = True
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
-        """Zero moments."""
-        return AdamState.zeros(shape, dtype, device)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

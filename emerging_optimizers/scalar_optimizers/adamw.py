@@ -19,7 +19,6 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
@@ -36,18 +35,14 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import FirstMoment, Like
 
 
 class AdamState(NamedTuple):
     """First and second moment, each shaped like the gradient."""
 
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    @classmethod
-    def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "AdamState":
-        """The state before the first step."""
-        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in cls._fields))
+    exp_avg: FirstMoment
+    exp_avg_sq: Like
 
 
 def adam_direction(
@@ -72,15 +67,12 @@ def adam_direction(
 class AdamWRule(Rule):
     """Adam, element by element."""
 
+    State = AdamState
     scalars = ("betas", "eps")
     elementwise = True
     counts_steps = True
     correct_bias: bool = True
     nesterov: bool = False
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
-        """Zero moments."""
-        return AdamState.zeros(shape, dtype, device)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

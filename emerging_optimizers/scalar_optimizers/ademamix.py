@@ -41,6 +41,7 @@ from emerging_optimizers.engine.options import (
     given,
     optional,
 )
+from emerging_optimizers.engine.parts import FirstMoment, Like
 from emerging_optimizers.engine.scalars import add_, addcmul_, lerp
 
 THREE_BETAS = Check(
@@ -78,25 +79,22 @@ def _log(beta: Any) -> Any:
 class AdEMAMixState(NamedTuple):
     """Fast and slow first moment and second moment, each shaped like the gradient."""
 
-    exp_avg_fast: Tensor
-    exp_avg_slow: Tensor
-    exp_avg_sq: Tensor
+    exp_avg_fast: FirstMoment
+    exp_avg_slow: Like
+    exp_avg_sq: Like
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdEMAMixRule(Rule):
     """AdEMAMix, element by element."""
 
+    State = AdEMAMixState
     scalars = ("betas", "eps", "alpha")
     elementwise = True
     counts_steps = True
     correct_bias: bool = True
     num_beta_slow_warmup_steps: int | None = None
     num_alpha_warmup_steps: int | None = None
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdEMAMixState:
-        """Zero moments."""
-        return AdEMAMixState(*(torch.zeros(shape, dtype=dtype, device=device) for _ in AdEMAMixState._fields))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

@@ -4,10 +4,10 @@ A subclass gives the function and names the options that it takes; one of `updat
 parameter by parameter. A `Rule` is called once for many parameters and compiles: see `lion.py` for how short it is.
 """
 
-from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from functools import cache
+from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -15,9 +15,15 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
+from emerging_optimizers.engine.parts import Part, before_first_step
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 __all__ = ["SingleMomentumOptimizer", "TwoMomentsOptimizer"]
+
+
+@cache
+def _state_of(keys: tuple[str, ...]) -> Any:
+    return NamedTuple("State", [(key, Annotated[Tensor, Part(rounds=key == "exp_avg")]) for key in keys])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +43,14 @@ class UpdateFunctionRule(Rule):
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """Zeros."""
-        return self._state(torch.zeros(shape, dtype=dtype, device=device) for _ in self.state_keys)
+        return before_first_step(_state_of(self.state_keys), shape, dtype, device)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """The function, on the parameter's own shape."""
         shape = t.parameters[0].shape
         buffers = [x.clone().view(shape) for x in state]
         update = self.function(grad.view(shape), *buffers, step=t.step)
-        return Step(update.reshape(grad.shape), self._state(x.view(grad.shape) for x in buffers))
-
-    def _state(self, buffers: Any) -> Any:
-        return namedtuple("State", self.state_keys)(*buffers)
+        return Step(update.reshape(grad.shape), type(state)(*(x.view(grad.shape) for x in buffers)))
 
 
 class _FunctionOptimizer(RuleOptimizer):

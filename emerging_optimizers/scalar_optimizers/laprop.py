@@ -15,9 +15,8 @@ References:
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
@@ -36,14 +35,22 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import Like, Part
 from emerging_optimizers.engine.scalars import addcdiv_, addcmul_
-from emerging_optimizers.scalar_optimizers.adamw import AdamState
+
+
+class LaPropState(NamedTuple):
+    """The momentum of normalised gradients, and the second moment, each shaped like the gradient."""
+
+    exp_avg: Annotated[Tensor, Part(rounds=True)]
+    exp_avg_sq: Like
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaPropRule(Rule):
     """LaProp, element by element."""
 
+    State = LaPropState
     scalars = ("betas", "eps")
     elementwise = True
     counts_steps = True
@@ -55,10 +62,6 @@ class LaPropRule(Rule):
         """With `frob_normalize`, the weight keeps its norm."""
         return KeepNorm() if self.frob_normalize else None
 
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
-        """Zero moments."""
-        return AdamState.zeros(shape, dtype, device)
-
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
         beta1, beta2 = t.betas
@@ -68,7 +71,7 @@ class LaPropRule(Rule):
         # G / (sqrt(v / bias2) + eps) with the root of bias2 taken out: a pass less.
         root2 = bias2**0.5
         m = addcdiv_(state.exp_avg * beta1, grad, v.sqrt().add_(t.eps * root2), (1 - beta1) * root2)
-        return Step(m * (1 / bias1), AdamState(m, v))
+        return Step(m * (1 / bias1), LaPropState(m, v))
 
     def fused(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float

@@ -15,32 +15,29 @@ References:
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
 from emerging_optimizers.engine.options import Betas, LearningRate, Params, WeightDecay, WeightDecayMethod, given
+from emerging_optimizers.engine.parts import Decay, Part
 
 
 class LionState(NamedTuple):
     """The momentum, shaped like the gradient."""
 
-    exp_avg: Tensor
+    exp_avg: Annotated[Tensor, Part(rounds=True, averages=Decay("betas", 1))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LionRule(Rule):
     """Lion, element by element."""
 
+    State = LionState
     scalars = ("betas",)
     elementwise = True
     derived = ("step",)  # August 2026 counts, and never reads it
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LionState:
-        """Zero momentum."""
-        return LionState(torch.zeros(shape, dtype=dtype, device=device))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

@@ -35,6 +35,7 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import FirstMoment, Like
 
 EVEN = Check(lambda v: isinstance(v, int) and v % 2 == 0, "an even integer")
 
@@ -42,8 +43,8 @@ EVEN = Check(lambda v: isinstance(v, int) and v % 2 == 0, "an even integer")
 class MAdamState(NamedTuple):
     """First moment, and second moment times 2^k, each shaped like the gradient."""
 
-    exp_avg: Tensor
-    exp_avg_sq_scaled: Tensor
+    exp_avg: FirstMoment
+    exp_avg_sq_scaled: Like
 
 
 def madam_direction(
@@ -70,15 +71,12 @@ def madam_largest_norm(unscaled: float, scale_log2: int) -> float:
 class MAdamRule(Rule):
     """MAdam, element by element."""
 
+    State = MAdamState
     scalars = ("betas",)
     elementwise = True
     counts_steps = True
     correct_bias: bool = True
     scale_log2: int = 16
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MAdamState:
-        """Zero moments."""
-        return MAdamState(*(torch.zeros(shape, dtype=dtype, device=device) for _ in MAdamState._fields))
 
     def largest_norm(self, dtype: torch.dtype) -> float:
         """The square is kept scaled."""

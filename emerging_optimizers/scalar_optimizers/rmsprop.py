@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
@@ -31,25 +30,23 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import Like
 from emerging_optimizers.engine.scalars import addcmul_
 
 
 class RMSPropState(NamedTuple):
     """The second moment, shaped like the gradient."""
 
-    exp_avg_sq: Tensor
+    exp_avg_sq: Like
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMSPropRule(Rule):
     """RMSProp, element by element."""
 
+    State = RMSPropState
     scalars = ("alpha", "eps")
     elementwise = True
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> RMSPropState:
-        """Zero."""
-        return RMSPropState(torch.zeros(shape, dtype=dtype, device=device))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

@@ -17,7 +17,6 @@ References:
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
@@ -35,19 +34,21 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import Decay, Part
 from emerging_optimizers.engine.scalars import lerp
 
 
 class SignumState(NamedTuple):
     """The momentum, shaped like the gradient."""
 
-    exp_avg: Tensor
+    exp_avg: Annotated[Tensor, Part(rounds=True, averages=Decay("momentum"))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignumRule(Rule):
     """Signum; element by element unless the shape of the matrix matters."""
 
+    State = SignumState
     scalars = ("momentum",)
     counts_steps = True
     correct_bias: bool = True
@@ -58,10 +59,6 @@ class SignumRule(Rule):
     def elementwise(self) -> bool:  # type: ignore[override]  # here it depends on an option
         """With shape scaling the rule has to see whole matrices."""
         return not self.use_shape_scaling
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SignumState:
-        """Zero momentum."""
-        return SignumState(torch.zeros(shape, dtype=dtype, device=device))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

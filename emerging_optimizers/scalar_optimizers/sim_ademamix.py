@@ -17,9 +17,8 @@ References:
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
@@ -40,24 +39,28 @@ from emerging_optimizers.engine.options import (
     given,
     optional,
 )
+from emerging_optimizers.engine.parts import Decay, Like, Part
 from emerging_optimizers.engine.scalars import add_, addcmul_
-from emerging_optimizers.scalar_optimizers.adamw import AdamState
 from emerging_optimizers.scalar_optimizers.ademamix import half_life_warmup
+
+
+class SumState(NamedTuple):
+    """The momentum, a sum, and the second moment, each shaped like the gradient."""
+
+    exp_avg: Annotated[Tensor, Part(rounds=True, averages=Decay())]
+    exp_avg_sq: Like
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimplifiedAdEMAMixRule(Rule):
     """Simplified AdEMAMix, element by element."""
 
+    State = SumState
     scalars = ("betas", "eps", "alpha", "min_beta_fast")
     elementwise = True
     counts_steps = True
     correct_bias: bool = True
     num_beta_fast_warmup_steps: int | None = None
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> AdamState:
-        """Zero moments."""
-        return AdamState.zeros(shape, dtype, device)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
@@ -71,7 +74,7 @@ class SimplifiedAdEMAMixRule(Rule):
         # that differ from element to element make bias1 a float64 stack.
         root2 = bias2**0.5
         numerator = add_((m * (root2 / bias1)).to(grad.dtype), grad, root2 * t.alpha)
-        return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdamState(m, v))
+        return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), SumState(m, v))
 
     def fused(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float

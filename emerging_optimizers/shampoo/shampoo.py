@@ -48,6 +48,7 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import FactorL_BMM, FactorR_BNN, Momentum_BMN, before_first_step
 from emerging_optimizers.linalg.inverse_root import inverse_root
 from emerging_optimizers.linalg.kernels.symmetric import gram
 
@@ -55,15 +56,16 @@ from emerging_optimizers.linalg.kernels.symmetric import gram
 class ShampooState(NamedTuple):
     """Momentum and factors; a side that is too long has none."""
 
-    exp_avg: Tensor  # B M N
-    L: Tensor | None  # B M M
-    R: Tensor | None  # B N N
+    exp_avg: Momentum_BMN
+    L: FactorL_BMM
+    R: FactorR_BNN
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShampooRule(Rule):
     """Momentum and factors, then the momentum between their inverse roots."""
 
+    State = ShampooState
     scalars = ("momentum", "shampoo_beta", "eps")
     counts_steps = True
     p_root_inv: int = 4
@@ -75,14 +77,10 @@ class ShampooRule(Rule):
         return "the host checks the success of an eigh in every step; use SOAP"
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ShampooState:
-        """Zeros."""
-        B, M, N = shape
-        limit = self.max_precond_dim or max(M, N)
-
-        def zeros(rows: int, columns: int) -> Tensor:
-            return torch.zeros(B, rows, columns, dtype=dtype, device=device)
-
-        return ShampooState(zeros(M, N), *(zeros(size, size) if size <= limit else None for size in (M, N)))
+        """No factor of a side that is too long."""
+        limit = self.max_precond_dim or max(shape)
+        long = [side for side, size in zip("LR", shape[1:], strict=True) if size > limit]
+        return before_first_step(ShampooState, shape, dtype, device, without=long)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

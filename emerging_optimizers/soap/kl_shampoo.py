@@ -22,7 +22,6 @@ References:
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import Phase, RuleOptimizer, Scalars, Step, debias, lerp
@@ -35,6 +34,15 @@ from emerging_optimizers.engine.options import (
     WeightDecay,
     WeightDecayMethod,
     given,
+)
+from emerging_optimizers.engine.parts import (
+    BasisL_BMM,
+    BasisR_BNN,
+    FactorL_BMM,
+    FactorR_BNN,
+    Momentum_BMN,
+    ValuesL_BM,
+    ValuesR_BN,
 )
 from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
@@ -51,25 +59,22 @@ from emerging_optimizers.soap.soap import EigenbasisRule
 class KLShampooState(NamedTuple):
     """Momentum, factors, bases; a side that is not preconditioned has no factor and no basis."""
 
-    exp_avg: Tensor  # B M N
-    L: Tensor | None  # B M M
-    R: Tensor | None  # B N N
-    Q_L: Tensor | None  # B M M, columns by falling eigenvalue
-    Q_R: Tensor | None  # B N N
-    eigvals_L: Tensor | None  # B M, diag Q_L^T L Q_L
-    eigvals_R: Tensor | None  # B N
+    exp_avg: Momentum_BMN
+    L: FactorL_BMM
+    R: FactorR_BNN
+    Q_L: BasisL_BMM  # columns by falling eigenvalue
+    Q_R: BasisR_BNN
+    eigvals_L: ValuesL_BM  # diag Q_L^T L Q_L
+    eigvals_R: ValuesR_BN
 
 
 @dataclass(frozen=True, kw_only=True)
 class KLShampooRule(EigenbasisRule):
     """Factors, bases, and the momentum between the factors' inverse square roots."""
 
+    State = KLShampooState
     scalars = ("momentum", "shampoo_beta", "eps")
     divides_by_eigvals = True
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> KLShampooState:
-        """Zero momentum and factors, identity bases."""
-        return KLShampooState(torch.zeros(shape, dtype=dtype, device=device), *self.start_factors(shape, dtype, device))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

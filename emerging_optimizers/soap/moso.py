@@ -47,6 +47,7 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import Like, Momentum_BMN, Part
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
@@ -58,16 +59,17 @@ from emerging_optimizers.soap.soap import FirstStepT
 class MOSOState(NamedTuple):
     """Momentum, its second moment in the basis, factor and basis of the shorter side, whose length is S."""
 
-    momentum_buffer: Tensor  # B M N
-    exp_avg_sq: Tensor  # B M N
-    M: Tensor  # B S S
-    Q_M: Tensor  # B S S, columns by falling eigenvalue
+    momentum_buffer: Momentum_BMN
+    exp_avg_sq: Like
+    M: Annotated[Tensor, Part("B S S")]
+    Q_M: Annotated[Tensor, Part("B S S", start="identity", rounds=True)]  # columns by falling eigenvalue
 
 
 @dataclass(frozen=True, kw_only=True)
 class MOSORule(Rule):
     """Momentum, its factor and basis, RMSProp in the basis."""
 
+    State = MOSOState
     scalars = ("momentum", "rms_beta", "shampoo_beta", "eps")
     counts_steps = True
     max_update_rms: float = 0.0
@@ -78,13 +80,6 @@ class MOSORule(Rule):
     def phase(self, step: int, turn: int = 0) -> Phase:
         """FIRST makes the first basis; a refresh before it has no effect, see `EigenbasisRule.phase`."""
         return Phase.FIRST if step == (1 if self.first_step == "eigenbasis" else 2) else Phase.REFRESH
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> MOSOState:
-        """Zeros, and the identity as basis."""
-        B, M, N = shape
-        zeros = torch.zeros(shape, dtype=dtype, device=device)
-        basis = torch.eye(min(M, N), dtype=dtype, device=device).repeat(B, 1, 1)
-        return MOSOState(zeros, torch.zeros_like(zeros), torch.zeros_like(basis), basis)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations; S x T is the matrix with its shorter side first."""

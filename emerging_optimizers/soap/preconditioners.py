@@ -5,20 +5,21 @@ where they are not changed; the equations are in `soap.soap`. A class of your ow
 methods of `SoapPreconditionerProtocol`; it is called matrix by matrix.
 """
 
-from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from functools import cache
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import Phase, Rule, Scalars, Step
+from emerging_optimizers.engine.parts import Part, parts_of
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
 from emerging_optimizers.soap.functions import update_kl_factors
-from emerging_optimizers.soap.soap import DEFAULT_RELATIVE_FLOOR
+from emerging_optimizers.soap.soap import DEFAULT_RELATIVE_FLOOR, SOAPState
 from emerging_optimizers.utils.eig import eigh_with_fallback
 
 
@@ -184,6 +185,13 @@ class ReklsPreconditioner(KlSoapPreconditioner):
     _eigh = True
 
 
+@cache
+def _state_of(keys: tuple[str, ...]) -> Any:
+    """A state with these parts; those that SOAP has too are what they are there."""
+    known = parts_of(SOAPState)
+    return NamedTuple("State", [(key, Annotated[Tensor, known.get(key, Part())]) for key in keys])
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreconditionerRule(Rule):
     """A preconditioner of the user's, matrix by matrix, and a function in its bases."""
@@ -202,7 +210,8 @@ class PreconditionerRule(Rule):
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """What the class begins with, for each matrix."""
         one = self.cls.init_state(shape[1:], device)
-        return self._state({key: x.to(dtype).repeat(shape[0], *(1 for _ in x.shape)) for key, x in one.items()})
+        stacks = {key: x.to(dtype).repeat(shape[0], *(1 for _ in x.shape)) for key, x in one.items()}
+        return _state_of(tuple(stacks))(**stacks)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """The published loop."""
@@ -224,7 +233,4 @@ class PreconditionerRule(Rule):
             preconditioner.rebind_state(one)
             states.append(one)
         new = {key: torch.stack([one[key] for one in states]) for key in states[0]}
-        return Step(torch.stack(updates), self._state(new))
-
-    def _state(self, tensors: Mapping[str, Tensor]) -> Any:
-        return namedtuple("State", tensors)(**tensors)
+        return Step(torch.stack(updates), type(state)(**new))

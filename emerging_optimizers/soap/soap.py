@@ -76,6 +76,18 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.parts import (
+    BasisL_BMM,
+    BasisR_BNN,
+    Decay,
+    FactorL_BMM,
+    FactorR_BNN,
+    Like,
+    Part,
+    ValuesL_BM,
+    ValuesR_BN,
+    before_first_step,
+)
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram
@@ -135,14 +147,14 @@ def turns_taken(since: int, period: int, ramp: int) -> int:
 class SOAPState(NamedTuple):
     """Moments in the eigenbasis, factors, bases; a side that is not preconditioned has no factor and no basis."""
 
-    exp_avg: Tensor  # B M N
-    exp_avg_sq: Tensor  # B M N
-    L: Tensor | None  # B M M
-    R: Tensor | None  # B N N
-    Q_L: Tensor | None  # B M M, columns by falling eigenvalue
-    Q_R: Tensor | None  # B N N
-    eigvals_L: Tensor | None = None  # B M, diag Q_L^T L Q_L; with KL
-    eigvals_R: Tensor | None = None  # B N
+    exp_avg: Annotated[Tensor, Part("B M N", rounds=True, averages=Decay("betas", 0), rotated=True)]
+    exp_avg_sq: Like
+    L: FactorL_BMM
+    R: FactorR_BNN
+    Q_L: BasisL_BMM  # columns by falling eigenvalue
+    Q_R: BasisR_BNN
+    eigvals_L: ValuesL_BM = None  # diag Q_L^T L Q_L; with KL
+    eigvals_R: ValuesR_BN = None
 
 
 class Followed(NamedTuple):
@@ -239,20 +251,14 @@ class EigenbasisRule(Rule):
         before, now = (turn + turns_taken(k, self.period, self.refresh_ramp) for k in (since - 1, since))
         return Phase.REFRESH if now // self.period > before // self.period else Phase.REUSE
 
-    def start_factors(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor | None, ...]:
-        """Zero factors L, R, identity bases Q_L, Q_R, with KL eigenvalues; None where a side is not preconditioned."""
-        B, M, N = shape
-        limit = self.max_precond_dim or max(M, N)
-
-        def identity(size: int) -> Tensor | None:
-            return torch.eye(size, dtype=dtype, device=device).repeat(B, 1, 1) if size <= limit else None
-
-        Q_L, Q_R = identity(M), identity(N)
-        L, R = (None if basis is None else torch.zeros_like(basis) for basis in (Q_L, Q_R))
-        values = (None if L is None or not self.whitens_factors else L.new_zeros(L.shape[:2]) for L in (L, R))
-        return L, R, Q_L, Q_R, *values
+    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        """Nothing of a side that is not preconditioned; eigenvalues only with KL."""
+        limit = self.max_precond_dim or max(shape)
+        long = [side for side, size in zip("LR", shape[1:], strict=True) if size > limit]
+        without = {key for side in long for key in (side, f"Q_{side}", f"eigvals_{side}")}
+        if not self.whitens_factors:
+            without |= {"eigvals_L", "eigvals_R"}
+        return before_first_step(self.State, shape, dtype, device, without=without)
 
     def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """Eigenvalues that a checkpoint lacks are made of factors and bases with KL, and left out without it."""
@@ -348,6 +354,7 @@ class EigenbasisRule(Rule):
 class SOAPRule(EigenbasisRule):
     """Factors, bases, Adam in the basis; one stanza each in `update`."""
 
+    State = SOAPState
     scalars: ClassVar[tuple[str, ...]] = ("betas", "shampoo_beta", "eps", "weight_decay")
     handles_l2 = True  # the factors see the gradient without the l2 term
     nesterov: bool = False
@@ -377,10 +384,6 @@ class SOAPRule(EigenbasisRule):
     def published_start(self) -> bool:
         """By `first_step`."""
         return self.first_step == "eigenbasis"
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SOAPState:
-        """Zero moments and factors, identity bases."""
-        return SOAPState(*AdamState.zeros(shape, dtype, device), *self.start_factors(shape, dtype, device))
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

@@ -1,0 +1,124 @@
+"""What the state of a rule says of itself: shapes, where it starts, what may be rounded, what it averages.
+
+A state is a `NamedTuple` whose fields are annotated with a `Part`:
+
+    class LionState(NamedTuple):
+        exp_avg: Annotated[Tensor, Part(rounds=True, averages=Decay("betas", 1))]
+
+From that follow the state before the first step, what `state_dtype` keeps in half the memory, and what a watch compares
+with the newest gradient.
+"""
+
+from collections.abc import Collection, Hashable, Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+StateT = TypeVar("StateT")
+
+
+class Decay(NamedTuple):
+    """The option of a group that says how fast an average of gradients forgets; None: it is their sum.
+
+    Attributes:
+        option: its name.
+        place: in a tuple of them.
+    """
+
+    option: str | None = None
+    place: int | None = None
+
+    def weight(self, group: Mapping[str, Any]) -> Any:
+        """With which weight the newest gradient entered the average."""
+        if self.option is None:
+            return 1.0
+        value = group[self.option]
+        return 1 - (value if self.place is None else value[self.place])
+
+
+class Part(NamedTuple):
+    """A field of a state.
+
+    Attributes:
+        axes: of the stack, by the letters of the gradient's, B M N, and numbers; S is the shorter of M and N. Empty:
+            the gradient's own shape.
+        start: the number that it starts with, or the identity of its last two axes.
+        rounds: it may be kept in bfloat16 (`state_dtype`): an average over at most some hundred steps, whose increments
+            that does not round away, or a basis that a refresh makes orthonormal again.
+        averages: it is an average of gradients that forgets like this; None: it is none, or one of something else.
+        rotated: it stands in the eigenbases Q_L, Q_R.
+    """
+
+    axes: str = ""
+    start: float | Literal["identity"] = 0.0
+    rounds: bool = False
+    averages: Decay | None = None
+    rotated: bool = False
+
+
+# Parts that many states have.
+Momentum_BMN = Annotated[Tensor, Part("B M N", rounds=True, averages=Decay("momentum"))]
+FirstMoment = Annotated[Tensor, Part(rounds=True, averages=Decay("betas", 0))]
+Like = Annotated[Tensor, Part()]
+FactorL_BMM = Annotated[Tensor | None, Part("B M M")]
+FactorR_BNN = Annotated[Tensor | None, Part("B N N")]
+ValuesL_BM = Annotated[Tensor | None, Part("B M")]
+ValuesR_BN = Annotated[Tensor | None, Part("B N")]
+BasisL_BMM = Annotated[Tensor | None, Part("B M M", start="identity", rounds=True)]
+BasisR_BNN = Annotated[Tensor | None, Part("B N N", start="identity", rounds=True)]
+
+
+@cache
+def parts_of(state: Hashable) -> Mapping[str, Part]:
+    """The declared fields of a class of states."""
+    found: dict[str, Part] = {}
+    for name, hint in get_type_hints(state, include_extras=True).items():
+        for x in getattr(hint, "__metadata__", ()):
+            if isinstance(x, Part):
+                found[name] = x
+    return found
+
+
+def rounded_parts(state: Any) -> list[str]:
+    """Which fields of a state are there and may be rounded."""
+    kind: Any = type(state)
+    return [name for name, part in parts_of(kind).items() if part.rounds and getattr(state, name) is not None]
+
+
+def before_first_step(
+    state: type[StateT],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    without: Collection[str] = (),
+    sizes: Mapping[str, int] = MappingProxyType({}),
+) -> StateT:
+    """The state of a stack of this shape as its parts say; None for those in `without`.
+
+    `sizes` are those of axes with letters of their own.
+
+    Example:
+        >>> from typing import NamedTuple
+        >>> class Moments(NamedTuple):
+        ...     exp_avg: FirstMoment
+        ...     L: FactorL_BMM
+        >>> state = before_first_step(Moments, (3, 2, 5), torch.float32, torch.device("cpu"))
+        >>> [tuple(x.shape) for x in state]
+        [(3, 2, 5), (3, 2, 2)]
+    """
+    sizes = {**dict(zip("BMN", shape, strict=False)), **sizes}
+    if len(shape) == 3:
+        sizes["S"] = min(shape[1:])
+
+    def make(part: Part) -> Tensor:
+        size = tuple(sizes[a] if a in sizes else int(a) for a in part.axes.split()) or shape
+        if part.start == "identity":
+            return torch.eye(size[-1], dtype=dtype, device=device).repeat(*size[:-2], 1, 1)
+        return torch.full(size, part.start, dtype=dtype, device=device)
+
+    kind: Any = state
+    return state(*(None if name in without else make(part) for name, part in parts_of(kind).items()))
