@@ -11,7 +11,6 @@ from emerging_optimizers.registry import list_optimizers
 
 if TYPE_CHECKING:
     from emerging_optimizers.cost import estimate
-    from emerging_optimizers.engine import SpikeWatch
     from emerging_optimizers.orthogonalized_optimizers import (
         MOP,
         AdaptiveMuon,
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
         StackedSoap,
         TpRekls,
     )
+    from emerging_optimizers.watch import SpikeWatch
 
 _HOMES = {
     "AdEMAMix": "scalar_optimizers",
@@ -84,7 +84,7 @@ _HOMES = {
     "SimplifiedAdEMAMix": "scalar_optimizers",
     "Spectron": "orthogonalized_optimizers",
     "Spel": "orthogonalized_optimizers",
-    "SpikeWatch": "engine",
+    "SpikeWatch": "watch",
     "StackedSoap": "soap",
     "TpRekls": "soap",
     "create_optimizer": "routing",

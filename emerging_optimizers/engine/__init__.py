@@ -3,20 +3,17 @@
 Layer 1: imports linalg and torch; knows the contract of a rule (`engine/rule.py`) and no rule.
 """
 
-from emerging_optimizers.engine.observe import Alarm, SpikeWatch
 from emerging_optimizers.engine.optimizer import RuleOptimizer
 from emerging_optimizers.engine.options import EngineOptions
 from emerging_optimizers.engine.rule import Phase, Rule, Scalars, Step
 from emerging_optimizers.engine.scalars import debias, lerp
 
 __all__ = [
-    "Alarm",
     "EngineOptions",
     "Phase",
     "Rule",
     "RuleOptimizer",
     "Scalars",
-    "SpikeWatch",
     "Step",
     "debias",
     "lerp",

@@ -9,7 +9,7 @@ From that follow the state before the first step, what `state_dtype` keeps in ha
 with the newest gradient.
 """
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
@@ -71,9 +71,13 @@ BasisL_BMM = Annotated[Tensor | None, Part("B M M", start="identity", rounds=Tru
 BasisR_BNN = Annotated[Tensor | None, Part("B N N", start="identity", rounds=True)]
 
 
-@cache
-def parts_of(state: Hashable) -> Mapping[str, Part]:
+def parts_of(state: Any) -> Mapping[str, Part]:
     """The declared fields of a class of states."""
+    return _declared(state)
+
+
+@cache
+def _declared(state: Any) -> Mapping[str, Part]:
     found: dict[str, Part] = {}
     for name, hint in get_type_hints(state, include_extras=True).items():
         for x in getattr(hint, "__metadata__", ()):
@@ -84,8 +88,7 @@ def parts_of(state: Hashable) -> Mapping[str, Part]:
 
 def rounded_parts(state: Any) -> list[str]:
     """Which fields of a state are there and may be rounded."""
-    kind: Any = type(state)
-    return [name for name, part in parts_of(kind).items() if part.rounds and getattr(state, name) is not None]
+    return [name for name, part in parts_of(type(state)).items() if part.rounds and getattr(state, name) is not None]
 
 
 def before_first_step(
@@ -120,5 +123,4 @@ def before_first_step(
             return torch.eye(size[-1], dtype=dtype, device=device).repeat(*size[:-2], 1, 1)
         return torch.full(size, part.start, dtype=dtype, device=device)
 
-    kind: Any = state
-    return state(*(None if name in without else make(part) for name, part in parts_of(kind).items()))
+    return state(*(None if name in without else make(part) for name, part in parts_of(state).items()))

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from emerging_optimizers.engine import SpikeWatch
-from emerging_optimizers.engine.observe import Alarm
+from emerging_optimizers.watch import Alarm, SpikeWatch
 
 
 class Logger(Protocol):

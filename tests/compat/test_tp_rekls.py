@@ -10,8 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from emerging_optimizers import create_optimizer
-from emerging_optimizers.engine import SpikeWatch
+from emerging_optimizers import SpikeWatch, create_optimizer
 from emerging_optimizers.legacy_soap.tp_rekls import TpRekls, all_gather_grad_and_kronecker_factors_tp
 from emerging_optimizers.soap import REKLS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers import create_optimizer
-from emerging_optimizers.engine import SpikeWatch, buckets
+from emerging_optimizers import SpikeWatch, create_optimizer
+from emerging_optimizers.engine import buckets
 from emerging_optimizers.engine.matrix_view import blocks
 
 # View, shape of the parameter, and its matrices written out.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from emerging_optimizers import REKLS, SOAP, AdamW, LaProp, Lion, Muon, SpikeWatch, create_optimizer
-from emerging_optimizers.engine import Alarm
-from emerging_optimizers.engine.momenta import MOMENTUM, momentum_of
+from emerging_optimizers.engine.parts import parts_of
 from emerging_optimizers.engine.transit import Transit
 from emerging_optimizers.linalg.kronecker import project_out
 from emerging_optimizers.registry import OPTIMIZERS, entry
+from emerging_optimizers.watch import Alarm
 from tests.cases import CASES
 
 NAMES = ("a", "b", "c")
@@ -118,7 +118,7 @@ def test_soap_by_hand(make: Any) -> None:
         m = s["Q_L"] @ s["exp_avg"] @ s["Q_R"].mT
         assert latest[name]["momentum_share"] == pytest.approx(0.1 * float((p.grad * m).sum() / (m * m).sum()))
     with SpikeWatch(optimizer, every=1) as watch:
-        watch._leading = {(name, key): q[None, :, : q.size(-1) // 2] for name, bases in before.items()
+        watch._measures._leading = {(name, key): q[None, :, : q.size(-1) // 2] for name, bases in before.items()
                           for key, q in bases.items()}  # fmt: skip
         step(optimizer, 5)
     for name, p in matrices(optimizer).items():
@@ -156,24 +156,28 @@ def test_what_does_not_apply_is_absent() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_table_of_momenta_knows_every_optimizer_and_its_weight(name: str) -> None:
+def test_a_state_declares_its_parts_and_how_its_average_forgets(name: str) -> None:
     """What a momentum has beyond the newest gradient, times its weight, is the momentum before."""
     cls = entry(name).load()
-    assert any(c.__name__ in MOMENTUM for c in cls.__mro__), "name it there, or say why not"
-    average = momentum_of(cls)
     p = nn.Parameter(torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     case = next(case for case in CASES if case.optimizer == name)
     optimizer = cls([p], **case.kwargs)
-    averages = []
-    for t in range(1, 5):
-        step(optimizer, t)
-        if average is not None:
-            state = optimizer.state[p]
-            x = state[average.key].clone()
-            averages.append(project_out(x, state.get("Q_L"), state.get("Q_R")) if average.rotated else x)
-    if average is None:
+    step(optimizer, 1)
+    kind = type(optimizer._buckets[0][1].state)
+    parts = parts_of(kind)
+    assert tuple(parts) == kind._fields
+    found = [key for key, part in parts.items() if part.averages is not None]
+    assert bool(found) == (name not in ("laprop", "rmsprop", "muown", "iso", "spectron"))
+    if not found:
         return
-    rest = averages[-1] - average.weight(optimizer.param_groups[0]) * p.grad
+    (key,) = found
+    averages = []
+    for t in range(2, 5):
+        step(optimizer, t)
+        state = optimizer.state[p]
+        x = state[key].clone()
+        averages.append(project_out(x, state.get("Q_L"), state.get("Q_R")) if parts[key].rotated else x)
+    rest = averages[-1] - parts[key].averages.weight(optimizer.param_groups[0]) * p.grad
     assert cosine(rest, averages[-2]) == pytest.approx(1, abs=1e-6)
 
 
