@@ -186,7 +186,7 @@ class Bucket:
         self.capturable = False
         # What is counted and guarded by itself: a matrix, or a parameter of an element-wise rule.
         self.units = self.offsets[-1] if item else len(parameters)
-        self.step = torch.zeros(self.units if rule.counts_steps else 0, dtype=torch.float32, device=self.device)
+        self.step = torch.zeros(self.units if "step" in rule.reads else 0, dtype=torch.float32, device=self.device)
         self.step_version = self.step._version  # another one: somebody has written the counts
         self.guard: dict[str, Tensor] = {}
         self._mail: Transit | None = None
@@ -222,7 +222,7 @@ class Bucket:
         """What makes a rule's state what it is, and its turns; as it compares."""
         parts = rule.init((1, *self.item), self.dtype, torch.device("meta"))._asdict()
         shapes = {name: None if x is None else x.shape for name, x in parts.items()}
-        return type(rule), rule.elementwise, rule.counts_steps, rule.period, shapes
+        return type(rule), rule.elementwise, "step" in rule.reads, rule.period, shapes
 
     @property
     def on_host(self) -> bool:

@@ -234,7 +234,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._check_hook(rule, options, algorithm.__name__)
         self._check_rounding(rule, options, algorithm.__name__)
         law = self._law(rule, options)
-        if self.execution == "compiled" and (rule.reads_parameters or isinstance(law, InPlaceLaw)):
+        if self.execution == "compiled" and ("parameters" in rule.reads or isinstance(law, InPlaceLaw)):
             raise ValueError(
                 f"{self._name}: execution='compiled' cannot run a rule that is given by a Python function of one "
                 "parameter; use execution='stacked' or 'per_matrix'"

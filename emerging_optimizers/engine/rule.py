@@ -30,19 +30,21 @@ class Phase(Enum):
 
 
 class Scalars(Protocol):
-    """The hyper-parameters that a rule names in `Rule.scalars`, and what the engine adds.
+    """What a rule names in `Rule.reads`: hyper-parameters, and these.
 
     Attributes:
         step: how many times each matrix has been updated, this time included. It broadcasts against the gradient.
-        weight: the parameters as a stack like the gradient, for a rule that `reads_weight`.
-        weight_dtype: the parameters' own dtype, for the same rules.
-        parameters: the torch parameters behind the stack, for a rule that `reads_parameters`.
+        weight: the parameters as a stack like the gradient.
+        weight_dtype: the parameters' own dtype; comes with `weight`.
+        parameters: the torch parameters behind the stack, which then holds one.
+        l2: what l2 weight decay adds to the gradient; None: nothing. Of other rules the engine adds it itself.
     """
 
     step: Any
     weight: Tensor
     weight_dtype: torch.dtype
     parameters: list[Tensor]
+    l2: Tensor | None
 
     def __getattr__(self, name: str) -> Any:
         """A hyper-parameter: a Python number in eager execution, a 0-D tensor in compiled execution."""
@@ -72,21 +74,16 @@ class Rule(ABC):
     Static and scalar hyper-parameters alike live in the parameter groups, under the same names.
 
     Attributes:
-        scalars: names of the hyper-parameters that `update` reads as numbers or tensors.
+        reads: names of what `update` finds in `t`, see `Scalars`. Where "step" is among them, the count is saved.
         elementwise: the rule acts on each element by itself; its state has the gradient's shape.
-        counts_steps: `update` reads `t.step`; the count is saved as `step`.
-        handles_l2: `update` applies l2 weight decay itself; otherwise the engine adds it to the gradient.
         State: of a stack; its fields are `Part`s.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
         starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
         derived: keys of other releases' checkpoints that follow from the rest; they are not loaded.
     """
 
-    scalars: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[bool] = False
-    counts_steps: ClassVar[bool] = False
-    handles_l2: ClassVar[bool] = False
-    reads_parameters: ClassVar[bool] = False
     State: ClassVar[type[Any]]
     rewrites_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
@@ -131,11 +128,6 @@ class Rule(ABC):
     @property
     def takes_vectors(self) -> bool:
         """Whether a matrix rule also updates vectors and scalars, as matrices of one column."""
-        return False
-
-    @property
-    def reads_weight(self) -> bool:
-        """Whether `update` reads `t.weight`."""
         return False
 
     @property

@@ -51,7 +51,7 @@ class BucketStep:
         bucket.capturable = group["capturable"]
         # A hook needs the norm of a whole parameter, which chunks of an element-wise rule cut.
         cuts = hook is not None and rule.elementwise and execution == "stacked"
-        alone = rule.reads_parameters or isinstance(hook, InPlaceLaw) or cuts
+        alone = "parameters" in rule.reads or isinstance(hook, InPlaceLaw) or cuts
         self.execution: Execution = "per_matrix" if alone else execution
         method, decay = group["weight_decay_method"], group["weight_decay"]
         self.lr: Any = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
@@ -61,8 +61,8 @@ class BucketStep:
         self.factor: Tensor | None = None
         self.news: Mapping[str, Tensor] = {}
         self.done: list[Chunk] = []
-        # By how much of itself the weight joins the gradient; None: not at all, or the rule sees to it.
-        self.l2 = decay if method == "l2" and decay != 0 and not rule.handles_l2 else None
+        # By how much of itself the weight joins the gradient; None: not at all.
+        self.l2 = decay if method == "l2" and decay != 0 else None
 
     def take(self) -> None:
         """Move weights and state.
@@ -91,7 +91,9 @@ class BucketStep:
 
     def _take_chunks(self, gradients: Mapping[int, Tensor]) -> None:
         bucket, rule, group, execution, hook = self.bucket, self.rule, self.group, self.execution, self.hook
-        simple = rule.elementwise and not (hook or rule.reads_weight or rule.reads_parameters or rule.rewrites_weight)
+        simple = rule.elementwise and not (
+            hook or rule.rewrites_weight or {"weight", "parameters", "l2"} & {*rule.reads}
+        )
         one_pass = simple and execution == "compiled" and not bucket.capturable
         plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor)
         plain = plain and not bucket.rounded and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
@@ -138,7 +140,7 @@ class BucketStep:
     def _by_phase(self, gradients: Mapping[int, Tensor]) -> dict[tuple[Phase, int], Sequence[Segment]]:
         """What runs together: a phase; pieces of vectors also share their step count, so that it is a number."""
         bucket, rule = self.bucket, self.rule
-        shared = rule.counts_steps and rule.elementwise and not bucket.capturable
+        shared = "step" in rule.reads and rule.elementwise and not bucket.capturable
         if rule.period == 1 and len(gradients) == len(bucket.parameters) and min(bucket.counts) == max(bucket.counts):
             count = bucket.counts[0] + 1
             return {(rule.phase(count), count if shared else 0): bucket.whole}
@@ -177,19 +179,23 @@ class BucketStep:
         if group["maximize"]:
             grad = -grad
         extra: dict[str, Any] = {}
-        if self.l2 is not None or rule.reads_weight:
+        if "l2" in rule.reads:
+            extra["l2"] = None
+        if self.l2 is not None or "weight" in rule.reads:
             weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
-            if rule.reads_weight:
+            if "weight" in rule.reads:
                 extra |= {"weight": weight, "weight_dtype": bucket.param_dtype}
-            if self.l2 is not None:
+            if self.l2 is not None and "l2" in rule.reads:
+                extra["l2"] = self.l2 * weight
+            elif self.l2 is not None:
                 grad = grad + self.l2 * weight
-        if rule.reads_parameters:
+        if "parameters" in rule.reads:
             extra["parameters"] = [bucket.parameters[segment.row] for segment in chunk]
-        if rule.counts_steps:
+        if "step" in rule.reads:
             # A number where the host knows it: not on an accelerator that may have skipped a unit, nor in a graph.
             known = rule.elementwise and not bucket.capturable and (factor is None or bucket.on_host)
             extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
-        t = make_scalars(rule.scalars, group, extra)
+        t = make_scalars(rule.reads, group, extra)
         state = bucket.read(chunk)
         now = Phase.REUSE if rule.prepares else phase
         out = call(rule, grad, state, t, now, execution)
@@ -216,7 +222,7 @@ class BucketStep:
         """`_run` for an element-wise rule: one compiled pass over gradient, state and weight."""
         bucket, rule, factor = self.bucket, self.rule, self.factor
         scale = None if factor is None else bucket.spread(chunk, factor)
-        if rule.counts_steps and scale is not None and not bucket.on_host:
+        if "step" in rule.reads and scale is not None and not bucket.on_host:
             t = t._replace(step=bucket.spread(chunk, bucket.step.double() + 1))
         parts, _ = bucket.targets(chunk, grad, members)
         in_place = len(parts) == 1 and parts[0].is_contiguous()
@@ -230,7 +236,7 @@ class BucketStep:
     def _element_scalars(self, count: int) -> Any:
         """What `step_elements` and kernels take, the same for all chunks of a step."""
         extra = {"lr": self.lr, "keep": self.keep, "l2": self.l2, "step": count}
-        return make_scalars(self.rule.scalars, self.group, extra)
+        return make_scalars(self.rule.reads, self.group, extra)
 
     def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: bool, phase: Phase, t: Any) -> None:
         """`_run` for an element-wise rule where nothing is masked and nothing has to be gathered.

@@ -56,8 +56,18 @@ def _record(names: tuple[str, ...]) -> Any:
     return namedtuple("Scalars", names)
 
 
-def make_scalars(names: tuple[str, ...], group: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
-    """A named tuple of the group's values and `extra`; a pytree, so that a compiled rule takes it as input."""
+# What the engine gives to a rule that reads it; every other name is an option.
+GIVEN = frozenset(("step", "weight", "weight_dtype", "parameters", "l2"))
+
+
+@cache
+def _options(reads: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in reads if name not in GIVEN)
+
+
+def make_scalars(reads: tuple[str, ...], group: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+    """A named tuple of the group's options in `reads` and `extra`; a pytree, which a compiled rule takes as input."""
+    names = _options(reads)
     # A learning rate of shape (1,) would give its dtype to the stack; a 0-D one does not take part in promotion.
     values = (value.reshape(()) if isinstance(value := group[name], Tensor) else value for name in names)
     return _record((*names, *extra))(*values, *extra.values())

@@ -78,7 +78,7 @@ class AdaptiveMuonState(NamedTuple):
 class AdaptiveMuonRule(PolarRule):
     """The polar factor of the momentum, divided by a second moment."""
 
-    scalars = ("momentum", "extra_scale_factor", "beta2", "eps")
+    reads = ("momentum", "extra_scale_factor", "beta2", "eps")
     scale_mode: MuonScaleT | None = "spectral"
     moment2_method: Moment2MethodT = "adamuon"
     adamuon_scale: AdaMuonScaleT = "muon"

@@ -49,7 +49,7 @@ MopScaleT = MuonScaleT | Literal["nuclear_norm"]
 class MOPRule(OrthogonalizedRule):
     """The exact polar factor of the momentum, scaled."""
 
-    scalars = ("momentum", "extra_scale_factor")
+    reads = ("momentum", "extra_scale_factor")
     scale_mode: MopScaleT = "nuclear_norm"
 
     @property

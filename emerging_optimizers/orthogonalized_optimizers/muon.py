@@ -51,7 +51,7 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
 class MuonRule(PolarRule):
     """The polar factor of the momentum, scaled by the matrix's shape."""
 
-    scalars: ClassVar[tuple[str, ...]] = ("momentum", "extra_scale_factor")
+    reads: ClassVar[tuple[str, ...]] = ("momentum", "extra_scale_factor")
     scale_mode: MuonScaleT = "spectral"
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:

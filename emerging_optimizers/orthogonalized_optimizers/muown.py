@@ -82,15 +82,9 @@ class MuownRule(MuonRule):
     """Muon for the directions of the rows, Adam for their magnitudes."""
 
     State = MuownState
-    scalars = ("lr", "momentum", "extra_scale_factor", "betas", "adam_eps", "weight_decay")
-    counts_steps = True
+    reads = ("lr", "momentum", "extra_scale_factor", "betas", "adam_eps", "weight_decay", "step", "weight")
     rewrites_weight = True
     weight_decay_method: WeightDecayT = "decoupled"
-
-    @property
-    def reads_weight(self) -> bool:
-        """The direction is read off the weight."""
-        return True
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""

@@ -44,7 +44,7 @@ class OrthogonalizedRule(Rule):
     """Momentum, then `orthogonalize`; here that is the identity, subclasses override it."""
 
     State: ClassVar[type[Any]] = MomentumState
-    scalars: ClassVar[tuple[str, ...]] = ("momentum",)
+    reads: ClassVar[tuple[str, ...]] = ("momentum",)
     nesterov: bool = False
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
 
@@ -72,7 +72,6 @@ class OrthogonalizedRule(Rule):
 class FunctionRule(OrthogonalizedRule):
     """The map O is a Python function of one parameter and one matrix; the rest is the other base's rule."""
 
-    reads_parameters = True
     function: Callable[[Tensor, Tensor], Tensor]
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
@@ -82,7 +81,9 @@ class FunctionRule(OrthogonalizedRule):
 
 @cache
 def _with_function(rule: type[OrthogonalizedRule]) -> Any:
-    return dataclass(frozen=True, kw_only=True)(type(f"Function{rule.__name__}", (FunctionRule, rule), {}))
+    return dataclass(frozen=True, kw_only=True)(
+        type(f"Function{rule.__name__}", (FunctionRule, rule), {"reads": (*rule.reads, "parameters")})
+    )
 
 
 class OrthogonalizedOptimizer(RuleOptimizer):
@@ -251,7 +252,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         options = self.defaults if self._group is None else self._group
         rule = type(self).rule.from_group(options)
         stack = x if x.ndim == 3 else x[None]
-        return rule.orthogonalize(stack, make_scalars(rule.scalars, options, {})).view(x.shape)
+        return rule.orthogonalize(stack, make_scalars(rule.reads, options, {})).view(x.shape)
 
 
 class _Around:

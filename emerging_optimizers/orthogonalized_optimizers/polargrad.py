@@ -50,7 +50,7 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
 class PolarGradRule(PolarRule):
     """The polar factor of the momentum, scaled by the nuclear norm."""
 
-    scalars = ("momentum", "extra_scale_factor")
+    reads = ("momentum", "extra_scale_factor")
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
         """<O, X> O."""

@@ -62,7 +62,7 @@ ScionNormT = Literal["spectral", "sign", "row", "column", "rms"]
 class ScionRule(PolarRule):
     """The steepest point of a norm's ball."""
 
-    scalars = ("momentum", "spectral_radius")
+    reads = ("momentum", "spectral_radius")
     norm: ScionNormT = "spectral"
 
     @property

@@ -104,12 +104,9 @@ class FactorState(NamedTuple):
 class SpectronRule(Rule):
     """The factors are state behind a dense weight; `from_group` chooses `FactorRule` where they are the weight."""
 
-    scalars = ("lr", "momentum_beta", "weight_decay")
-    counts_steps = True
-    handles_l2 = True
+    reads = ("lr", "momentum_beta", "weight_decay", "step", "weight", "l2")  # l2 decay is that of the factors
     rewrites_weight = True
     starts_from_weight = True
-    reads_weight = True
     rank: int = 64
     rank_ratio: float | None = None
     truncation_tolerance: float | None = None

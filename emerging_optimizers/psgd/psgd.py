@@ -89,8 +89,7 @@ class PSGDRule(Rule):
     """Momentum, one step of each factor, the whitened momentum."""
 
     State = PSGDState
-    scalars = ("momentum", "beta_lip", "precond_lr", "min_precond_lr", "warmup_steps", "damping_noise_scale")
-    counts_steps = True
+    reads = ("momentum", "beta_lip", "precond_lr", "min_precond_lr", "warmup_steps", "damping_noise_scale", "step")
     precond_init_scale: float = 1.0
     max_update_rms: float = 0.0
     max_precond_dim: int | None = 10000

@@ -93,8 +93,7 @@ class IsoRule(Rule):
     """Iso on a stack."""
 
     State = IsoState
-    scalars = ("lr", "momentum", "weight_decay")
-    counts_steps = True
+    reads = ("lr", "momentum", "weight_decay", "step")
     rewrites_weight = True
     starts_from_weight = True
     retraction: RetractionT = "qr"

@@ -96,7 +96,7 @@ class ObliqueSGDRule(ObliqueRule):
     """Heavy ball."""
 
     State = SumState
-    scalars = ("momentum",)
+    reads = ("momentum",)
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
@@ -109,8 +109,7 @@ class ObliqueAdamRule(ObliqueRule):
     """Adam."""
 
     State = AdamState
-    scalars = ("betas", "eps")
-    counts_steps = True
+    reads = ("betas", "eps", "step")
     correct_bias: CorrectBiasT = True
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:

@@ -68,9 +68,8 @@ class AdamWRule(Rule):
     """Adam, element by element."""
 
     State = AdamState
-    scalars = ("betas", "eps")
+    reads = ("betas", "eps", "step")
     elementwise = True
-    counts_steps = True
     correct_bias: bool = True
     nesterov: bool = False
 

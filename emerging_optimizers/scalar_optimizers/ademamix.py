@@ -89,9 +89,8 @@ class AdEMAMixRule(Rule):
     """AdEMAMix, element by element."""
 
     State = AdEMAMixState
-    scalars = ("betas", "eps", "alpha")
+    reads = ("betas", "eps", "alpha", "step")
     elementwise = True
-    counts_steps = True
     correct_bias: bool = True
     num_beta_slow_warmup_steps: int | None = None
     num_alpha_warmup_steps: int | None = None

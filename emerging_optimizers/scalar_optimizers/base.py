@@ -30,9 +30,8 @@ def _state_of(keys: tuple[str, ...]) -> Any:
 class UpdateFunctionRule(Rule):
     """One parameter, its buffers and its step count, to an update; the buffers are written in place."""
 
+    reads = ("step", "parameters")
     elementwise = True
-    counts_steps = True
-    reads_parameters = True
     state_keys: tuple[str, ...]
     function: Callable[..., Tensor]
 

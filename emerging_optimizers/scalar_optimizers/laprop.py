@@ -51,9 +51,8 @@ class LaPropRule(Rule):
     """LaProp, element by element."""
 
     State = LaPropState
-    scalars = ("betas", "eps")
+    reads = ("betas", "eps", "step")
     elementwise = True
-    counts_steps = True
     correct_bias: bool = True
     frob_normalize: bool = False
 

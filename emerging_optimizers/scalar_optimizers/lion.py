@@ -35,7 +35,7 @@ class LionRule(Rule):
     """Lion, element by element."""
 
     State = LionState
-    scalars = ("betas",)
+    reads = ("betas",)
     elementwise = True
     derived = ("step",)  # August 2026 counts, and never reads it
 

@@ -72,9 +72,8 @@ class MAdamRule(Rule):
     """MAdam, element by element."""
 
     State = MAdamState
-    scalars = ("betas",)
+    reads = ("betas", "step")
     elementwise = True
-    counts_steps = True
     correct_bias: bool = True
     scale_log2: int = 16
 

@@ -45,7 +45,7 @@ class RMSPropRule(Rule):
     """RMSProp, element by element."""
 
     State = RMSPropState
-    scalars = ("alpha", "eps")
+    reads = ("alpha", "eps")
     elementwise = True
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:

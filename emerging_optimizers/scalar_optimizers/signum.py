@@ -49,8 +49,7 @@ class SignumRule(Rule):
     """Signum; element by element unless the shape of the matrix matters."""
 
     State = SignumState
-    scalars = ("momentum",)
-    counts_steps = True
+    reads = ("momentum", "step")
     correct_bias: bool = True
     nesterov: bool = False
     use_shape_scaling: bool = False

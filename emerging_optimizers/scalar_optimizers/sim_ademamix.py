@@ -56,9 +56,8 @@ class SimplifiedAdEMAMixRule(Rule):
     """Simplified AdEMAMix, element by element."""
 
     State = SumState
-    scalars = ("betas", "eps", "alpha", "min_beta_fast")
+    reads = ("betas", "eps", "alpha", "min_beta_fast", "step")
     elementwise = True
-    counts_steps = True
     correct_bias: bool = True
     num_beta_fast_warmup_steps: int | None = None
 

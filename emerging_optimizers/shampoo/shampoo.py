@@ -66,8 +66,7 @@ class ShampooRule(Rule):
     """Momentum and factors, then the momentum between their inverse roots."""
 
     State = ShampooState
-    scalars = ("momentum", "shampoo_beta", "eps")
-    counts_steps = True
+    reads = ("momentum", "shampoo_beta", "eps", "step")
     p_root_inv: int = 4
     max_precond_dim: int | None = 10000
 

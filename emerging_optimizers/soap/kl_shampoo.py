@@ -73,7 +73,7 @@ class KLShampooRule(EigenbasisRule):
     """Factors, bases, and the momentum between the factors' inverse square roots."""
 
     State = KLShampooState
-    scalars = ("momentum", "shampoo_beta", "eps")
+    reads = ("momentum", "shampoo_beta", "eps", "step")
     divides_by_eigvals = True
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:

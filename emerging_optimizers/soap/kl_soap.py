@@ -51,7 +51,7 @@ from emerging_optimizers.soap.soap import SOAP, SOAPRule
 class ScalarUpdateRule(SOAPRule):
     """SOAP with a function of one matrix and its moments in the eigenbasis."""
 
-    reads_parameters = True  # matrix by matrix
+    reads = (*SOAPRule.reads, "parameters")  # matrix by matrix
     function: Callable[..., Tensor]
 
     @property

@@ -70,8 +70,7 @@ class MOSORule(Rule):
     """Momentum, its factor and basis, RMSProp in the basis."""
 
     State = MOSOState
-    scalars = ("momentum", "rms_beta", "shampoo_beta", "eps")
-    counts_steps = True
+    reads = ("momentum", "rms_beta", "shampoo_beta", "eps", "step")
     max_update_rms: float = 0.0
     correct_bias: bool = True
     first_step: FirstStepT = "adam"

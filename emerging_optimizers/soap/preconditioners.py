@@ -196,9 +196,7 @@ def _state_of(keys: tuple[str, ...]) -> Any:
 class PreconditionerRule(Rule):
     """A preconditioner of the user's, matrix by matrix, and a function in its bases."""
 
-    scalars = ("betas", "shampoo_beta", "eps")
-    counts_steps = True
-    reads_parameters = True
+    reads = ("betas", "shampoo_beta", "eps", "step", "parameters")
     cls: type[SoapPreconditionerProtocol]
     function: Callable[..., Tensor]
 

@@ -88,7 +88,6 @@ from emerging_optimizers.engine.parts import (
     ValuesR_BN,
     before_first_step,
 )
-from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
@@ -169,7 +168,6 @@ class Followed(NamedTuple):
 class EigenbasisRule(Rule):
     """What SOAP and its relatives share: Kronecker factors of the gradient, and their eigenbases."""
 
-    counts_steps = True
     divides_by_eigvals: ClassVar[bool] = False  # `update` needs those of the factors that have seen its gradient
     use_eigh: bool = False
     power_iter_steps: int = 1
@@ -355,20 +353,13 @@ class SOAPRule(EigenbasisRule):
     """Factors, bases, Adam in the basis; one stanza each in `update`."""
 
     State = SOAPState
-    scalars: ClassVar[tuple[str, ...]] = ("betas", "shampoo_beta", "eps", "weight_decay")
-    handles_l2 = True  # the factors see the gradient without the l2 term
+    reads: ClassVar[tuple[str, ...]] = ("betas", "shampoo_beta", "eps", "step", "l2")
     nesterov: bool = False
     correct_bias: bool = True
     correct_shampoo_beta_bias: bool | None = None
     use_kl_shampoo: bool = False
     max_update_rms: float = 0.0
     first_step: FirstStepT = "adam"
-    weight_decay_method: WeightDecayT = "decoupled"
-
-    @property
-    def reads_weight(self) -> bool:
-        """For l2 weight decay."""
-        return self.weight_decay_method == "l2"
 
     @property
     def whitens_factors(self) -> bool:
@@ -388,8 +379,8 @@ class SOAPRule(EigenbasisRule):
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
         s: SOAPState = self.take_in(grad, state, t, phase)
-        if self.weight_decay_method == "l2":
-            grad = grad + t.weight_decay * t.weight
+        if t.l2 is not None:  # which the factors do not see
+            grad = grad + t.l2
         direction, moments = self.inner(project_in(grad, s.Q_L, s.Q_R), AdamState(s.exp_avg, s.exp_avg_sq), t)
         update_BMN = self.finish(project_out(direction, s.Q_L, s.Q_R), t)
         return Step(update_BMN, SOAPState(*moments, *s[2:]))

@@ -61,7 +61,7 @@ from emerging_optimizers.soap.soap import SOAPRule
 class SOAPMuonRule(SOAPRule):
     """SOAP with Newton-Schulz at its end."""
 
-    scalars = (*SOAPRule.scalars, "extra_scale_factor")
+    reads = (*SOAPRule.reads, "extra_scale_factor")
     coefficient_type: NSCoeffT = "quintic"
     num_ns_steps: int = 5
     scale_mode: MuonScaleT = "spectral"

@@ -45,7 +45,6 @@ from emerging_optimizers.utils.eig import eigh_with_fallback
 class TpReklsRule(SOAPRule):
     """REKLS on the whole of what this process has a shard of."""
 
-    handles_l2 = False  # the shard gets the term before it is gathered, as published
     use_eigh: bool = True
     use_kl_shampoo: bool = True
     fp32_matmul_prec: FP32MatmulPrecT = "high"
@@ -54,8 +53,8 @@ class TpReklsRule(SOAPRule):
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> "TpReklsRule":
-        """The rule of a group, which has no place for processes; l2 decay is the engine's."""
-        return super().from_group({"tp_group": None, **group, "weight_decay_method": "decoupled"})
+        """The rule of a group, which has no place for processes."""
+        return super().from_group({"tp_group": None, **group})
 
     @property
     def processes(self) -> int:
@@ -85,6 +84,8 @@ class TpReklsRule(SOAPRule):
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
+        if t.l2 is not None:  # before the shards are gathered, as published
+            grad, t = grad + t.l2, t._replace(l2=None)
         if self.processes == 1:
             return super().update(grad, state, t, phase)
         assert self.partition_dim is not None
