@@ -44,7 +44,7 @@ from emerging_optimizers.engine.options import (
 )
 from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rounding import MOST
-from emerging_optimizers.engine.rule import Rule
+from emerging_optimizers.engine.rule import Rule, Where, reason, rule_of
 from emerging_optimizers.engine.run import BucketStep
 from emerging_optimizers.engine.validate import check_group, label, misspelled, place, plain_options, suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -163,8 +163,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule of a group whose hyper-parameters have been checked."""
-        algorithm = self._algorithm(group)
-        return algorithm.rule.from_group({**group, **algorithm.fixed})
+        return self._algorithm(group)._rule(group)
+
+    @classmethod
+    def _rule(cls, group: Mapping[str, Any]) -> Rule:
+        """The rule of a group that follows this class, wherever it is."""
+        return rule_of(cls.rule, {**group, **cls.fixed})
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:
@@ -241,7 +245,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         if known is None or known.rule != rule:
             for i, p in enumerate(group["params"]):
-                if p.numel() and (obstacle := rule.obstacle(p.dtype, p.device)):
+                if p.numel() and (obstacle := rule.obstacle(Where(p.dtype, p.device, max(2, p.ndim)))):
                     raise ValueError(f"{algorithm.__name__}: {label(group, i, p)}: {obstacle}")
         if options["capturable"]:
             self._make_capturable(rule, options, f"{algorithm.__name__}: param_groups[{index}]")
@@ -268,8 +272,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _make_capturable(rule: Rule, group: dict[str, Any], owner: str) -> None:
         """Put the learning rate where a graph finds it, or raise ValueError."""
-        if rule.needs_host:
-            raise ValueError(f"{owner}: capturable=True is not possible: {rule.needs_host}")
+        if obstacle := reason(rule, Where(torch.float32, torch.device("cpu")), capturable=True):
+            raise ValueError(f"{owner}: capturable=True is not possible: {obstacle}")
         if group["nonfinite"] == "raise":
             raise ValueError(
                 f"{owner}: capturable=True is not possible with nonfinite='raise', which reads the gradients on the "
@@ -327,7 +331,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{owner}: {label} has layout {p.layout}; only dense tensors can be updated")
         if hasattr(p, "placements"):
             raise ValueError(f"{owner}: {label} is a DTensor; sharded parameters are not supported yet")
-        if p.ndim < 2 and not rule.elementwise and not rule.takes_vectors:
+        if p.ndim < 2 and reason(rule, Where(p.dtype, p.device), ndim=p.ndim):
             raise ValueError(
                 f"{owner} updates matrices, and {label} is not one. Give vectors and scalars to an "
                 f"element-wise optimizer such as AdamW, or call create_optimizer({owner.lower()!r}, model), which "

@@ -50,6 +50,28 @@ class Scalars(Protocol):
         """A hyper-parameter: a Python number in eager execution, a 0-D tensor in compiled execution."""
 
 
+class Where(NamedTuple):
+    """What a rule may have to refuse.
+
+    Attributes:
+        dtype: of a parameter.
+        device: of it.
+        ndim: of it.
+        capturable: steps are to be recorded in a CUDA graph, which repeats them without asking the host.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    ndim: int = 2
+    capturable: bool = False
+
+
+# (weights, gradients, state, t, lr, keep) -> the writes of W <- keep W - lr direction and of the state, in place. The
+# state is a `NamedTuple` of lists, and gradients are only read. All tensors are contiguous, of one dtype, and `t.step`
+# is a number.
+Kernel = Callable[[list[Tensor], list[Tensor], Any, Scalars, float, float], list[Write]]
+
+
 class Step(NamedTuple):
     """What a rule returns.
 
@@ -79,7 +101,6 @@ class Rule(ABC):
         State: of a stack; its fields are `Part`s.
         rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
         starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
-        derived: keys of other releases' checkpoints that follow from the rest; they are not loaded.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
@@ -87,7 +108,6 @@ class Rule(ABC):
     State: ClassVar[type[Any]]
     rewrites_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
-    derived: ClassVar[tuple[str, ...]] = ()
 
     @property
     def matmul_precision(self) -> FP32MatmulPrecT:
@@ -99,8 +119,12 @@ class Rule(ABC):
         """The law by which the weight moves, where that is part of the rule."""
         return None
 
-    def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why `update` cannot run for parameters of a dtype on a device, and what helps; None: it can."""
+    def obstacle(self, where: Where) -> str | None:
+        """Why a parameter cannot be updated there, and what helps; None: it can."""
+        if where.ndim < 2 and not self.elementwise:
+            return "it is not a matrix, and this optimizer updates matrices"
+        if where.capturable and self.period > 1:
+            return f"the host says whose turn it is in a period of {self.period} steps; give precondition_frequency=1"
         return None
 
     def largest_norm(self, dtype: torch.dtype) -> float:
@@ -119,37 +143,12 @@ class Rule(ABC):
         return None
 
     @property
-    def needs_host(self) -> str | None:
-        """What keeps a CUDA graph from repeating a step (`capturable`), and what helps; None: nothing does."""
-        if self.period > 1:
-            return f"the host says whose turn it is in a period of {self.period} steps; give precondition_frequency=1"
-        return None
+    def kernel(self) -> "Kernel | None":
+        """The step in torch's own kernels (`engine/fused.py`), equal to `update` within rounding; None: there is none.
 
-    @property
-    def takes_vectors(self) -> bool:
-        """Whether a matrix rule also updates vectors and scalars, as matrices of one column."""
-        return False
-
-    @property
-    def fuses(self) -> bool:
-        """Whether `fused` is the step with these hyper-parameters: never that of a class whose `update` is not used."""
-        first = next(c for c in type(self).__mro__ if not {"fused", "update"}.isdisjoint(vars(c)))
-        return "fused" in vars(first) and first is not Rule
-
-    def fused(
-        self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
-    ) -> list[Write]:
-        """W <- keep W - lr direction in torch's own kernels (`engine/fused.py`); it equals `update` within rounding.
-
-        Returns the writes that update weights and state, a `NamedTuple` of lists, in place; `grads` are only read. All
-        tensors are contiguous, of one dtype, and `t.step` is a number.
+        It is not taken from a base of the class whose `update` is not that base's.
         """
-        raise NotImplementedError  # called where a rule `fuses`
-
-    @classmethod
-    def from_group(cls: type[RuleT], group: Mapping[str, Any]) -> RuleT:
-        """The rule that a parameter group asks for."""
-        return cls(**{field.name: group[field.name] for field in fields(cls)})
+        return None
 
     @property
     def period(self) -> int:
@@ -169,7 +168,7 @@ class Rule(ABC):
 
     def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """The saved state of one parameter under this rule's keys, where another release wrote it under others."""
-        return {key: value for key, value in saved.items() if key not in self.derived}
+        return saved
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
         """The state before the first step where it follows from the weight, for a rule that `starts_from_weight`.
@@ -197,3 +196,20 @@ class Rule(ABC):
     @abstractmethod
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """One step. Pure: it writes into none of its arguments; with `capturable` it reads no value on the host."""
+
+
+def rule_of(kind: type[RuleT], group: Mapping[str, Any]) -> RuleT:
+    """The rule that a parameter group asks for."""
+    return kind(**{field.name: group[field.name] for field in fields(kind)})
+
+
+def reason(rule: Rule, where: Where, **changes: Any) -> str | None:
+    """The obstacle that these changes bring about."""
+    found = rule.obstacle(where._replace(**changes))
+    return None if found == rule.obstacle(where) else found
+
+
+def kernel_of(rule: Rule) -> Kernel | None:
+    """The kernel of a rule, unless a subclass has changed what it has to equal."""
+    first = next(c for c in type(rule).__mro__ if not {"kernel", "update"}.isdisjoint(vars(c)))
+    return rule.kernel if "kernel" in vars(first) else None

@@ -19,7 +19,7 @@ from emerging_optimizers.engine.guard import decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.rounding import watch
-from emerging_optimizers.engine.rule import Phase, Rule, Step
+from emerging_optimizers.engine.rule import Kernel, Phase, Rule, Step, kernel_of
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.weight_decay import keep_factor
 
@@ -97,7 +97,7 @@ class BucketStep:
         one_pass = simple and execution == "compiled" and not bucket.capturable
         plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor)
         plain = plain and not bucket.rounded and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
-        kernel = plain and rule.fuses
+        kernel = kernel_of(rule) if plain else None
         cut = "elements" if one_pass else "fused" if kernel else execution
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: its norm is taken, and the
         # guard is called when that is too large. Until then every factor was one.
@@ -238,7 +238,7 @@ class BucketStep:
         extra = {"lr": self.lr, "keep": self.keep, "l2": self.l2, "step": count}
         return make_scalars(self.rule.reads, self.group, extra)
 
-    def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: bool, phase: Phase, t: Any) -> None:
+    def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: Kernel | None, phase: Phase, t: Any) -> None:
         """`_run` for an element-wise rule where nothing is masked and nothing has to be gathered.
 
         It is given the parameters' pieces as they are: one, or any number for a kernel of torch's.
@@ -250,8 +250,8 @@ class BucketStep:
             grads = list(torch._foreach_neg(grads))
         if self.l2 is not None:
             grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, self.l2)))
-        if kernel:
-            writes = rule.fused(wide, grads, chunk.parts, t, self.lr, self.keep)
+        if kernel is not None:
+            writes = kernel(wide, grads, chunk.parts, t, self.lr, self.keep)
         else:
             out = rule.update(grads[0].view(-1), bucket.read(chunk), t, phase)
             assert out.direction is not None

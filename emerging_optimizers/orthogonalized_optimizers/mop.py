@@ -35,6 +35,7 @@ from emerging_optimizers.engine.options import (
     given,
     one_of,
 )
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.linalg.polar import polar_svd
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
@@ -52,10 +53,11 @@ class MOPRule(OrthogonalizedRule):
     reads = ("momentum", "extra_scale_factor")
     scale_mode: MopScaleT = "nuclear_norm"
 
-    @property
-    def needs_host(self) -> str | None:
-        """The singular value decomposition does."""
-        return "the host checks the success of a singular value decomposition; use PolarGrad(orthogonalizer='qdwh')"
+    def obstacle(self, where: Where) -> str | None:
+        """The singular value decomposition asks the host."""
+        if where.capturable:
+            return "the host checks the success of a singular value decomposition; use PolarGrad(orthogonalizer='qdwh')"
+        return super().obstacle(where)
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
         """s U V'."""

@@ -50,9 +50,12 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
 class MuonHyperballRule(MuonRule):
     """Muon, and the sphere."""
 
-    derived = ("hyperball_R",)  # June 2026 keeps the norm of the last step
     hyperball_eps: float = 1e-8
     hyperball_radius: float | None = None
+
+    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """June 2026 keeps the norm of the last step."""
+        return {key: value for key, value in saved.items() if key != "hyperball_R"}
 
     @property
     def hook(self) -> HyperballHook:

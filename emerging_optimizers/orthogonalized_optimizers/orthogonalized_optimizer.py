@@ -27,6 +27,7 @@ from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.options import FLAG, FRACTION, one_of
 from emerging_optimizers.engine.parts import Momentum_BMN
+from emerging_optimizers.engine.rule import rule_of
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -200,7 +201,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
             finally:
                 self._group = None
 
-        return _with_function(type(self).rule).from_group({**group, "function": function})
+        return rule_of(_with_function(type(self).rule), {**group, "function": function})
 
     def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
         """The map O of one matrix; override it to change it. Overridden, it is called matrix by matrix.
@@ -250,7 +251,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
 
     def _map(self, x: Tensor) -> Tensor:
         options = self.defaults if self._group is None else self._group
-        rule = type(self).rule.from_group(options)
+        rule = rule_of(type(self).rule, options)
         stack = x if x.ndim == 3 else x[None]
         return rule.orthogonalize(stack, make_scalars(rule.reads, options, {})).view(x.shape)
 

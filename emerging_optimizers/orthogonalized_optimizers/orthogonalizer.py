@@ -35,6 +35,7 @@ from emerging_optimizers.engine.options import (
     one_of,
     optional,
 )
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import (
     SCHEDULES,
@@ -140,17 +141,14 @@ class PolarRule(OrthogonalizedRule):
     custom_coefficient_sets: Coefficients | None = None
     use_syrk: bool = False
 
-    def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Where the kernel for symmetric products is asked for and cannot be had."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32  # of the state
-        return no_syrk(device, self._compute_dtype(wide, device)) if self.use_syrk else None
-
-    @property
-    def needs_host(self) -> str | None:
-        """The singular value decomposition does."""
-        if self.orthogonalizer == "svd":
+    def obstacle(self, where: Where) -> str | None:
+        """A kernel for symmetric products that cannot be had; a singular value decomposition, which asks the host."""
+        wide = torch.float64 if where.dtype == torch.float64 else torch.float32  # of the state
+        if self.use_syrk and (reason := no_syrk(where.device, self._compute_dtype(wide, where.device))):
+            return reason
+        if where.capturable and self.orthogonalizer == "svd":
             return "the host checks the success of orthogonalizer='svd'; give 'qdwh', which is as exact"
-        return super().needs_host
+        return super().obstacle(where)
 
     def _compute_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return reduced_dtype(device) if self.fp32_matmul_prec == "medium" and dtype == torch.float32 else dtype

@@ -46,6 +46,7 @@ from emerging_optimizers.engine.options import (
     given,
     one_of,
 )
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.linalg.scaling import unit_norm
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
@@ -65,10 +66,9 @@ class ScionRule(PolarRule):
     reads = ("momentum", "spectral_radius")
     norm: ScionNormT = "spectral"
 
-    @property
-    def takes_vectors(self) -> bool:
+    def obstacle(self, where: Where) -> str | None:
         """A vector of n is an (n, 1) matrix; the norms without a second axis make sense for it."""
-        return self.norm in ("sign", "rms")
+        return super().obstacle(where._replace(ndim=2) if self.norm in ("sign", "rms") else where)
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
         """rho lmo(X)."""

@@ -32,7 +32,7 @@ References:
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
@@ -55,6 +55,7 @@ from emerging_optimizers.engine.options import (
     optional,
 )
 from emerging_optimizers.engine.parts import Part, before_first_step
+from emerging_optimizers.engine.rule import Where, rule_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.coefficients import (
     NSCoeffT,
@@ -102,7 +103,7 @@ class FactorState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SpectronRule(Rule):
-    """The factors are state behind a dense weight; `from_group` chooses `FactorRule` where they are the weight."""
+    """The factors are state behind a dense weight; `FactorRule` is for those that are the weight."""
 
     reads = ("lr", "momentum_beta", "weight_decay", "step", "weight", "l2")  # l2 decay is that of the factors
     rewrites_weight = True
@@ -117,13 +118,6 @@ class SpectronRule(Rule):
     coefficient_type: NSCoeffT = "quintic"
     out_features: int | None = None
     stretch: float = 1.0  # c; follows from the others
-
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> "SpectronRule":
-        """The rule for a dense weight or, where the group says how many rows A has, for the factors themselves."""
-        kind = SpectronRule if group["out_features"] is None else FactorRule
-        values = {field.name: group[field.name] for field in fields(kind) if field.name != "stretch"}
-        return kind(**values, stretch=_largest_stretch(values))
 
     def phase(self, step: int, turn: int = 0) -> Phase:
         """FIRST, before a product has been written, does not compare the weight with one."""
@@ -157,10 +151,11 @@ class SpectronRule(Rule):
         A, B, u_A, u_B, _ = factors
         return SpectronState(A, B, torch.zeros_like(A), torch.zeros_like(B), u_A, u_B)
 
-    @property
-    def needs_host(self) -> str | None:
-        """To factorise a weight that someone else has written."""
-        return "the host factorises a weight anew that was written by someone else; use low-rank layers (factor_groups)"
+    def obstacle(self, where: Where) -> str | None:
+        """The host factorises a weight that someone else has written."""
+        if where.capturable:
+            return "the host factorises a weight that someone else has written; use low-rank layers (factor_groups)"
+        return super().obstacle(where)
 
     def lost(self, state: Any) -> Tensor | None:
         """Matrices whose weight was written by someone else."""
@@ -241,10 +236,9 @@ class FactorRule(SpectronRule):
         A, B = self._split(weight)
         return FactorState(torch.zeros_like(weight), torch.cat([leading_left(A), leading_left(B)], dim=-1))
 
-    @property
-    def needs_host(self) -> str | None:
-        """Nothing."""
-        return None
+    def obstacle(self, where: Where) -> str | None:
+        """Nothing is factorised."""
+        return super().obstacle(where._replace(capturable=False))
 
     def lost(self, state: Any) -> Tensor | None:
         """The factors are the weight: nothing follows from it."""
@@ -353,6 +347,11 @@ class Spectron(RuleOptimizer):
         **engine: Unpack[EngineOptions],
     ) -> None:
         super().__init__(**given(locals()))
+
+    @classmethod
+    def _rule(cls, group: Mapping[str, Any]) -> Rule:
+        kind = SpectronRule if group["out_features"] is None else FactorRule
+        return rule_of(kind, {**group, "stretch": _largest_stretch(group)})
 
     def __repr__(self) -> str:
         casting = [group for group in self.param_groups if self.casts(group)]

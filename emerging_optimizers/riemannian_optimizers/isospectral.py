@@ -49,6 +49,7 @@ from emerging_optimizers.engine.options import (
     one_of,
 )
 from emerging_optimizers.engine.parts import Part
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
@@ -109,12 +110,11 @@ class IsoRule(Rule):
         """From 1 / eps on, Cayley's I minus a skew matrix is that matrix alone, which may be singular."""
         return 1 / torch.finfo(dtype).eps if self.retraction == "cayley" else super().largest_norm(dtype)
 
-    @property
-    def needs_host(self) -> str | None:
-        """The polar retraction does."""
-        if self.retraction == "polar":
+    def obstacle(self, where: Where) -> str | None:
+        """The polar retraction asks the host."""
+        if where.capturable and self.retraction == "polar":
             return "the host checks the success of a singular value decomposition; give retraction='qr' or 'cayley'"
-        return super().needs_host
+        return super().obstacle(where)
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> IsoState:
         """The weight's own factors, and no momentum."""

@@ -36,6 +36,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import FirstMoment, Like
+from emerging_optimizers.engine.rule import Kernel
 
 
 class AdamState(NamedTuple):
@@ -78,14 +79,13 @@ class AdamWRule(Rule):
         return Step(*adam_direction(grad, state, t, correct_bias=self.correct_bias, nesterov=self.nesterov))
 
     @property
-    def fuses(self) -> bool:
-        """Not with Nesterov momentum."""
-        return super().fuses and not self.nesterov
+    def kernel(self) -> Kernel | None:
+        """torch's AdamW, which reads and writes every number once. Not with Nesterov momentum."""
+        return None if self.nesterov else self._in_place
 
-    def fused(
+    def _in_place(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
     ) -> list[Write]:
-        """torch's AdamW, which reads and writes every number once."""
         m, v = state
         step = t.step if self.correct_bias else math.inf
         return adam_(weights, grads, m, v, betas=t.betas, eps=t.eps, step=step, lr=lr, keep=keep)

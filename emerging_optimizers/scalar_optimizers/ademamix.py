@@ -42,6 +42,7 @@ from emerging_optimizers.engine.options import (
     optional,
 )
 from emerging_optimizers.engine.parts import FirstMoment, Like
+from emerging_optimizers.engine.rule import Kernel
 from emerging_optimizers.engine.scalars import add_, addcmul_, lerp
 
 THREE_BETAS = Check(
@@ -111,10 +112,14 @@ class AdEMAMixRule(Rule):
         numerator = add_(fast * (root2 / bias_fast), slow, root2 * alpha)
         return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), AdEMAMixState(fast, slow, v))
 
-    def fused(
+    @property
+    def kernel(self) -> Kernel | None:
+        """torch's AdamW behind its SGD, twice, whose momenta are the averages."""
+        return self._in_place
+
+    def _in_place(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
     ) -> list[Write]:
-        """torch's AdamW behind its SGD, twice, whose momenta are the averages."""
         (fast, slow, v), (beta_fast, beta2, beta_slow) = state, t.betas
         beta_slow = half_life_warmup(t.step, beta_fast, beta_slow, self.num_beta_slow_warmup_steps)
         # As the kernel rounds it: what is left for the gradient is so small that the two would not add up to 1.

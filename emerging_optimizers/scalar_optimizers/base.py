@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.parts import Part, before_first_step
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 __all__ = ["SingleMomentumOptimizer", "TwoMomentsOptimizer"]
@@ -35,9 +36,10 @@ class UpdateFunctionRule(Rule):
     state_keys: tuple[str, ...]
     function: Callable[..., Tensor]
 
-    @property
-    def needs_host(self) -> str | None:
-        """For the step count that the function is given."""
+    def obstacle(self, where: Where) -> str | None:
+        """The step count that the function is given."""
+        if not where.capturable:
+            return super().obstacle(where)
         return "update_fn gets the step count as a number; write a Rule, which gets a tensor (lion.py is one)"
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

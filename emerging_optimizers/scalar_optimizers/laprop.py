@@ -36,6 +36,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Like, Part
+from emerging_optimizers.engine.rule import Kernel
 from emerging_optimizers.engine.scalars import addcdiv_, addcmul_
 
 
@@ -72,10 +73,14 @@ class LaPropRule(Rule):
         m = addcdiv_(state.exp_avg * beta1, grad, v.sqrt().add_(t.eps * root2), (1 - beta1) * root2)
         return Step(m * (1 / bias1), LaPropState(m, v))
 
-    def fused(
+    @property
+    def kernel(self) -> Kernel | None:
+        """torch's AdamW, for which the momentum is the weight that decays; then its SGD."""
+        return self._in_place
+
+    def _in_place(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
     ) -> list[Write]:
-        """torch's AdamW, for which the momentum is the weight that decays; then its SGD."""
         (m, v), (beta1, beta2) = state, t.betas
         step = t.step if self.correct_bias else math.inf
         fit = adam_(m, grads, None, v, betas=(0.0, beta2), eps=t.eps, step=step, lr=beta1 - 1, keep=beta1)

@@ -12,6 +12,7 @@ References:
     Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
@@ -22,6 +23,7 @@ from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
 from emerging_optimizers.engine.options import Betas, LearningRate, Params, WeightDecay, WeightDecayMethod, given
 from emerging_optimizers.engine.parts import Decay, Part
+from emerging_optimizers.engine.rule import Kernel
 
 
 class LionState(NamedTuple):
@@ -37,7 +39,10 @@ class LionRule(Rule):
     State = LionState
     reads = ("betas",)
     elementwise = True
-    derived = ("step",)  # August 2026 counts, and never reads it
+
+    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """August 2026 counts steps, and never reads them."""
+        return {key: value for key, value in saved.items() if key != "step"}
 
     def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
         """See the module's equations."""
@@ -45,10 +50,14 @@ class LionRule(Rule):
         direction = lerp(state.exp_avg, grad, 1 - beta1).sign_()
         return Step(direction, LionState(lerp(state.exp_avg, grad, 1 - beta2)))
 
-    def fused(
+    @property
+    def kernel(self) -> Kernel | None:
+        """The momentum moves in place, after the direction has been read from it."""
+        return self._in_place
+
+    def _in_place(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
     ) -> list[Write]:
-        """The momentum moves in place, after the direction has been read from it."""
         return sign_of_average_(weights, grads, state.exp_avg, t.betas, lr=lr, keep=keep)
 
 

@@ -31,6 +31,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Like
+from emerging_optimizers.engine.rule import Kernel
 from emerging_optimizers.engine.scalars import addcmul_
 
 
@@ -53,10 +54,14 @@ class RMSPropRule(Rule):
         v = addcmul_(state.exp_avg_sq * t.alpha, grad, grad, 1 - t.alpha)
         return Step(grad / v.sqrt().add_(t.eps), RMSPropState(v))
 
-    def fused(
+    @property
+    def kernel(self) -> Kernel | None:
+        """torch's AdamW without memory in its first moment."""
+        return self._in_place
+
+    def _in_place(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
     ) -> list[Write]:
-        """torch's AdamW without memory in its first moment."""
         betas = (0.0, t.alpha)
         return adam_(weights, grads, None, state.exp_avg_sq, betas=betas, eps=t.eps, step=math.inf, lr=lr, keep=keep)
 

@@ -35,6 +35,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Decay, Part
+from emerging_optimizers.engine.rule import Kernel
 from emerging_optimizers.engine.scalars import lerp
 
 
@@ -73,14 +74,13 @@ class SignumRule(Rule):
         return Step(direction, SignumState(m))
 
     @property
-    def fuses(self) -> bool:
-        """What looks ahead is not an average."""
-        return super().fuses and not self.nesterov
+    def kernel(self) -> Kernel | None:
+        """The momentum moves in place, after the direction has been read from it. Not with Nesterov momentum."""
+        return None if self.nesterov else self._in_place
 
-    def fused(
+    def _in_place(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
     ) -> list[Write]:
-        """The momentum moves in place, after the direction has been read from it."""
         betas = (t.momentum, t.momentum)
         return sign_of_average_(weights, grads, state.exp_avg, betas, lr=lr, keep=keep)
 

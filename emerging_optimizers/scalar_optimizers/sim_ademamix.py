@@ -40,6 +40,7 @@ from emerging_optimizers.engine.options import (
     optional,
 )
 from emerging_optimizers.engine.parts import Decay, Like, Part
+from emerging_optimizers.engine.rule import Kernel
 from emerging_optimizers.engine.scalars import add_, addcmul_
 from emerging_optimizers.scalar_optimizers.ademamix import half_life_warmup
 
@@ -75,10 +76,14 @@ class SimplifiedAdEMAMixRule(Rule):
         numerator = add_((m * (root2 / bias1)).to(grad.dtype), grad, root2 * t.alpha)
         return Step(numerator.div_(v.sqrt().add_(t.eps * root2)), SumState(m, v))
 
-    def fused(
+    @property
+    def kernel(self) -> Kernel | None:
+        """torch's AdamW behind its SGD, whose momentum is the sum."""
+        return self._in_place
+
+    def _in_place(
         self, weights: list[Tensor], grads: list[Tensor], state: Any, t: Scalars, lr: float, keep: float
     ) -> list[Write]:
-        """torch's AdamW behind its SGD, whose momentum is the sum."""
         (m, v), (beta1, beta2) = state, t.betas
         beta1 = half_life_warmup(t.step, t.min_beta_fast, beta1, self.num_beta_fast_warmup_steps)
         step = t.step if self.correct_bias else math.inf

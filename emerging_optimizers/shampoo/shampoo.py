@@ -49,6 +49,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import FactorL_BMM, FactorR_BNN, Momentum_BMN, before_first_step
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.linalg.inverse_root import inverse_root
 from emerging_optimizers.linalg.kernels.symmetric import gram
 
@@ -70,10 +71,11 @@ class ShampooRule(Rule):
     p_root_inv: int = 4
     max_precond_dim: int | None = 10000
 
-    @property
-    def needs_host(self) -> str | None:
-        """The inverse roots do."""
-        return "the host checks the success of an eigh in every step; use SOAP"
+    def obstacle(self, where: Where) -> str | None:
+        """The inverse roots ask the host."""
+        if where.capturable:
+            return "the host checks the success of an eigh in every step; use SOAP"
+        return super().obstacle(where)
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ShampooState:
         """No factor of a side that is too long."""

@@ -34,6 +34,7 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
+from emerging_optimizers.engine.rule import Where, rule_of
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direction, madam_largest_norm
 from emerging_optimizers.scalar_optimizers.update_functions import calculate_adam_update, calculate_madam_update
@@ -54,9 +55,10 @@ class ScalarUpdateRule(SOAPRule):
     reads = (*SOAPRule.reads, "parameters")  # matrix by matrix
     function: Callable[..., Tensor]
 
-    @property
-    def needs_host(self) -> str | None:
-        """For the step count that the function is given."""
+    def obstacle(self, where: Where) -> str | None:
+        """The step count that the function is given."""
+        if not where.capturable:
+            return super().obstacle(where)
         return "_scalar_update gets the step count as a number; override SOAPRule.inner, which gets a tensor"
 
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
@@ -121,7 +123,7 @@ class SoapBase(SOAP):
             return super()._make_rule(group)
         if owner is SoapBase:
             raise NotImplementedError(f"{self._name} has no _scalar_update; override it, or use KlSoapV3")
-        return ScalarUpdateRule.from_group({**group, **self.fixed, "function": self._scalar_update})
+        return rule_of(ScalarUpdateRule, {**group, **self.fixed, "function": self._scalar_update})
 
     def _scalar_update(
         self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], step: int

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emerging_optimizers.engine import Phase, Rule, Scalars, Step
 from emerging_optimizers.engine.parts import Part, parts_of
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
@@ -200,9 +201,10 @@ class PreconditionerRule(Rule):
     cls: type[SoapPreconditionerProtocol]
     function: Callable[..., Tensor]
 
-    @property
-    def needs_host(self) -> str | None:
-        """For the step count that the function is given."""
+    def obstacle(self, where: Where) -> str | None:
+        """The step count that the function is given."""
+        if not where.capturable:
+            return super().obstacle(where)
         return "a PreconditionerCls of one's own gets the step count as a number; leave capturable False"
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

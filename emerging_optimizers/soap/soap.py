@@ -88,6 +88,7 @@ from emerging_optimizers.engine.parts import (
     ValuesR_BN,
     before_first_step,
 )
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
@@ -221,22 +222,17 @@ class EigenbasisRule(Rule):
         """The refresh."""
         return self.refresh(state, phase)
 
-    def obstacle(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        """An eigh that the host waits for overlaps with nothing."""
-        if self.overlap and self.use_eigh and device.type == "cuda":
+    def obstacle(self, where: Where) -> str | None:
+        """An eigh that the host waits for overlaps with nothing, and no graph repeats it."""
+        if self.overlap and self.use_eigh and where.device.type == "cuda":
             return (
                 "overlap=True is not possible with use_eigh=True on CUDA: the host waits for the success of each eigh "
                 "and launches nothing of the model until then; give overlap=False, or use_eigh=False (SOAP with "
                 "use_kl_shampoo=True is REKLS without eigh)"
             )
-        return super().obstacle(dtype, device)
-
-    @property
-    def needs_host(self) -> str | None:
-        """Also an eigh at every refresh."""
-        if self.use_eigh:
+        if where.capturable and self.use_eigh:
             return "use_eigh=True takes an eigh in every refresh, whose success the host checks; give use_eigh=False"
-        return super().needs_host
+        return super().obstacle(where)
 
     def phase(self, step: int, turn: int = 0) -> Phase:
         """FIRST makes the first basis: in the second step, or with the published start and behind a step in the first.

@@ -34,6 +34,7 @@ from emerging_optimizers.engine.options import (
     given,
     one_of,
 )
+from emerging_optimizers.engine.rule import rule_of
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.soap.options import FactorEps, ProductPrecision
 from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
@@ -50,11 +51,6 @@ class TpReklsRule(SOAPRule):
     fp32_matmul_prec: FP32MatmulPrecT = "high"
     partition_dim: int | None = None
     tp_group: Any = None
-
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> "TpReklsRule":
-        """The rule of a group, which has no place for processes."""
-        return super().from_group({"tp_group": None, **group})
 
     @property
     def processes(self) -> int:
@@ -176,8 +172,12 @@ class TpRekls(RuleOptimizer):
         self.tp_group = options.pop("tp_group")
         super().__init__(**options)
 
+    @classmethod
+    def _rule(cls, group: Mapping[str, Any]) -> Rule:
+        return rule_of(TpReklsRule, {"tp_group": None, **group})
+
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
-        rule = TpReklsRule.from_group({**group, "tp_group": self.tp_group})
+        rule = rule_of(TpReklsRule, {**group, "tp_group": self.tp_group})
         refused = {"execution": self.execution == "compiled", "nonfinite": group["nonfinite"] == "raise"}
         for name, asked in refused.items():
             if asked and rule.processes > 1:

@@ -10,6 +10,7 @@ import torch
 
 from emerging_optimizers import REKLS, SOAP, SOAPMuon, SpikeWatch, TpRekls, estimate
 from emerging_optimizers.engine.ahead import Ahead
+from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.soap.kl_soap import KlSoapV3
 from emerging_optimizers.soap.preconditioners import KlSoapPreconditioner
 from tests.cases import CASES, OptimizerCase, distance, parameters, run, set_gradients
@@ -104,7 +105,7 @@ def test_what_is_not_possible_is_said() -> None:
         with pytest.raises(ValueError, match=r"overlap=True is not possible with first_step='eigenbasis'.*'adam'"):
             make([weight()], lr=0.1, overlap=True, first_step="eigenbasis")
     for rule in (REKLS([weight()], lr=0.1, overlap=True), SOAPMuon([weight()], lr=0.1, use_eigh=True, overlap=True)):
-        found = rule._checked_rule(0).obstacle(torch.float32, torch.device("cuda"))
+        found = rule._checked_rule(0).obstacle(Where(torch.float32, torch.device("cuda")))
         assert found is not None
         assert "use_eigh=False" in found
     with pytest.raises(ValueError, match="overlap=True"):

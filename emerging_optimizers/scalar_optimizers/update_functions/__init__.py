@@ -43,7 +43,7 @@ __all__ = [
 @torch.no_grad()
 def _advance(rule: Rule, grad: Tensor, state: Any, **scalars: Any) -> Tensor:
     """The update of a rule, whose new state takes the place of the old one."""
-    out = rule.update(grad, state, make_scalars(tuple(scalars), scalars, {}), Phase.REUSE)
+    out = rule.update(grad, state, make_scalars((), {}, scalars), Phase.REUSE)
     for old, new in zip(state, out.state, strict=True):
         old.copy_(new)
     assert out.direction is not None
