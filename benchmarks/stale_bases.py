@@ -71,7 +71,7 @@ def refreshes(options: dict[str, Any]) -> int:
     """How many bases a matrix whose turn comes first gets in a run."""
     rule = SOAPRule(**options)
     steps = range(1, TrainConfig().steps + 1)
-    return sum(rule.phase(step) is not Phase.REUSE for step in steps)
+    return sum(rule.schedule.phase(step) is not Phase.REUSE for step in steps)
 
 
 def evenly(count: int) -> int:

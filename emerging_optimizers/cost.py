@@ -151,7 +151,7 @@ def _measure(optimizer: torch.optim.Optimizer, seconds: bool, looked: Container[
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     period = max(
-        (optimizer._checked_rule(i).period for i in range(len(optimizer.param_groups)))
+        (optimizer._checked_rule(i).schedule.period for i in range(len(optimizer.param_groups)))
         if isinstance(optimizer, RuleOptimizer)
         else (1,)
     )

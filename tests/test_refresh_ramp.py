@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from emerging_optimizers import SOAP, KLShampoo, estimate
 from emerging_optimizers.engine import Phase
+from emerging_optimizers.engine.schedule import turns_taken
 from emerging_optimizers.lab.spike import SpikeConfig, run_arm
 from emerging_optimizers.lab.spike_arms import SpikeArm
-from emerging_optimizers.soap.soap import SOAPRule, turns_taken
+from emerging_optimizers.soap.soap import SOAPRule
 
 FIRST = 2  # the step of the first basis
 few = settings(max_examples=40, deadline=None)
@@ -22,14 +23,14 @@ PERIODS, RAMPS = st.integers(2, 40), st.integers(0, 60)
 def refreshed(period: int, ramp: int, turn: int, steps: int) -> list[int]:
     """The steps after that of the first basis in which a matrix is refreshed, as steps since it."""
     rule = SOAPRule(precondition_frequency=period, refresh_ramp=ramp)
-    return [k for k in range(1, steps) if rule.phase(FIRST + k, turn) is Phase.REFRESH]
+    return [k for k in range(1, steps) if rule.schedule.phase(FIRST + k, turn) is Phase.REFRESH]
 
 
 @few
 @given(period=st.integers(1, 40), step=st.integers(1, 500), turn=st.integers(0, 39))
 def test_without_a_ramp_a_turn_comes_once_a_period(period: int, step: int, turn: int) -> None:
     for first_step, first in (("adam", 2), ("eigenbasis", 1)):
-        phase = SOAPRule(precondition_frequency=period, first_step=first_step).phase(step, turn % period)
+        phase = SOAPRule(precondition_frequency=period, first_step=first_step).schedule.phase(step, turn % period)
         due = Phase.REFRESH if (step - first + turn % period) % period == 0 else Phase.REUSE
         assert phase is (Phase.FIRST if step == first else due)
 
@@ -37,7 +38,7 @@ def test_without_a_ramp_a_turn_comes_once_a_period(period: int, step: int, turn:
 @few
 @given(ramp=RAMPS, step=st.integers(1, 500))
 def test_a_refresh_in_every_step_has_no_ramp(ramp: int, step: int) -> None:
-    assert SOAPRule(refresh_ramp=ramp).phase(step) is (Phase.FIRST if step == FIRST else Phase.REFRESH)
+    assert SOAPRule(refresh_ramp=ramp).schedule.phase(step) is (Phase.FIRST if step == FIRST else Phase.REFRESH)
 
 
 @few
@@ -45,7 +46,7 @@ def test_a_refresh_in_every_step_has_no_ramp(ramp: int, step: int) -> None:
 def test_of_the_turns_of_a_step_so_many_come_as_the_law_says(period: int, ramp: int, step: int) -> None:
     """The closed form against a float; a half, where it could err, is exact in it."""
     rule = SOAPRule(precondition_frequency=period, refresh_ramp=ramp)
-    taken = [rule.phase(FIRST + step, turn) is Phase.REFRESH for turn in range(period)]
+    taken = [rule.schedule.phase(FIRST + step, turn) is Phase.REFRESH for turn in range(period)]
     assert sum(taken) == max(1, min(period, int(period * ramp / step + 0.5)))
     assert sum(taken) == turns_taken(step, period, ramp) - turns_taken(step - 1, period, ramp)
 

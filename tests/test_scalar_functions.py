@@ -115,7 +115,6 @@ def test_warm_ups_take_tensors(steps: int | None) -> None:
 @pytest.mark.parametrize("simple", [False, True])
 def test_elements_with_step_counts_of_their_own_stay_float32(simple: bool) -> None:
     """On an accelerator a skipped parameter has another count than its neighbours in a flat piece."""
-    from emerging_optimizers.engine import Phase
     from emerging_optimizers.engine.scalars import make_scalars
 
     group: dict[str, Any] = {"eps": 1e-8, "alpha": 2.0, "betas": (0.99, 0.999) if simple else (0.9, 0.999, 0.99)}
@@ -131,7 +130,7 @@ def test_elements_with_step_counts_of_their_own_stay_float32(simple: bool) -> No
 
     def update(step: Any) -> Any:
         state = rule.init((2,), torch.float32, torch.device("cpu"))
-        return rule.update(grad, state, make_scalars(tuple(group), group, {"step": step}), Phase.REUSE)
+        return rule.update(grad, state, make_scalars(tuple(group), group, {"step": step}))
 
     both = update(counts)
     assert {x.dtype for x in both.state} == {torch.float32}

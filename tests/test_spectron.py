@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.lowrank import LowRankLinear, factor_groups, factorize, reconstruct
 from emerging_optimizers.orthogonalized_optimizers.spectron import Spectron
@@ -125,17 +126,16 @@ def test_a_steady_step_of_the_rule_reads_nothing_on_the_host(lr, native):
     step(optimizer, 0)
     ((_, bucket),) = optimizer._buckets
     rule = optimizer._checked_rule(0)
-    from emerging_optimizers.engine.rule import Phase
     from emerging_optimizers.engine.scalars import make_scalars
 
     (chunk,) = bucket.chunks(bucket.whole, "stacked")
     weight = bucket.stack(chunk, {0: bucket.parameters[0]})
     t = make_scalars(
-        rule.reads, optimizer.param_groups[0], {"step": 2, "l2": None, "weight": weight, "weight_dtype": torch.float32}
+        rule.reads, optimizer.param_groups[0], {"step": torch.full((1, 1, 1), 2.0), "l2": None, "weight": weight, "weight_dtype": torch.float32}
     )
     with NoReads():
-        rule.update(torch.ones_like(weight), bucket.read(chunk), t, Phase.REUSE)
-        rule.lost(bucket.state)
+        rule.update(torch.ones_like(weight), bucket.read(chunk), t)
+        lost(bucket.state)
 
 
 def test_truncation_is_announced_once_with_its_size():

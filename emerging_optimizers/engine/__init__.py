@@ -5,8 +5,9 @@ Layer 1: imports linalg and torch; knows the contract of a rule (`engine/rule.py
 
 from emerging_optimizers.engine.optimizer import RuleOptimizer
 from emerging_optimizers.engine.options import EngineOptions
-from emerging_optimizers.engine.rule import Phase, Rule, Scalars, Step
+from emerging_optimizers.engine.rule import Rule, Scalars, Step
 from emerging_optimizers.engine.scalars import debias, lerp
+from emerging_optimizers.engine.schedule import Phase, Schedule
 
 __all__ = [
     "EngineOptions",
@@ -14,6 +15,7 @@ __all__ = [
     "Rule",
     "RuleOptimizer",
     "Scalars",
+    "Schedule",
     "Step",
     "debias",
     "lerp",

@@ -222,7 +222,7 @@ class Bucket:
         """What makes a rule's state what it is, and its turns; as it compares."""
         parts = rule.init((1, *self.item), self.dtype, torch.device("meta"))._asdict()
         shapes = {name: None if x is None else x.shape for name, x in parts.items()}
-        return type(rule), rule.elementwise, "step" in rule.reads, rule.period, shapes
+        return type(rule), rule.elementwise, "step" in rule.reads, rule.schedule.period, shapes
 
     @property
     def on_host(self) -> bool:
@@ -670,11 +670,11 @@ def _turns(group: Mapping[str, Any], rule: Rule) -> dict[tuple[int, str], int]:
 
     A function of the group's parameters alone, so that it is the same after a checkpoint, and for those who join later.
     """
-    if rule.period == 1:
+    if rule.schedule.period == 1:
         return {}
     by_shape: dict[tuple[int, ...], list[tuple[int, str]]] = {}
     for i, p in enumerate(group["params"]):
         for block in blocks(p, rule.elementwise, group["matrix_view"]) if p.numel() else ():
             by_shape.setdefault(block.item, []).append((i, block.key))
     everyone = [row for rows in by_shape.values() for row in rows]
-    return {row: k % rule.period for k, row in enumerate(everyone)}
+    return {row: k % rule.schedule.period for k, row in enumerate(everyone)}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.engine.options import Execution
-from emerging_optimizers.engine.rule import Phase, Rule, Step
+from emerging_optimizers.engine.rule import Rule, Step, advance
 from emerging_optimizers.engine.scalars import as_tensors
+from emerging_optimizers.engine.schedule import Phase
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
 
 BACKEND = "inductor"  # of torch.compile; most tests take one that generates no code
@@ -26,17 +27,17 @@ def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: 
     """One update of a chunk."""
     with nullcontext() if rule.elementwise else fp32_matmul_precision(rule.matmul_precision):
         if execution != "compiled":
-            return rule.update(grad, state, t, phase)
+            return advance(rule, grad, state, t, phase)
         step: Step = _compiled(rule, phase, BACKEND)(grad, state, as_tensors(t, grad.device))
         return step
 
 
-def prepare(rule: Rule, state: Any, phase: Phase, execution: Execution) -> Any:
-    """The state of a chunk as its next update finds it."""
+def refresh(rule: Rule, state: Any, phase: Phase, execution: Execution) -> Any:
+    """The work of a phase behind the step."""
     with fp32_matmul_precision(rule.matmul_precision):
         if execution != "compiled":
-            return rule.prepare(state, phase)
-        return _compiled_prepare(rule, phase, BACKEND)(state)
+            return rule.refresh(state, phase)
+        return _compiled_refresh(rule, phase, BACKEND)(state)
 
 
 def step_elements(
@@ -70,8 +71,7 @@ def _compiled_elements(rule: Rule, backend: str) -> Any:
             grad = -grad
         if t.l2 is not None:
             grad = grad + old * t.l2
-        out = rule.update(grad, state, t, Phase.REUSE)
-        assert out.direction is not None
+        out = advance(rule, grad, state, t, Phase.REUSE)
         # Not `add_(direction, alpha=-lr)`: compiled, an alpha can be lost, and a number freezes at its second value
         # (torch 2.13). Every number comes as a 0-D tensor.
         new = old * t.keep - out.direction * t.lr
@@ -88,14 +88,14 @@ def _compiled(rule: Rule, phase: Phase, backend: str) -> Any:
     # Only the pure rule is compiled. The weight is written by the engine: compiled, `add_(a @ b, alpha=-lr)` loses
     # its alpha and a float learning rate freezes at its second value (torch 2.13).
     def update(grad: Tensor, state: Any, t: Any) -> Step:
-        return rule.update(grad, state, t, phase)
+        return advance(rule, grad, state, t, phase)
 
     return torch.compile(update, fullgraph=True, dynamic=False, backend=backend)
 
 
 @cache
-def _compiled_prepare(rule: Rule, phase: Phase, backend: str) -> Any:
-    def prepare(state: Any) -> Any:
-        return rule.prepare(state, phase)
+def _compiled_refresh(rule: Rule, phase: Phase, backend: str) -> Any:
+    def refresh(state: Any) -> Any:
+        return rule.refresh(state, phase)
 
-    return torch.compile(prepare, fullgraph=True, dynamic=False, backend=backend)
+    return torch.compile(refresh, fullgraph=True, dynamic=False, backend=backend)

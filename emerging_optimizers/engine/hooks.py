@@ -223,6 +223,15 @@ class KeepNorm(WeightUpdateHook[Any]):
         return _norm(old) * _unit(free, torch.finfo(free.dtype).tiny)
 
 
+class Replace(WeightUpdateHook[Any]):
+    """The update is the new weight itself."""
+
+    def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
+        return update
+
+
+REPLACE = Replace()
+
 # The names under which parameter groups, and with them checkpoints, hold a hook as plain data: (name, *arguments).
 HOOKS: Mapping[str, type[WeightUpdateHook[Any]]] = {
     "hyperball": HyperballHook,

@@ -42,9 +42,9 @@ from emerging_optimizers.engine.options import (
     options_in,
     with_arguments,
 )
-from emerging_optimizers.engine.parts import rounded_parts
+from emerging_optimizers.engine.parts import lost, rounded_parts
 from emerging_optimizers.engine.rounding import MOST
-from emerging_optimizers.engine.rule import Rule, Where, reason, rule_of
+from emerging_optimizers.engine.rule import Rule, Where, reason, rule_of, starts
 from emerging_optimizers.engine.run import BucketStep
 from emerging_optimizers.engine.validate import check_group, label, misspelled, place, plain_options, suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
@@ -267,7 +267,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
         """The law by which the weights of a group move, if it is not the ordinary one."""
-        return rule.hook or make_hook(group["weight_update_hook"])
+        return rule.weight_law or make_hook(group["weight_update_hook"])
 
     @staticmethod
     def _make_capturable(rule: Rule, group: dict[str, Any], owner: str) -> None:
@@ -318,7 +318,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if hook is None:
             return
         given = f"{owner}: weight_update_hook={group['weight_update_hook']!r} is not possible"
-        if rule.hook is not None or rule.rewrites_weight:
+        if rule.weight_law is not None:
             raise ValueError(f"{given}: the optimizer has a law of its own for the weight; leave it None")
         if hook.matrices_only and rule.elementwise:
             raise ValueError(f"{given}: it is about singular values, and this optimizer is element-wise; leave it None")
@@ -511,9 +511,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             _Placed([*map(id, group["params"])], rule, _shaping(group), any(p not in homes for p in group["params"]))
             for rule, group in zip(rules, self.param_groups, strict=True)
         ]
-        for index, bucket in new:  # which matrices have lost their state stands in it
-            if rules[index].starts_from_weight and (lost := rules[index].lost(bucket.state)) is not None:
-                bucket.post(lost)
+        for _, bucket in new:  # which matrices have lost their state stands in it
+            if (flags := lost(bucket.state)) is not None:
+                bucket.post(flags)
         everything.update(entries)
         self._buckets, self._homes, self._placed, self._events = buckets, homes, placed, events
 
@@ -732,7 +732,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._check_capture(rules)
         self._start_guards()
         for index, bucket in self._buckets:
-            if rules[index].starts_from_weight:
+            if starts(rules[index]):
                 self._start(bucket, rules[index], self.param_groups[index])
         with many_graphs(self.execution):
             for index, bucket in self._buckets:
@@ -763,9 +763,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 homes = self._homes.get(p, [])
                 count = min((bucket.counts[row] for bucket, row in homes), default=0)
-                settled = count > 0 and rule.phase(count + 1) is rule.phase(count + 2)
-                if rule.prepares:  # whose graph and handles for this phase come with its first time
-                    settled = settled and rule.phase(count) is rule.phase(count + 1)
+                settled = count > 0 and rule.schedule.phase(count + 1) is rule.schedule.phase(count + 2)
+                if rule.schedule.behind:  # whose graph and handles for this phase come with its first time
+                    settled = settled and rule.schedule.phase(count) is rule.schedule.phase(count + 1)
                 guarded = group["spike_guard"] is None or all(bucket.guard for bucket, _ in homes)
                 if p.grad is not None and p.numel() and not (settled and guarded):
                     raise ValueError(
@@ -822,11 +822,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _start(bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
         """Make the state of matrices before their first step, and of those that have lost it."""
-        lost = bucket.flagged()
+        again = bucket.flagged()
         new = {
-            i: p for i, p in enumerate(bucket.parameters) if p.grad is not None and (i in lost or not bucket.counts[i])
+            i: p for i, p in enumerate(bucket.parameters) if p.grad is not None and (i in again or not bucket.counts[i])
         }
-        counts = [0 if i in lost else count for i, count in enumerate(bucket.counts)]
+        counts = [0 if i in again else count for i, count in enumerate(bucket.counts)]
         if not new:
             bucket.counts = counts
             bucket.forget_flags()

@@ -50,6 +50,8 @@ class Part(NamedTuple):
             that does not round away, or a basis that a refresh makes orthonormal again.
         averages: it is an average of gradients that forgets like this; None: it is none, or one of something else.
         rotated: it stands in the eigenbases Q_L, Q_R.
+        marks: a matrix for which it is zero has lost its state, and needs `Rule.start` again; the host acts on it in
+            the next step.
     """
 
     axes: str = ""
@@ -57,6 +59,7 @@ class Part(NamedTuple):
     rounds: bool = False
     averages: Decay | None = None
     rotated: bool = False
+    marks: bool = False
 
 
 # Parts that many states have.
@@ -89,6 +92,12 @@ def _declared(state: Any) -> Mapping[str, Part]:
 def rounded_parts(state: Any) -> list[str]:
     """Which fields of a state are there and may be rounded."""
     return [name for name, part in parts_of(type(state)).items() if part.rounds and getattr(state, name) is not None]
+
+
+def lost(state: Any) -> Tensor | None:
+    """Which matrices have lost their state, as (B,) on the device; None: no part says so."""
+    marks = [getattr(state, name) for name, part in parts_of(type(state)).items() if part.marks]
+    return ~marks[0].flatten(1).any(dim=1) if marks else None
 
 
 def before_first_step(

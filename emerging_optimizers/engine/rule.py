@@ -9,7 +9,6 @@ Names of tensors end in their shape: B matrices of a stack, M rows, N columns.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -18,15 +17,8 @@ from torch import Tensor
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.engine.parts import before_first_step
+from emerging_optimizers.engine.schedule import Phase, Schedule
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
-
-
-class Phase(Enum):
-    """What a step does to a slowly changing part of the state, such as an eigenbasis; static."""
-
-    FIRST = "first"
-    REFRESH = "refresh"
-    REUSE = "reuse"
 
 
 class Scalars(Protocol):
@@ -76,14 +68,13 @@ class Step(NamedTuple):
     """What a rule returns.
 
     Attributes:
-        direction: W <- W - lr * direction, shaped like the gradient.
-        state: the new state, of the type that `init` returned.
-        parameter: the new weight itself, for rules that rewrite it; direction is then None.
+        direction: W <- W - lr * direction, shaped like the gradient; or what the rule's `weight_law` makes the weight
+            of: the new weight itself for `REPLACE`.
+        state: the new state, a `State`.
     """
 
-    direction: Tensor | None
+    direction: Tensor
     state: Any
-    parameter: Tensor | None = None
 
 
 RuleT = TypeVar("RuleT", bound="Rule")
@@ -99,15 +90,11 @@ class Rule(ABC):
         reads: names of what `update` finds in `t`, see `Scalars`. Where "step" is among them, the count is saved.
         elementwise: the rule acts on each element by itself; its state has the gradient's shape.
         State: of a stack; its fields are `Part`s.
-        rewrites_weight: `update` returns `Step(parameter=...)`, and no other law can move the weight.
-        starts_from_weight: the state of a matrix is made by `start`, and again where `lost` asks for it.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[bool] = False
     State: ClassVar[type[Any]]
-    rewrites_weight: ClassVar[bool] = False
-    starts_from_weight: ClassVar[bool] = False
 
     @property
     def matmul_precision(self) -> FP32MatmulPrecT:
@@ -115,16 +102,21 @@ class Rule(ABC):
         return "highest"
 
     @property
-    def hook(self) -> WeightUpdateHook[Any] | None:
-        """The law by which the weight moves, where that is part of the rule."""
+    def weight_law(self) -> WeightUpdateHook[Any] | None:
+        """The law by which the weight moves, where that is part of the rule; None: W <- keep W - lr direction."""
         return None
+
+    @property
+    def schedule(self) -> Schedule:
+        """When `refresh` works on what changes slowly."""
+        return Schedule()
 
     def obstacle(self, where: Where) -> str | None:
         """Why a parameter cannot be updated there, and what helps; None: it can."""
         if where.ndim < 2 and not self.elementwise:
             return "it is not a matrix, and this optimizer updates matrices"
-        if where.capturable and self.period > 1:
-            return f"the host says whose turn it is in a period of {self.period} steps; give precondition_frequency=1"
+        if where.capturable and (period := self.schedule.period) > 1:
+            return f"the host says whose turn it is in a period of {period} steps; give precondition_frequency=1"
         return None
 
     def largest_norm(self, dtype: torch.dtype) -> float:
@@ -150,15 +142,6 @@ class Rule(ABC):
         """
         return None
 
-    @property
-    def period(self) -> int:
-        """Steps after which the phases repeat. Matrices take turns within it, so that no step bears all the work."""
-        return 1
-
-    def phase(self, step: int, turn: int = 0) -> Phase:
-        """The phase of the update that is the `step`-th of a matrix, from 1, whose turn in the period is `turn`."""
-        return Phase.REUSE
-
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """A `State` of tensors before the first step; None for a part that does not exist.
 
@@ -171,31 +154,32 @@ class Rule(ABC):
         return saved
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
-        """The state before the first step where it follows from the weight, for a rule that `starts_from_weight`.
+        """The state before the first step where it follows from the weight; overridden, it takes the place of `init`'s.
 
         Runs before anything moves and may read the device, warn and raise; `labels` name the parameter of each matrix.
         """
-        raise NotImplementedError  # called where it `starts_from_weight`
+        raise NotImplementedError  # called where it is overridden
 
-    @property
-    def prepares(self) -> bool:
-        """The work of a phase stands in `prepare`, after the step; every `update` gets REUSE."""
-        return False
+    def accumulate(self, grad: Tensor, state: Any, t: Scalars) -> Any:
+        """The state with a gradient in what changes slowly, such as Kronecker factors. Pure."""
+        return state
 
-    def prepare(self, state: Any, phase: Phase) -> Any:
-        """The state with the work of a phase done, as the next update finds it; for a rule that `prepares`.
+    def refresh(self, state: Any, phase: Phase) -> Any:
+        """The state with the work of a phase done, such as eigenbases that follow the factors. Pure.
 
-        Pure as `update`. Called when state and weights are written, not for REUSE; on CUDA beside whatever follows.
+        In every step, between `accumulate` and `update`. With a schedule `behind`, REUSE there, and FIRST or REFRESH
+        when state and weights are written, on CUDA beside whatever follows.
         """
-        raise NotImplementedError  # called where it `prepares`
-
-    def lost(self, state: Any) -> Tensor | None:
-        """Which matrices need `start` again, as (B,) on the device; the host acts on it in the next step."""
-        return None
+        return state
 
     @abstractmethod
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """One step. Pure: it writes into none of its arguments; with `capturable` it reads no value on the host."""
+
+
+def advance(rule: Rule, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    """One step of a stack: accumulate, refresh, update."""
+    return rule.update(grad, rule.refresh(rule.accumulate(grad, state, t), phase), t)
 
 
 def rule_of(kind: type[RuleT], group: Mapping[str, Any]) -> RuleT:
@@ -207,6 +191,11 @@ def reason(rule: Rule, where: Where, **changes: Any) -> str | None:
     """The obstacle that these changes bring about."""
     found = rule.obstacle(where._replace(**changes))
     return None if found == rule.obstacle(where) else found
+
+
+def starts(rule: Rule) -> bool:
+    """Whether the state of a matrix follows from its weight."""
+    return type(rule).start is not Rule.start
 
 
 def kernel_of(rule: Rule) -> Kernel | None:

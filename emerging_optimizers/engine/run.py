@@ -13,14 +13,16 @@ from torch import Tensor
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment
 from emerging_optimizers.engine.commit import Write, commit
-from emerging_optimizers.engine.executors import call, prepare, step_elements
+from emerging_optimizers.engine.executors import call, refresh, step_elements
 from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_
 from emerging_optimizers.engine.guard import decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.options import Execution
+from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rounding import watch
-from emerging_optimizers.engine.rule import Kernel, Phase, Rule, Step, kernel_of
+from emerging_optimizers.engine.rule import Kernel, Rule, Step, advance, kernel_of
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
+from emerging_optimizers.engine.schedule import Phase
 from emerging_optimizers.engine.weight_decay import keep_factor
 
 _DTYPE = attrgetter("dtype")
@@ -84,16 +86,14 @@ class BucketStep:
         bucket.count(list(gradients), self.factor, self.news)
         if watched is not None and self.factor is None:
             bucket.unmoved = watched.unmoved()
-        if (lost := self.rule.lost(bucket.state)) is not None:
-            bucket.post(lost)
-        if self.rule.prepares and bucket.capturable:  # a graph ends on the stream on which it began
+        if (flags := lost(bucket.state)) is not None:
+            bucket.post(flags)
+        if self.rule.schedule.behind and bucket.capturable:  # a graph ends on the stream on which it began
             self.ahead.wait()
 
     def _take_chunks(self, gradients: Mapping[int, Tensor]) -> None:
         bucket, rule, group, execution, hook = self.bucket, self.rule, self.group, self.execution, self.hook
-        simple = rule.elementwise and not (
-            hook or rule.rewrites_weight or {"weight", "parameters", "l2"} & {*rule.reads}
-        )
+        simple = rule.elementwise and not (hook or {"weight", "parameters", "l2"} & {*rule.reads})
         one_pass = simple and execution == "compiled" and not bucket.capturable
         plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor)
         plain = plain and not bucket.rounded and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
@@ -109,7 +109,7 @@ class BucketStep:
             members: Mapping[int, Tensor] = gradients
             if segments is not bucket.whole:
                 members = {segment.row: gradients[segment.row] for segment in segments}
-                if cut == "compiled" and rule.period == 1:  # others are masked: no new graph when they come
+                if cut == "compiled" and rule.schedule.period == 1:  # others are masked: no new graph when they come
                     segments = bucket.whole
             t = self._element_scalars(count) if one_pass or plain else None
             if one_pass:
@@ -141,14 +141,18 @@ class BucketStep:
         """What runs together: a phase; pieces of vectors also share their step count, so that it is a number."""
         bucket, rule = self.bucket, self.rule
         shared = "step" in rule.reads and rule.elementwise and not bucket.capturable
-        if rule.period == 1 and len(gradients) == len(bucket.parameters) and min(bucket.counts) == max(bucket.counts):
+        if (
+            rule.schedule.period == 1
+            and len(gradients) == len(bucket.parameters)
+            and min(bucket.counts) == max(bucket.counts)
+        ):
             count = bucket.counts[0] + 1
-            return {(rule.phase(count), count if shared else 0): bucket.whole}
+            return {(rule.schedule.phase(count), count if shared else 0): bucket.whole}
         found: dict[tuple[Phase, int], list[Segment]] = {}
         for i in gradients:
             count = bucket.counts[i] + 1
-            for segment, turn in bucket.turns_of(i, rule.period):
-                segments = found.setdefault((rule.phase(count, turn), count if shared else 0), [])
+            for segment, turn in bucket.turns_of(i, rule.schedule.period):
+                segments = found.setdefault((rule.schedule.phase(count, turn), count if shared else 0), [])
                 if segments and segments[-1].row == i and segments[-1].stop == segment.start:
                     segment = Segment(i, segments.pop().start, segment.stop)
                 segments.append(segment)
@@ -197,14 +201,14 @@ class BucketStep:
             extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
         t = make_scalars(rule.reads, group, extra)
         state = bucket.read(chunk)
-        now = Phase.REUSE if rule.prepares else phase
+        now = Phase.REUSE if rule.schedule.behind else phase
         out = call(rule, grad, state, t, now, execution)
         new = out.state if live is None else _keep(live, out.state, state)
         behind: Callable[[], AbstractContextManager[object]] = nullcontext
         if now is not phase:
             ready = bucket.as_kept(new)
             with self.ahead.beside(x for x in (*bucket.state, *ready, live) if x is not None) as behind:
-                new = prepare(rule, ready, phase, execution)
+                new = refresh(rule, ready, phase, execution)
                 new = new if live is None else _keep(live, new, ready)
         writes = self._moves(chunk, gradients, live, out)
 
@@ -253,8 +257,7 @@ class BucketStep:
         if kernel is not None:
             writes = kernel(wide, grads, chunk.parts, t, self.lr, self.keep)
         else:
-            out = rule.update(grads[0].view(-1), bucket.read(chunk), t, phase)
-            assert out.direction is not None
+            out = advance(rule, grads[0].view(-1), bucket.read(chunk), t, phase)
             writes = [partial(bucket.write, chunk, out.state)]
             writes += subtract_(wide, [out.direction.view(wide[0].shape)], self.lr, self.keep)
         if wide is not parts:
@@ -276,7 +279,7 @@ class BucketStep:
         bucket, hook, lr, keep = self.bucket, self.hook, self.lr, self.keep
         if not self.lr_moves:
             return []
-        if hook is None and live is None and out.direction is not None and not isinstance(lr, Tensor):
+        if hook is None and live is None and not isinstance(lr, Tensor):
             parts, directions = bucket.targets(chunk, out.direction, members)
             wide = self._wide(parts)
             if not accepts(bucket.device, chain(wide, directions)):  # copies, so that it is rounded alike
@@ -287,15 +290,11 @@ class BucketStep:
                 write()
             return [partial(torch._foreach_copy_, parts, wide)]
         if isinstance(hook, InPlaceLaw):
-            assert out.direction is not None
             if live is None or bool(live.any()):  # one parameter, or one matrix of it
                 self._follow_law(hook, bucket.parameters[chunk[0].row], *bucket.targets(chunk, out.direction, members))
             return []
         old = bucket.stack(chunk, {row: bucket.parameters[row] for row, _, _ in chunk})
-        if out.direction is None:
-            assert out.parameter is not None
-            new = out.parameter
-        elif hook is None:
+        if hook is None:
             new = old * keep - out.direction * lr
         else:
             pairs = zip(bucket.by_unit(chunk, old), bucket.by_unit(chunk, out.direction), strict=True)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from emerging_optimizers.engine import Phase, Scalars, Step, lerp
+from emerging_optimizers.engine import Scalars, Step, lerp
 from emerging_optimizers.engine.options import (
     FRACTION,
     Eps,
@@ -97,7 +97,7 @@ class AdaptiveMuonRule(PolarRule):
         """O, without scale."""
         return self.polar(x_BMN)
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         momentum, ahead = self.average(grad, state.momentum_buffer, t)
         O = self.orthogonalize(ahead, t)

@@ -58,7 +58,7 @@ class MuonHyperballRule(MuonRule):
         return {key: value for key, value in saved.items() if key != "hyperball_R"}
 
     @property
-    def hook(self) -> HyperballHook:
+    def weight_law(self) -> HyperballHook:
         """The projection."""
         return HyperballHook(self.hyperball_radius, self.hyperball_eps)
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from emerging_optimizers.engine import Phase, Scalars, Step
+from emerging_optimizers.engine import Scalars, Step
+from emerging_optimizers.engine.hooks import REPLACE, WeightUpdateHook
 from emerging_optimizers.engine.options import (
     NON_NEGATIVE,
     Betas,
@@ -83,10 +84,14 @@ class MuownRule(MuonRule):
 
     State = MuownState
     reads = ("lr", "momentum", "extra_scale_factor", "betas", "adam_eps", "weight_decay", "step", "weight")
-    rewrites_weight = True
     weight_decay_method: WeightDecayT = "decoupled"
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    @property
+    def weight_law(self) -> WeightUpdateHook[Any]:
+        """The weight is made of magnitudes and directions."""
+        return REPLACE
+
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         # No step has been taken where v_norm is zero; the host may not know, as an accelerator skips bad gradients.
         start, rows = state.v_norm == 0, _row_norms(t.weight)
@@ -103,7 +108,7 @@ class MuownRule(MuonRule):
         g = keep_factor(self.weight_decay_method, t.lr, t.weight_decay) * (g - t.lr * direction)
 
         v_norm = _row_norms(V_BMN)
-        return Step(None, MuownState(g, v_norm, momentum, m_g, v_g), parameter=g * (V_BMN / v_norm))
+        return Step(g * (V_BMN / v_norm), MuownState(g, v_norm, momentum, m_g, v_g))
 
 
 MuownBetas = Annotated[Betas, "decay of Adam's first and second moment of the magnitudes, each in [0, 1)."]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.options import FLAG, FRACTION, one_of
 from emerging_optimizers.engine.parts import Momentum_BMN
@@ -54,7 +54,7 @@ class OrthogonalizedRule(Rule):
         """Of `orthogonalize`; momentum has no products."""
         return self.fp32_matmul_prec
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         momentum_BMN, ahead_BMN = self.average(grad, state.momentum_buffer, t)
         return Step(self.orthogonalize(ahead_BMN, t), MomentumState(momentum_BMN))
@@ -243,7 +243,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         names = ("pre_weight_update_fn_inplace", "post_weight_update_fn_inplace")
         if all(getattr(type(self), name) is getattr(OrthogonalizedOptimizer, name) for name in names):
             return law
-        if rule.hook is not None or rule.rewrites_weight:
+        if rule.weight_law is not None:
             raise ValueError(
                 f"{self._name} has a law of its own for the weight; override neither {' nor '.join(names)}"
             )

@@ -78,7 +78,7 @@ class SinkhornMuonRule(MuonRule):
     law: SinkhornLawT = "logarithmic"
 
     @property
-    def hook(self) -> SinkhornHook:
+    def weight_law(self) -> SinkhornHook:
         """The map."""
         return SinkhornHook(self.num_iters, self.eps, self.law)
 

@@ -38,7 +38,8 @@ from typing import Annotated, Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine.hooks import REPLACE, WeightUpdateHook
 from emerging_optimizers.engine.options import (
     COUNT,
     FRACTION,
@@ -90,7 +91,7 @@ class SpectronState(NamedTuple):
     factor_B: Annotated[Tensor, Part("B N R")]
     momentum_A: Annotated[Tensor, Part("B M R")]
     momentum_B: Annotated[Tensor, Part("B N R")]
-    u_A: Annotated[Tensor, Part("B M")]
+    u_A: Annotated[Tensor, Part("B M", marks=True)]
     u_B: Annotated[Tensor, Part("B N")]
 
 
@@ -106,8 +107,6 @@ class SpectronRule(Rule):
     """The factors are state behind a dense weight; `FactorRule` is for those that are the weight."""
 
     reads = ("lr", "momentum_beta", "weight_decay", "step", "weight", "l2")  # l2 decay is that of the factors
-    rewrites_weight = True
-    starts_from_weight = True
     rank: int = 64
     rank_ratio: float | None = None
     truncation_tolerance: float | None = None
@@ -119,9 +118,10 @@ class SpectronRule(Rule):
     out_features: int | None = None
     stretch: float = 1.0  # c; follows from the others
 
-    def phase(self, step: int, turn: int = 0) -> Phase:
-        """FIRST, before a product has been written, does not compare the weight with one."""
-        return Phase.FIRST if step == 1 else Phase.REUSE
+    @property
+    def weight_law(self) -> WeightUpdateHook[Any]:
+        """The weight is the product of the factors, or both of them."""
+        return REPLACE
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """Zeros, which is no state yet; `start` makes it."""
@@ -157,11 +157,7 @@ class SpectronRule(Rule):
             return "the host factorises a weight that someone else has written; use low-rank layers (factor_groups)"
         return super().obstacle(where)
 
-    def lost(self, state: Any) -> Tensor | None:
-        """Matrices whose weight was written by someone else."""
-        return ~state.u_A.any(dim=-1)
-
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations. A weight that is not the product that was written sits the step out."""
         s: SpectronState = state
         A, B = self.move(
@@ -173,13 +169,12 @@ class SpectronRule(Rule):
         )
         new = SpectronState(A.value, B.value, A.momentum, B.momentum, A.u, B.u)
         weight = A.value @ B.value.mT
-        if phase is Phase.FIRST:
-            return Step(None, new, parameter=weight)
-
-        ours = self._is_product(t.weight, s.factor_A, s.factor_B, t.weight_dtype) & s.u_A.any(dim=-1)
+        is_product = self._is_product(t.weight, s.factor_A, s.factor_B, t.weight_dtype)
+        first = t.step.flatten() == 1  # no product has been written before
+        ours = (is_product | first) & s.u_A.any(dim=-1)
         kept = [torch.where(ours.view(-1, *(1 for _ in x.shape[1:])), x, old) for x, old in zip(new, s, strict=True)]
         marked = SpectronState(*kept)._replace(u_A=torch.where(ours.unsqueeze(-1), new.u_A, 0))
-        return Step(None, marked, parameter=torch.where(ours.view(-1, 1, 1), weight, t.weight))
+        return Step(torch.where(ours.view(-1, 1, 1), weight, t.weight), marked)
 
     @staticmethod
     def _is_product(weight: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,10 +212,6 @@ class SpectronRule(Rule):
 class FactorRule(SpectronRule):
     """The parameter is the two factors, the `out_features` rows of A above those of B."""
 
-    def phase(self, step: int, turn: int = 0) -> Phase:
-        """Every step is alike."""
-        return Phase.REUSE
-
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """Zero momentum; `start` makes the vectors."""
         return before_first_step(FactorState, shape, dtype, device)
@@ -240,17 +231,13 @@ class FactorRule(SpectronRule):
         """Nothing is factorised."""
         return super().obstacle(where._replace(capturable=False))
 
-    def lost(self, state: Any) -> Tensor | None:
-        """The factors are the weight: nothing follows from it."""
-        return None
-
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """The same law on the factors' own gradients."""
         parts = (self._split(x) for x in (t.weight, state.momentum, state.u.unsqueeze(-1)))
         A, B = (Factor(value, momentum, u.squeeze(-1)) for value, momentum, u in zip(*parts, strict=True))
         A, B = self.move(A, B, *self._split(grad), t)
         momentum, u = torch.cat([A.momentum, B.momentum], dim=-2), torch.cat([A.u, B.u], dim=-1)
-        return Step(None, FactorState(momentum, u), parameter=torch.cat([A.value, B.value], dim=-2))
+        return Step(torch.cat([A.value, B.value], dim=-2), FactorState(momentum, u))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         assert self.out_features is not None

@@ -59,7 +59,7 @@ class SpelRule(PolarRule):
     """Muon without scale, and a retraction."""
 
     @property
-    def hook(self) -> Retraction:
+    def weight_law(self) -> Retraction:
         """The outer Newton-Schulz."""
         return Retraction(self)
 

@@ -46,7 +46,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.options import (
     COUNT,
     FRACTION,
@@ -109,7 +109,7 @@ class PSGDRule(Rule):
         lists = {f"{key}_{i}": x for key in ("Q", "L") for i, x in enumerate(saved.get(key, ()))}
         return {**{key: value for key, value in saved.items() if key not in ("Q", "L")}, **lists}
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         s: PSGDState = state
         momentum_BMN = lerp(s.exp_avg, grad, 1 - t.momentum)

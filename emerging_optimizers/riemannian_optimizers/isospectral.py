@@ -36,7 +36,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Unpack, get_args
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine.hooks import REPLACE, WeightUpdateHook
 from emerging_optimizers.engine.options import (
     LearningRate,
     MatmulPrecision,
@@ -95,8 +96,6 @@ class IsoRule(Rule):
 
     State = IsoState
     reads = ("lr", "momentum", "weight_decay", "step")
-    rewrites_weight = True
-    starts_from_weight = True
     retraction: RetractionT = "qr"
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
     weight_decay_method: WeightDecayT = "decoupled"
@@ -105,6 +104,11 @@ class IsoRule(Rule):
     def matmul_precision(self) -> FP32MatmulPrecT:
         """Of all products."""
         return self.fp32_matmul_prec
+
+    @property
+    def weight_law(self) -> WeightUpdateHook[Any]:
+        """The weight is made of the factors."""
+        return REPLACE
 
     def largest_norm(self, dtype: torch.dtype) -> float:
         """From 1 / eps on, Cayley's I minus a skew matrix is that matrix alone, which may be singular."""
@@ -122,7 +126,7 @@ class IsoRule(Rule):
         v = vh.mT
         return IsoState(u, sigma, v, torch.zeros_like(u), torch.zeros_like(v))
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         s: IsoState = state
         scale_B1K = s.sigma.unsqueeze(-2)
@@ -132,7 +136,7 @@ class IsoRule(Rule):
         retract = RETRACTIONS[self.retraction]
         u, v = retract(s.u, -t.lr * momentum_u), retract(s.v, -t.lr * momentum_v)
         sigma = s.sigma * keep_factor(self.weight_decay_method, t.lr, t.weight_decay)
-        return Step(None, IsoState(u, sigma, v, momentum_u, momentum_v), parameter=(u * sigma.unsqueeze(-2)) @ v.mT)
+        return Step((u * sigma.unsqueeze(-2)) @ v.mT, IsoState(u, sigma, v, momentum_u, momentum_v))
 
 
 Retraction = Annotated[RetractionT, Option(one_of(*get_args(RetractionT)), '"qr", "polar" or "cayley".')]

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.engine.options import (
     Betas,
@@ -80,7 +80,7 @@ class ObliqueRule(Rule):
     eps: float = 1e-8
 
     @property
-    def hook(self) -> ObliqueHook:
+    def weight_law(self) -> ObliqueHook:
         """Projection and retraction."""
         return ObliqueHook(self.dim, self.eps)
 
@@ -98,7 +98,7 @@ class ObliqueSGDRule(ObliqueRule):
     State = SumState
     reads = ("momentum",)
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         momentum_BMN = state.momentum_buffer * t.momentum + grad
         return Step(momentum_BMN, SumState(momentum_BMN))
@@ -112,7 +112,7 @@ class ObliqueAdamRule(ObliqueRule):
     reads = ("betas", "eps", "step")
     correct_bias: CorrectBiasT = True
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         direction, new = adam_direction(grad, state, t, correct_bias=bool(self.correct_bias))
         if self.correct_bias == "published":

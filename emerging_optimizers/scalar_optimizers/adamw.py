@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_
 from emerging_optimizers.engine.options import (
@@ -74,7 +74,7 @@ class AdamWRule(Rule):
     correct_bias: bool = True
     nesterov: bool = False
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         return Step(*adam_direction(grad, state, t, correct_bias=self.correct_bias, nesterov=self.nesterov))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.parts import Part, before_first_step
 from emerging_optimizers.engine.rule import Where
@@ -46,7 +46,7 @@ class UpdateFunctionRule(Rule):
         """Zeros."""
         return before_first_step(_state_of(self.state_keys), shape, dtype, device)
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """The function, on the parameter's own shape."""
         shape = t.parameters[0].shape
         buffers = [x.clone().view(shape) for x in state]

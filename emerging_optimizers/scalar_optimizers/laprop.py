@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_, subtract_
 from emerging_optimizers.engine.hooks import KeepNorm
@@ -58,11 +58,11 @@ class LaPropRule(Rule):
     frob_normalize: bool = False
 
     @property
-    def hook(self) -> KeepNorm | None:
+    def weight_law(self) -> KeepNorm | None:
         """With `frob_normalize`, the weight keeps its norm."""
         return KeepNorm() if self.frob_normalize else None
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         beta1, beta2 = t.betas
         bias1 = debias(beta1, t.step, grad) if self.correct_bias else 1.0

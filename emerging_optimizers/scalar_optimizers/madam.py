@@ -23,7 +23,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.options import (
     Betas,
     Check,
@@ -81,7 +81,7 @@ class MAdamRule(Rule):
         """The square is kept scaled."""
         return madam_largest_norm(super().largest_norm(dtype), self.scale_log2)
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         return Step(*madam_direction(grad, state, t, correct_bias=self.correct_bias, scale_log2=self.scale_log2))
 

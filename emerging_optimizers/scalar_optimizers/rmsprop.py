@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_
 from emerging_optimizers.engine.options import (
@@ -49,7 +49,7 @@ class RMSPropRule(Rule):
     reads = ("alpha", "eps")
     elementwise = True
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         v = addcmul_(state.exp_avg_sq * t.alpha, grad, grad, 1 - t.alpha)
         return Step(grad / v.sqrt().add_(t.eps), RMSPropState(v))

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
 from emerging_optimizers.engine.options import (
@@ -60,7 +60,7 @@ class SignumRule(Rule):
         """With shape scaling the rule has to see whole matrices."""
         return not self.use_shape_scaling
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         m = lerp(state.exp_avg, grad, 1 - t.momentum)
         ahead = m

@@ -34,7 +34,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.options import (
     COUNT,
     LearningRate,
@@ -83,7 +83,7 @@ class ShampooRule(Rule):
         long = [side for side, size in zip("LR", shape[1:], strict=True) if size > limit]
         return before_first_step(ShampooState, shape, dtype, device, without=long)
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         s: ShampooState = state
         momentum_BMN = lerp(s.exp_avg, grad, 1 - t.momentum)

@@ -45,7 +45,6 @@ from emerging_optimizers.engine.parts import (
     ValuesR_BN,
 )
 from emerging_optimizers.linalg.kronecker import project_in, project_out
-from emerging_optimizers.linalg.precision import fp32_matmul_precision
 from emerging_optimizers.soap.options import (
     EigenbasisOptions,
     PowerIterSteps,
@@ -76,9 +75,9 @@ class KLShampooRule(EigenbasisRule):
     reads = ("momentum", "shampoo_beta", "eps", "step")
     divides_by_eigvals = True
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
-        s: KLShampooState = self.take_in(grad, state, t, phase)
+        s: KLShampooState = state
         momentum_BMN = lerp(s.exp_avg, grad, 1 - t.momentum)
         update_BMN = project_in(momentum_BMN / debias(t.momentum, t.step, grad), s.Q_L, s.Q_R)
         if s.eigvals_L is not None:
@@ -87,11 +86,10 @@ class KLShampooRule(EigenbasisRule):
             update_BMN = update_BMN * self.floored(s.eigvals_R, grad, t).rsqrt().unsqueeze(-2)
         return Step(project_out(update_BMN, s.Q_L, s.Q_R), s._replace(exp_avg=momentum_BMN))
 
-    def refresh(self, s: KLShampooState, phase: Phase) -> KLShampooState:
-        """Bases that follow the factors; the momentum is in the parameter's own space."""
-        with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-            seen = s.exp_avg.abs().amax(dim=(-2, -1), keepdim=True) > 0
-            left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
+    def turn(self, s: KLShampooState, phase: Phase) -> KLShampooState:
+        """The momentum is in the parameter's own space, and stays."""
+        seen = s.exp_avg.abs().amax(dim=(-2, -1), keepdim=True) > 0
+        left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
         return s._replace(Q_L=left.basis, Q_R=right.basis, eigvals_L=left.eigvals, eigvals_R=right.eigvals)
 
 

@@ -48,6 +48,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Like, Momentum_BMN, Part
+from emerging_optimizers.engine.schedule import Schedule
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
@@ -76,41 +77,51 @@ class MOSORule(Rule):
     first_step: FirstStepT = "adam"
     capturable: bool = False
 
-    def phase(self, step: int, turn: int = 0) -> Phase:
-        """FIRST makes the first basis; a refresh before it has no effect, see `EigenbasisRule.phase`."""
-        return Phase.FIRST if step == (1 if self.first_step == "eigenbasis" else 2) else Phase.REFRESH
+    @property
+    def schedule(self) -> Schedule:
+        """A refresh in every step; the first basis in the second one, or with the published start in the first."""
+        return Schedule(first=1 if self.first_step == "eigenbasis" else 2)
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
-        """See the module's equations; S x T is the matrix with its shorter side first."""
+    def accumulate(self, grad: Tensor, state: Any, t: Scalars) -> Any:
+        """The gradient in the momentum, and that in the factor; S x T is a matrix with its shorter side first."""
         s: MOSOState = state
         momentum_BMN = lerp(s.momentum_buffer, grad, 1 - t.momentum)
-        momentum_BST, v_BST = _shorter_first(momentum_BMN), _shorter_first(s.exp_avg_sq)
-
         share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
-        factor = lerp(s.M, gram(momentum_BST), share)
+        return s._replace(momentum_buffer=momentum_BMN, M=lerp(s.M, gram(_shorter_first(momentum_BMN)), share))
 
+    def refresh(self, state: Any, phase: Phase) -> Any:
+        """A basis that follows the factor, and the second moment in it."""
+        s: MOSOState = state
         if phase is Phase.FIRST:
-            basis = eigh_descending(factor)[1]
+            basis = eigh_descending(s.M)[1]
         else:
-            basis = orthogonal_iteration(factor, s.Q_M, may_wait=not self.capturable)
-        if self.first_step == "adam":
-            # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
-            seen = v_BST.amax(dim=(-2, -1), keepdim=True) > 0
-            basis = torch.where(seen, basis, s.Q_M)
-            v_BST = (s.Q_M.mT @ basis).square().mT @ v_BST
+            basis = orthogonal_iteration(s.M, s.Q_M, may_wait=not self.capturable)
+        if self.first_step == "eigenbasis":
+            return s._replace(Q_M=basis)
+        # Where there was none but zero gradients, this one is the first: it is not rotated by itself.
+        v_BST = _shorter_first(s.exp_avg_sq)
+        seen = v_BST.amax(dim=(-2, -1), keepdim=True) > 0
+        basis = torch.where(seen, basis, s.Q_M)
+        v_BST = (s.Q_M.mT @ basis).square().mT @ v_BST
+        return s._replace(Q_M=basis, exp_avg_sq=_as_it_lies(v_BST, s.exp_avg_sq))
 
-        rotated_BST = basis.mT @ momentum_BST
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """See the module's equations."""
+        s: MOSOState = state
+        momentum_BST, v_BST = _shorter_first(s.momentum_buffer), _shorter_first(s.exp_avg_sq)
+        rotated_BST = s.Q_M.mT @ momentum_BST
         v_BST = lerp(v_BST, rotated_BST.square(), 1 - t.rms_beta)
         unbiased = v_BST / debias(t.rms_beta, t.step, grad) if self.correct_bias else v_BST
-        update_BST = clip_rms(basis @ (rotated_BST / (unbiased.sqrt() + t.eps)), self.max_update_rms)
-
-        tall = grad.size(-2) > grad.size(-1)
-        update_BMN, v_BMN = (x.mT if tall else x for x in (update_BST, v_BST))
-        return Step(update_BMN, MOSOState(momentum_BMN, v_BMN, factor, basis))
+        update_BST = clip_rms(s.Q_M @ (rotated_BST / (unbiased.sqrt() + t.eps)), self.max_update_rms)
+        return Step(_as_it_lies(update_BST, grad), s._replace(exp_avg_sq=_as_it_lies(v_BST, grad)))
 
 
 def _shorter_first(x_BMN: Tensor) -> Tensor:
     return x_BMN if x_BMN.size(-2) <= x_BMN.size(-1) else x_BMN.mT
+
+
+def _as_it_lies(x_BST: Tensor, like_BMN: Tensor) -> Tensor:
+    return x_BST if like_BMN.size(-2) <= like_BMN.size(-1) else x_BST.mT
 
 
 MOSOCorrectBias = Annotated[CorrectBias, "divide the second moment by 1 - beta^t. False is the published RMSProp."]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import Phase, Rule, Scalars, Step
+from emerging_optimizers.engine import Rule, Scalars, Step
 from emerging_optimizers.engine.parts import Part, parts_of
 from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal
@@ -213,7 +213,7 @@ class PreconditionerRule(Rule):
         stacks = {key: x.to(dtype).repeat(shape[0], *(1 for _ in x.shape)) for key, x in one.items()}
         return _state_of(tuple(stacks))(**stacks)
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """The published loop."""
         updates, states = [], []
         for i, (grad_MN, count) in enumerate(zip(grad, t.step.flatten(), strict=True)):

@@ -57,7 +57,6 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
 
 import torch
@@ -89,6 +88,7 @@ from emerging_optimizers.engine.parts import (
     before_first_step,
 )
 from emerging_optimizers.engine.rule import Where
+from emerging_optimizers.engine.schedule import Schedule
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
@@ -131,17 +131,6 @@ __all__ = [
 
 # REKLS on the demo ends at 1.83 without a floor, at 1.65 with this one (docs/training.md).
 DEFAULT_RELATIVE_FLOOR = 1e-2
-
-
-@lru_cache  # those of a step are asked for once a matrix
-def turns_taken(since: int, period: int, ramp: int) -> int:
-    """How many turns have been taken `since` steps after the first basis, where each matrix has one in `period`.
-
-    One a step, and at the start `period * ramp / since`, rounded to the nearest integer and at most all of them: the
-    matrix whose last refresh is oldest waits for since / ramp steps. The v-th turn of a step, v > 1, is thus taken as
-    long as since <= 2 period ramp / (2 v - 1), and the sum has no rounding of its own.
-    """
-    return since + sum(max(0, min(since, 2 * period * ramp // (2 * v - 1))) for v in range(2, period + 1))
 
 
 class SOAPState(NamedTuple):
@@ -209,18 +198,10 @@ class EigenbasisRule(Rule):
         return 0.0 if self.published_start else DEFAULT_RELATIVE_FLOOR
 
     @property
-    def period(self) -> int:
-        """Steps from one refresh of a basis to the next."""
-        return self.precondition_frequency
-
-    @property
-    def prepares(self) -> bool:
-        """With `overlap` the refresh stands behind the step."""
-        return self.overlap
-
-    def prepare(self, state: Any, phase: Phase) -> Any:
-        """The refresh."""
-        return self.refresh(state, phase)
+    def schedule(self) -> Schedule:
+        """The first basis in the second step; with the published start, and behind a step, in the first."""
+        first = 1 if self.published_start or self.overlap else 2
+        return Schedule(first=first, period=self.precondition_frequency, ramp=self.refresh_ramp, behind=self.overlap)
 
     def obstacle(self, where: Where) -> str | None:
         """An eigh that the host waits for overlaps with nothing, and no graph repeats it."""
@@ -233,17 +214,6 @@ class EigenbasisRule(Rule):
         if where.capturable and self.use_eigh:
             return "use_eigh=True takes an eigh in every refresh, whose success the host checks; give use_eigh=False"
         return super().obstacle(where)
-
-    def phase(self, step: int, turn: int = 0) -> Phase:
-        """FIRST makes the first basis: in the second step, or with the published start and behind a step in the first.
-
-        A refresh before it has no effect, but brings the graph of the later ones with it.
-        """
-        since = step - (1 if self.published_start or self.overlap else 2)
-        if since == 0:
-            return Phase.FIRST
-        before, now = (turn + turns_taken(k, self.period, self.refresh_ramp) for k in (since - 1, since))
-        return Phase.REFRESH if now // self.period > before // self.period else Phase.REUSE
 
     def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         """Nothing of a side that is not preconditioned; eigenvalues only with KL."""
@@ -271,16 +241,10 @@ class EigenbasisRule(Rule):
         """A factor or a basis of which the state may keep a part."""
         return x
 
-    def take_in(self, grad: Tensor, s: Any, t: Scalars, phase: Phase) -> Any:
-        """The state with the gradient in its factors, and bases and eigenvalues that follow them."""
-        L, R = self.factors(grad, s, t)
-        s = s._replace(L=L, R=R)
-        if phase is not Phase.REUSE:
-            return self.refresh(s, phase)
-        refreshed_behind = self.overlap and self.period == 1
-        if not self.whitens_factors or (refreshed_behind and not self.divides_by_eigvals):
-            return s
-        return s._replace(eigvals_L=_eigvals(L, s.Q_L), eigvals_R=_eigvals(R, s.Q_R))
+    def accumulate(self, grad: Tensor, state: Any, t: Scalars) -> Any:
+        """The gradient in the factors."""
+        L, R = self.factors(grad, state, t)
+        return state._replace(L=L, R=R)
 
     def factors(self, grad: Tensor, s: Any, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
         """The Kronecker factors with this gradient taken in; for KL both from the old ones."""
@@ -308,9 +272,19 @@ class EigenbasisRule(Rule):
             values = torch.where(mean == 0, rms, values)
         return torch.maximum(values, (mean * self.floor).clamp_min(t.eps))
 
+    def refresh(self, state: Any, phase: Phase) -> Any:
+        """Bases that follow the factors, with whatever is kept in them; or new eigenvalues in the old bases."""
+        if phase is not Phase.REUSE:
+            with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+                return self.turn(state, phase)
+        refreshed_behind = self.overlap and self.precondition_frequency == 1
+        if not self.whitens_factors or (refreshed_behind and not self.divides_by_eigvals):
+            return state
+        return state._replace(eigvals_L=_eigvals(state.L, state.Q_L), eigvals_R=_eigvals(state.R, state.Q_R))
+
     @abstractmethod
-    def refresh(self, s: Any, phase: Phase) -> Any:
-        """The state with bases that follow its factors, and whatever is kept in them carried along."""
+    def turn(self, s: Any, phase: Phase) -> Any:
+        """The state in bases that follow its factors."""
 
     def follow(self, factor: Tensor | None, basis: Tensor | None, seen: Tensor, phase: Phase) -> Followed:
         """A factor's next eigenbasis.
@@ -372,27 +346,27 @@ class SOAPRule(EigenbasisRule):
         """By `first_step`."""
         return self.first_step == "eigenbasis"
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
-        s: SOAPState = self.take_in(grad, state, t, phase)
+        s: SOAPState = state
         if t.l2 is not None:  # which the factors do not see
             grad = grad + t.l2
         direction, moments = self.inner(project_in(grad, s.Q_L, s.Q_R), AdamState(s.exp_avg, s.exp_avg_sq), t)
         update_BMN = self.finish(project_out(direction, s.Q_L, s.Q_R), t)
-        return Step(update_BMN, SOAPState(*moments, *s[2:]))
+        return Step(update_BMN, s._replace(exp_avg=moments.exp_avg, exp_avg_sq=moments.exp_avg_sq))
 
-    def refresh(self, s: SOAPState, phase: Phase) -> SOAPState:
-        """Bases that follow the factors, and both moments carried into them."""
-        with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-            seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
-            left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
-            T_L, T_R = left.rotation, right.rotation
-            exp_avg = project_in(s.exp_avg, T_L, T_R)
-            if self.published_start:
-                exp_avg_sq = _in_order(_in_order(s.exp_avg_sq, s.L, s.Q_L, dim=-2), s.R, s.Q_R, dim=-1)
-            else:
-                exp_avg_sq = project_in(s.exp_avg_sq, _square_(T_L), _square_(T_R))  # their last use
-        return SOAPState(exp_avg, exp_avg_sq, s.L, s.R, left.basis, right.basis, left.eigvals, right.eigvals)
+    def turn(self, s: SOAPState, phase: Phase) -> SOAPState:
+        """Both moments go into the new bases."""
+        seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
+        left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
+        T_L, T_R = left.rotation, right.rotation
+        exp_avg = project_in(s.exp_avg, T_L, T_R)
+        if self.published_start:
+            exp_avg_sq = _in_order(_in_order(s.exp_avg_sq, s.L, s.Q_L, dim=-2), s.R, s.Q_R, dim=-1)
+        else:
+            exp_avg_sq = project_in(s.exp_avg_sq, _square_(T_L), _square_(T_R))  # their last use
+        bases = {"Q_L": left.basis, "Q_R": right.basis, "eigvals_L": left.eigvals, "eigvals_R": right.eigvals}
+        return s._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **bases)
 
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
         """The element-wise step in the eigenbasis."""

@@ -17,13 +17,13 @@ References:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Phase, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.options import (
     Betas,
     LearningRate,
@@ -40,6 +40,20 @@ from emerging_optimizers.soap.options import FactorEps, ProductPrecision
 from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
 from emerging_optimizers.utils import get_pg_rank, get_pg_size
 from emerging_optimizers.utils.eig import eigh_with_fallback
+
+
+class _Whole(NamedTuple):
+    """The state of a whole matrix within a step, and its gradient."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    L: Tensor | None
+    R: Tensor | None
+    Q_L: Tensor | None
+    Q_R: Tensor | None
+    eigvals_L: Tensor | None
+    eigvals_R: Tensor | None
+    grad: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +92,24 @@ class TpReklsRule(SOAPRule):
         """Moments of the whole matrix; of factors and bases this process's rows."""
         return _sides(super().init((shape[0], *self.whole(shape)), dtype, device), self._rows)
 
-    def update(self, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
-        """See the module's equations."""
-        if t.l2 is not None:  # before the shards are gathered, as published
-            grad, t = grad + t.l2, t._replace(l2=None)
+    def accumulate(self, grad: Tensor, state: Any, t: Scalars) -> Any:
+        """The state of the whole matrix, with the whole gradient, which is gathered once."""
+        grad = grad if t.l2 is None else grad + t.l2  # before the shards are gathered, as published
+        if self.processes > 1:
+            assert self.partition_dim is not None
+            grad = _gather(grad, self.partition_dim - 2, self.tp_group)
+        whole = super().accumulate(grad, _sides(state, self.whole_side), t)
+        return _Whole(**whole._asdict(), grad=grad)
+
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """The step of the whole matrix, of which this process takes its shard and its rows."""
+        out = super().update(state.grad, state, t._replace(l2=None))
+        kept = SOAPState(*out.state[:-1])
         if self.processes == 1:
-            return super().update(grad, state, t, phase)
+            return Step(out.direction, kept)
         assert self.partition_dim is not None
-        dim = self.partition_dim - 2
-        whole = super().update(_gather(grad, dim, self.tp_group), _sides(state, self.whole_side), t, phase)
-        assert whole.direction is not None
-        shard = whole.direction.chunk(self.processes, dim)[get_pg_rank(self.tp_group)]
-        return Step(shard, _sides(whole.state, self._rows))
+        shard = out.direction.chunk(self.processes, self.partition_dim - 2)[get_pg_rank(self.tp_group)]
+        return Step(shard, _sides(kept, self._rows))
 
     def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         """The published state has no bases: they are made of the factors again, by all processes at once."""

@@ -167,5 +167,5 @@ class Measures:
         if not (isinstance(self.optimizer, RuleOptimizer) and self._state(m).keys() & {"Q_L", "Q_R"}):
             return {}
         (bucket, row), rule = self._home(m), self.optimizer._checked_rule(m.group)
-        count, turn = bucket.counts[row], bucket.turns[row]
-        return {"basis_age": next((k for k in range(count) if rule.phase(count - k, turn) is not Phase.REUSE), count)}
+        count, turn, phase = bucket.counts[row], bucket.turns[row], rule.schedule.phase
+        return {"basis_age": next((k for k in range(count) if phase(count - k, turn) is not Phase.REUSE), count)}

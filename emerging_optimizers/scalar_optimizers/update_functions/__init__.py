@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import Phase, Rule
+from emerging_optimizers.engine import Rule
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, AdamWRule
 from emerging_optimizers.scalar_optimizers.ademamix import AdEMAMixRule, AdEMAMixState
@@ -43,10 +43,9 @@ __all__ = [
 @torch.no_grad()
 def _advance(rule: Rule, grad: Tensor, state: Any, **scalars: Any) -> Tensor:
     """The update of a rule, whose new state takes the place of the old one."""
-    out = rule.update(grad, state, make_scalars((), {}, scalars), Phase.REUSE)
+    out = rule.update(grad, state, make_scalars((), {}, scalars))
     for old, new in zip(state, out.state, strict=True):
         old.copy_(new)
-    assert out.direction is not None
     return out.direction
 
 
