@@ -6,7 +6,7 @@ from torch import nn
 
 from emerging_optimizers import create_optimizer, estimate
 from emerging_optimizers.cost import _Like, _Meter, _Timings
-from emerging_optimizers.engine import buckets
+from emerging_optimizers.engine import chunks
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.orthogonalized_optimizers import Muon
@@ -90,7 +90,7 @@ def test_the_peak_is_that_of_real_tensors(monkeypatch: pytest.MonkeyPatch) -> No
         optimizer.step()
     whole = estimate(ps, "soap", seconds=False).peak_bytes
     assert whole == pytest.approx(meter.peak, rel=0.05)
-    monkeypatch.setattr(buckets, "CPU_CHUNK_BYTES", 64 * 96 * 4)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 64 * 96 * 4)
     assert estimate(ps, "soap", seconds=False).peak_bytes < 0.25 * whole
 
 

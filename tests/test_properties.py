@@ -103,8 +103,8 @@ def test_clipped_chunks_equal_one_piece(monkeypatch: pytest.MonkeyPatch) -> None
     grads = torch.randn(3, 9, 6, 5, generator=generator(4))
     for case in (c for c in SEEDS if c.name in ("adamw", "muon")):
         whole = steps(case, grads)
-        monkeypatch.setattr("emerging_optimizers.engine.buckets.CPU_CHUNK_BYTES", 2 * 6 * 5 * 4)
-        monkeypatch.setattr("emerging_optimizers.engine.buckets.ELEMENT_CHUNK", 7)
+        monkeypatch.setattr("emerging_optimizers.engine.chunks.CPU_CHUNK_BYTES", 2 * 6 * 5 * 4)
+        monkeypatch.setattr("emerging_optimizers.engine.chunks.ELEMENT_CHUNK", 7)
         torch.testing.assert_close(steps(case, grads), whole, rtol=1e-5, atol=1e-7)
         monkeypatch.undo()
 

@@ -131,7 +131,9 @@ def test_a_steady_step_of_the_rule_reads_nothing_on_the_host(lr, native):
     (chunk,) = bucket.chunks(bucket.whole, "stacked")
     weight = bucket.stack(chunk, {0: bucket.parameters[0]})
     t = make_scalars(
-        rule.reads, optimizer.param_groups[0], {"step": torch.full((1, 1, 1), 2.0), "l2": None, "weight": weight, "weight_dtype": torch.float32}
+        rule.reads,
+        optimizer.param_groups[0],
+        {"step": torch.full((1, 1, 1), 2.0), "l2": None, "weight": weight, "weight_dtype": torch.float32},
     )
     with NoReads():
         rule.update(torch.ones_like(weight), bucket.read(chunk), t)

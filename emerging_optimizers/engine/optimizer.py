@@ -25,9 +25,11 @@ from emerging_optimizers import registry
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.ambient import undisturbed
-from emerging_optimizers.engine.buckets import LONG_STREAK, Bucket, Chunk, fill_buckets, keys_of, state_dtype
+from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.checkpoint import RenameT
+from emerging_optimizers.engine.chunks import Chunk
 from emerging_optimizers.engine.executors import many_graphs
+from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.options import (
@@ -46,6 +48,7 @@ from emerging_optimizers.engine.parts import lost, rounded_parts
 from emerging_optimizers.engine.rounding import MOST
 from emerging_optimizers.engine.rule import Rule, Where, reason, rule_of, starts
 from emerging_optimizers.engine.run import BucketStep
+from emerging_optimizers.engine.units import LONG_STREAK, state_dtype
 from emerging_optimizers.engine.validate import check_group, label, misspelled, place, plain_options, suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 
@@ -426,7 +429,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for p, state in changed:
             if home_of[id(p)] not in stale:
                 for bucket, row in self._homes[p]:
-                    bucket.adopt(row, state, self._label_of(p))
+                    adopt(bucket, row, state, self._label_of(p))
                 everything[p] = {**state, **self._views(p)}
         for _, bucket in self._buckets:
             bucket.follow_counts()

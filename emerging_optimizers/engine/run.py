@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.engine.ahead import Ahead
-from emerging_optimizers.engine.buckets import Bucket, Chunk, Segment
+from emerging_optimizers.engine.buckets import Bucket
+from emerging_optimizers.engine.chunks import Chunk, Segment
 from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.executors import call, refresh, step_elements
 from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_

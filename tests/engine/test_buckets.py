@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emerging_optimizers.engine import buckets
-from emerging_optimizers.engine.buckets import Bucket, Segment, fill_buckets
+from emerging_optimizers.engine import chunks
+from emerging_optimizers.engine.buckets import Bucket
+from emerging_optimizers.engine.chunks import Segment
+from emerging_optimizers.engine.filling import fill_buckets
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonRule
@@ -49,8 +51,8 @@ def test_chunks_cover_the_members_once_and_within_the_cap(
     bucket: Bucket = kind(sizes)
     members = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "ELEMENT_CHUNK", cap)
-        patch.setattr(buckets, "CPU_CHUNK_BYTES", cap * 3 * 2 * 4)
+        patch.setattr(chunks, "ELEMENT_CHUNK", cap)
+        patch.setattr(chunks, "CPU_CHUNK_BYTES", cap * 3 * 2 * 4)
         patch.setattr(torch, "get_num_threads", lambda: threads)
         chunks = bucket.chunks(rows(bucket, members), "stacked")
     covered = [(i, k) for chunk in chunks for i, start, stop in chunk for k in range(start, stop)]
@@ -81,7 +83,7 @@ def test_what_is_written_is_read_and_nothing_else_changes(members: list[int]) ->
 
 
 def test_a_parameter_out_of_its_memory_order_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets, "ELEMENT_CHUNK", 4)
+    monkeypatch.setattr(chunks, "ELEMENT_CHUNK", 4)
     bucket = bucket_of([torch.randn(3, 5).T, torch.randn(6)], AdamWRule())
     assert bucket.chunks(bucket.whole, "stacked") == [[(0, 0, 15)], [(1, 0, 4)], [(1, 4, 6)]]
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from emerging_optimizers.engine import buckets
+from emerging_optimizers.engine import chunks
 from emerging_optimizers.engine.rule import kernel_of
 from emerging_optimizers.scalar_optimizers import AdamW, AdEMAMix, LaProp, Lion, RMSProp, Signum, SimplifiedAdEMAMix
 
@@ -46,8 +46,8 @@ def test_pieces_of_any_size_and_whole_parameters_are_the_same(
     cls: Any, options: dict[str, Any], poison: bool, cap: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gradient that is not finite is seen before the first piece of its parameter has moved."""
-    monkeypatch.setattr(buckets, "ELEMENT_CHUNK", cap)
-    monkeypatch.setattr(buckets, "FUSED_CHUNK", 2 * cap)
+    monkeypatch.setattr(chunks, "ELEMENT_CHUNK", cap)
+    monkeypatch.setattr(chunks, "FUSED_CHUNK", 2 * cap)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if "dtype" not in options else {"rtol": 1e-2, "atol": 1e-3}
     for x, y in zip(
         trained(cls, "stacked", poison=poison, **options),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from emerging_optimizers import SpikeWatch, create_optimizer
-from emerging_optimizers.engine import buckets
+from emerging_optimizers.engine import chunks
 from emerging_optimizers.engine.matrix_view import blocks
 
 # View, shape of the parameter, and its matrices written out.
@@ -100,7 +100,7 @@ def test_one_by_one_in_pieces_and_at_once_are_the_same(
 ) -> None:
     at_once, _ = trained(view, shape)
     alone, _ = trained(view, shape, execution="per_matrix")
-    monkeypatch.setattr(buckets, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 1)
     pieces, _ = trained(view, shape)
     torch.testing.assert_close(at_once, alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(at_once, pieces, rtol=1e-5, atol=1e-5)

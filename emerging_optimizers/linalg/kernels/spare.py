@@ -7,7 +7,7 @@ from torch import Tensor
 
 # glibc gives blocks from here on back to the system however often they are needed, and then every page of a new one is
 # a fault: 164,000 in an orthogonalization of one 4096 x 4096 matrix in bfloat16, 57,000 with this, which takes a tenth
-# off its time (0.07 with two threads). Shorter blocks are kept by itself (`engine/buckets.py`, `keep_pages`), 2048 x
+# off its time (0.07 with two threads). Shorter blocks are kept by itself (`engine/chunks.py`, `keep_pages`), 2048 x
 # 2048 gains nothing, and an accelerator's allocator keeps all of them.
 _LEAST_BYTES = 32 * 2**20
 

@@ -1,0 +1,124 @@
+"""Buckets for the parameters of a group, with the state that there is for them."""
+
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.engine.buckets import Bucket
+from emerging_optimizers.engine.chunks import keep_pages
+from emerging_optimizers.engine.matrix_view import Block, blocks
+from emerging_optimizers.engine.rule import Rule
+from emerging_optimizers.engine.units import count_of
+from emerging_optimizers.engine.validate import label
+
+
+def fill_buckets(
+    members: list[tuple[int, Tensor]],
+    group: Mapping[str, Any],
+    rule: Rule,
+    saved: Mapping[Tensor, Mapping[str, Any]],
+    others: Set[str] | None = None,
+) -> list[Bucket]:
+    """Buckets for some parameters of a group, with the state that is saved for them.
+
+    `others` are the only keys that a checkpoint may have beside the rule's; None: any, it is the live state.
+    """
+    keep_pages()
+    kinds: dict[Any, list[tuple[int, Tensor, Block]]] = {}
+    for i, p in members:
+        for block in blocks(p, rule.elementwise, group["matrix_view"]):
+            kinds.setdefault((block.item, p.dtype, p.device), []).append((i, p, block))
+    turns = _turns(group, rule)
+    buckets = []
+    for rows in kinds.values():
+        bucket = Bucket([(p, block) for _, p, block in rows], rule, group["state_dtype"])
+        bucket.turns = [turns.get((i, block.key), 0) for i, _, block in rows]
+        if group["spike_guard"] is not None or any(
+            "guard_norm" + block.key in saved.get(p, {}) for _, p, block in rows
+        ):
+            bucket.start_guard()
+        buckets.append(bucket)
+    keys = keys_of(buckets)
+    names = {p: label(group, i, p) for i, p in members}
+    for p, state in saved.items():
+        unknown = set() if others is None else state.keys() - keys[p] - others
+        missing = {key for key in keys[p] - state.keys() if not key.startswith("guard_")}
+        if unknown or (missing and (others is not None or keys[p] & state.keys())):
+            raise _misfit(names[p], missing, unknown)
+    for bucket in buckets:
+        for row, p in enumerate(bucket.parameters):
+            if bucket.published[row].keys() & saved.get(p, {}).keys():
+                adopt(bucket, row, saved[p], names[p])
+    return buckets
+
+
+def keys_of(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:
+    """The keys of the state of each parameter in some buckets."""
+    keys: dict[Tensor, set[str]] = {}
+    for bucket in buckets:
+        for p, views in zip(bucket.parameters, bucket.published, strict=True):
+            keys.setdefault(p, set()).update(views)
+    return keys
+
+
+def _turns(group: Mapping[str, Any], rule: Rule) -> dict[tuple[int, str], int]:
+    """When the turn of each block comes: blocks of one shape are spread evenly over the rule's period.
+
+    A function of the group's parameters alone, so that it is the same after a checkpoint, and for those who join later.
+    """
+    if rule.schedule.period == 1:
+        return {}
+    by_shape: dict[tuple[int, ...], list[tuple[int, str]]] = {}
+    for i, p in enumerate(group["params"]):
+        for block in blocks(p, rule.elementwise, group["matrix_view"]) if p.numel() else ():
+            by_shape.setdefault(block.item, []).append((i, block.key))
+    everyone = [row for rows in by_shape.values() for row in rows]
+    return {row: k % rule.schedule.period for k, row in enumerate(everyone)}
+
+
+def adopt(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> None:
+    """Copy a row's state from elsewhere, its parameter's, into the stacks, in the stacks' dtype.
+
+    Entries under other keys are somebody else's.
+
+    Raises:
+        ValueError: a key is missing, a shape differs, or a value is none; nothing was copied.
+    """
+    views, end = bucket.published[i], bucket.blocks[i].key
+    missing = views.keys() - saved.keys() - {key + end for key in bucket.guard}
+    if missing:
+        raise _misfit(name, missing, ())
+    values = {key: _fitting(key, saved[key], view, name) for key, view in views.items() if key in saved}
+    count = count_of(values["step" + end], name) if bucket.step.numel() else 0
+    for key, value in values.items():  # the guard's may be missing: it was turned on since
+        if value is not views[key]:
+            views[key].copy_(value)
+    bucket.counts[i] = count
+    bucket.step_version = bucket.step._version
+
+
+def _fitting(key: str, value: Any, view: Tensor, name: str) -> Tensor:
+    try:
+        value = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"the optimizer state {key!r} of {name} is {value!r}; a tensor of shape {tuple(view.shape)} is needed"
+        ) from None
+    if value.shape != view.shape:
+        if key.startswith("step") and value.numel() == 1:  # one count for a batch of matrices
+            return value.reshape(())
+        raise ValueError(
+            f"the optimizer state {key!r} of {name} has shape {tuple(value.shape)}; {tuple(view.shape)} is needed"
+        )
+    return value
+
+
+def _misfit(name: str, missing: Iterable[str], unknown: Iterable[str]) -> ValueError:
+    lines = (("missing", sorted(missing)), ("unknown", sorted(map(str, unknown))))
+    return ValueError(
+        f"the optimizer state of {name} does not fit: "
+        + "; ".join(f"{word} {', '.join(keys)}" for word, keys in lines if keys)
+        + ". It was written by another optimizer or with other options; delete the parameter's entry to start it anew"
+    )
