@@ -22,10 +22,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from emerging_optimizers.lab.experiment import Table, show
+from emerging_optimizers.lab.present import show
 from emerging_optimizers.lab.record import environment, write_json
 from emerging_optimizers.lab.spike import SpikeConfig, Trajectory, run_arm
 from emerging_optimizers.lab.spike_arms import SpikeArm
+from emerging_optimizers.lab.views.describe import Table
 from emerging_optimizers.linalg.emulation import emulate_tf32
 
 OUT = Path(__file__).parent / "results" / "spike_survival.json"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from emerging_optimizers.lab.experiment import Table
 from emerging_optimizers.lab.palette import COLORS, DARK
 from emerging_optimizers.lab.record import read_json, write_atomically
+from emerging_optimizers.lab.views.describe import Table
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEAD = ("arm", "ms a step", "ratio", "to", "/ floor", "/ least floor", "state B/p", "extra B/p", "first step s")

@@ -1,5 +1,11 @@
 """LAYER 5 · experiments on the optimizers: the training job, its learning-rate grid, figures and the CLI.
 
-The one arrow: the lab depends on everything below it, and nothing depends on the lab. matplotlib is
-imported in ``plots.py`` alone.
+The lab depends on everything below it, and nothing depends on the lab. Inside it imports go one way too, and
+``make contracts`` holds both:
+
+commands       ``__main__``; ``present`` (files and terminal) and ``report`` (the page of all runs)
+drawing        ``plots`` (matplotlib, imported nowhere else) and ``page`` (HTML)
+views          each figure and each table of an experiment, described once as data
+experiments    ``spike``, ``eigenbasis``, ``precision``, ``train``, ``grid``, ``tf32``: a config, a run, a result
+shared         requests, run folders, measures, text and model
 """

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -48,10 +49,11 @@ class Train:
 
     def run(self, args: Sequence[str]) -> None:
         """Begins or continues a run."""
+        from emerging_optimizers.lab.present import present_training
         from emerging_optimizers.lab.train import newest_run, read_run, resume_train, run_train
 
         if self.resume is None:
-            run_train(self.config, self.out)
+            present_training(run_train(self.config, self.out))
             return
         if self.out is not None:
             raise UsageError("--resume continues a run in its own folder; leave out --out")
@@ -62,7 +64,7 @@ class Train:
         if changed := [key for key in stored if asked[key] != stored[key]]:
             differences = "; ".join(f"--{key.replace('_', '-')} is {asked[key]}, was {stored[key]}" for key in changed)
             raise UsageError(f"{folder} was begun with other settings: {differences}")
-        resume_train(folder)
+        present_training(resume_train(folder))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,9 @@ class Grid:
     def run(self, args: Sequence[str]) -> None:
         """Runs what is missing."""
         from emerging_optimizers.lab.grid import run_grid
+        from emerging_optimizers.lab.present import present_grid
 
-        run_grid(self.config, self.out, fresh=self.fresh)
+        present_grid(run_grid(self.config, self.out, fresh=self.fresh), self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +99,18 @@ class Spike:
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the sweep, shows its tables and writes its files."""
-        from emerging_optimizers.lab.experiment import require_positive, show
-        from emerging_optimizers.lab.record import sole_writer
-        from emerging_optimizers.lab.spike import run_spike, save_spike
-        from emerging_optimizers.lab.spike_tables import spike_tables
+        from emerging_optimizers.lab.experiment import require_positive
+        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.spike import SpikeResult, run_spike
+        from emerging_optimizers.lab.views.spike import spike_view
 
-        require_positive(self, "processes")
-        with sole_writer(self.out):
+        def sweep() -> SpikeResult:
             # The drawing library takes two seconds to import: meanwhile the processes start.
             Thread(target=import_module, args=("emerging_optimizers.lab.plots",)).start()
-            result = run_spike(self.config, self.processes)
-            files = save_spike(result, self.out, ("eopt", "spike", *args))
-        show(spike_tables(result), files)
+            return run_spike(self.config, self.processes)
+
+        require_positive(self, "processes")
+        carry_out(sweep, spike_view, self.out, ("eopt", "spike", *args))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +123,11 @@ class Eigenbasis:
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the experiment, shows its tables and writes its files."""
-        from emerging_optimizers.lab.eigenbasis import eigenbasis_tables, run_eigenbasis, save_eigenbasis
-        from emerging_optimizers.lab.experiment import show
-        from emerging_optimizers.lab.record import sole_writer
+        from emerging_optimizers.lab.eigenbasis import run_eigenbasis
+        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.views.eigenbasis import eigenbasis_view
 
-        with sole_writer(self.out):
-            result = run_eigenbasis(self.config)
-            files = save_eigenbasis(result, self.out, ("eopt", "eigenbasis", *args))
-        show(eigenbasis_tables(result), files)
+        carry_out(partial(run_eigenbasis, self.config), eigenbasis_view, self.out, ("eopt", "eigenbasis", *args))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +140,11 @@ class Precision:
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the experiment, shows its tables and writes its files."""
-        from emerging_optimizers.lab.experiment import show
-        from emerging_optimizers.lab.precision import precision_tables, run_precision, save_precision
-        from emerging_optimizers.lab.record import sole_writer
+        from emerging_optimizers.lab.precision import run_precision
+        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.views.precision import precision_view
 
-        with sole_writer(self.out):
-            result = run_precision(self.config)
-            files = save_precision(result, self.out, ("eopt", "precision", *args))
-        show(precision_tables(result), files)
+        carry_out(partial(run_precision, self.config), precision_view, self.out, ("eopt", "precision", *args))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +159,17 @@ class TF32:
 
     def run(self, args: Sequence[str]) -> None:
         """Runs what is missing, shows the table and writes the files."""
-        from emerging_optimizers.lab.experiment import require_positive, show
+        from emerging_optimizers.lab.experiment import require_positive
+        from emerging_optimizers.lab.present import carry_out
         from emerging_optimizers.lab.record import sole_writer
-        from emerging_optimizers.lab.tf32 import run_tf32, save_tf32, tf32_tables
+        from emerging_optimizers.lab.tf32 import UNSAVED, run_tf32
+        from emerging_optimizers.lab.views.tf32 import tf32_view
 
         require_positive(self, "processes")
         with sole_writer(self.out):
-            result = run_tf32(self.config, self.out / "result.json", self.processes)
-            files = save_tf32(result, self.out, ("eopt", "tf32", *args))
-        show(tf32_tables(result), files)
+            run = partial(run_tf32, self.config, self.out / "result.json", self.processes)
+            carry_out(run, tf32_view, self.out, ("eopt", "tf32", *args))
+            (self.out / UNSAVED).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +183,10 @@ class Report:
 
     def run(self, args: Sequence[str]) -> None:
         """Writes the file and says where it is."""
-        from emerging_optimizers.lab.html import write_report
+        from emerging_optimizers.lab.report import write_report
 
         for section in write_report(self.runs, self.out):
-            print(f"{section.title} ({self.runs / section.id})")
+            print(f"{section.view.title} ({self.runs / section.id})")
         print(self.out)
 
 

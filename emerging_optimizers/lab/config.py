@@ -78,6 +78,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "psgd_pro": {"damping_noise_scale": 1e-3},
 }
 
+# What the others are compared with.
+BASELINE = "adamw"
+
 # The default job: the registry's learning rates, which were measured with it; `eopt grid` searches around them and says
 # where a better one lies.
 TUNED: dict[str, Arm] = {

@@ -11,20 +11,18 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from emerging_optimizers.lab.config import Names, UsageError
 from emerging_optimizers.lab.experiment import (
-    Table,
     from_json,
     reproducible,
     require_distinct,
     require_positive,
     rounded,
-    save,
     to_json,
 )
+from emerging_optimizers.lab.measures import relative_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +30,8 @@ if TYPE_CHECKING:
 # "soap_kl" is SOAP with KL factors: a step of orthogonal iteration where REKLS has a whole eigh.
 OPTIMIZERS = {"soap_kl": False, "rekls": True}
 PRECISIONS = ("highest", "high", "medium")
-# Columns of the table of eigenvalues.
-SHOWN = (0, 1, 4, 9)
+# How many eigenvalues of a factor are kept.
+KEPT = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +129,8 @@ class EigenbasisResult:
         for run in self.runs:
             if run.precision != "highest":
                 exact = self.run(run.optimizer, "highest")
-                rms = _difference(run.update_rms, exact.update_rms)
-                top = max(_difference(*pair) for pair in zip(run.eigenvalues, exact.eigenvalues, strict=True))
+                rms = relative_difference(run.update_rms, exact.update_rms)
+                top = max(relative_difference(*pair) for pair in zip(run.eigenvalues, exact.eigenvalues, strict=True))
                 found.append(
                     Agreement(optimizer=run.optimizer, precision=run.precision, update_rms=rms, eigenvalues=top)
                 )
@@ -200,7 +198,7 @@ def _run(config: EigenbasisConfig, optimizer: str, precision: str) -> Eigenbasis
             soap.step()
         state = soap.state[weight]
         rms.append((before - weight.detach()).square().mean().sqrt().item())
-        spectra.append(torch.linalg.eigvalsh(state["L"].double()).flip(-1)[: max(SHOWN) + 1])
+        spectra.append(torch.linalg.eigvalsh(state["L"].double()).flip(-1)[:KEPT])
         left.append(state["Q_L"].double())
         right.append(state["Q_R"].double())
     return EigenbasisRun(
@@ -228,86 +226,3 @@ def _angles(bases: "Sequence[Tensor]", reference: int, k: int) -> tuple[float, .
     cosine = torch.linalg.svdvals(shared)[:, -1]
     sine = torch.linalg.svdvals(new - old @ shared)[:, 0]
     return rounded(torch.atan2(sine, cosine).rad2deg().tolist())
-
-
-def save_eigenbasis(result: EigenbasisResult, folder: Path, command: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Writes result, environment, tables and figure.
-
-    Args:
-        result: The runs.
-        folder: Where to; it is made if it is not there.
-        command: The command line, for the record.
-
-    Returns:
-        The files.
-    """
-    from emerging_optimizers.lab.plots import plot_eigenbasis
-
-    figures = {"eigenbasis": plot_eigenbasis}
-    return save(result, folder, tables=eigenbasis_tables(result), figures=figures, command=command)
-
-
-def eigenbasis_tables(result: EigenbasisResult) -> tuple[Table, ...]:
-    """For each run the angles, then for each run the eigenvalues, then the agreement with "highest"."""
-    return (
-        *(_angle_table(result.config, run) for run in result.runs),
-        *(_eigenvalue_table(result.config, run) for run in result.runs),
-        *((_agreement_table(result),) if result.agreement else ()),
-    )
-
-
-def _angle_table(config: EigenbasisConfig, run: EigenbasisRun) -> Table:
-    last = config.spike_at - 1
-    return Table(
-        title=f"{run.optimizer} at {run.precision!r}: degrees from the basis of step {config.spike_at}, "
-        f"top-1 / top-{config.top}",
-        head=("N", "Q_L, N before", "Q_L, N after", "Q_R, N before", "Q_R, N after"),
-        rows=[
-            (
-                str(n),
-                *(
-                    f"{top1[last + shift]:.2f} / {topk[last + shift]:.2f}"
-                    for top1, topk in ((run.top1_left, run.topk_left), (run.top1_right, run.topk_right))
-                    for shift in (-n, n)
-                ),
-            )
-            for n in config.offsets
-        ],
-        labels=0,
-    )
-
-
-def _eigenvalue_table(config: EigenbasisConfig, run: EigenbasisRun) -> Table:
-    shown = [i for i in SHOWN if i < config.shape[0]]
-    around = (config.spike_at + shift for shift in (-4, 0, 1, 2, 5, 10, 20))
-    rows = []
-    for step in (step for step in around if 1 <= step <= config.steps):
-        values = run.eigenvalues[step - 1]
-        ratio = f"{values[0] / values[1]:.4f}" if len(values) > 1 and values[1] else "-"
-        mark = " (spike)" if step == config.spike_at + 1 else ""
-        rows.append((f"{step}{mark}", *(f"{values[i]:.4g}" for i in shown), ratio))
-    return Table(
-        title=f"{run.optimizer} at {run.precision!r}: largest eigenvalues of L",
-        head=("step", *(f"eig[{i}]" for i in shown), "top/2nd"),
-        rows=rows,
-    )
-
-
-def _agreement_table(result: EigenbasisResult) -> Table:
-    return Table(
-        title='Largest relative difference from "highest", all steps',
-        head=("optimizer", "precision", "update RMS", "top eigenvalues of L"),
-        rows=[
-            (row.optimizer, row.precision, f"{row.update_rms:.3g}", f"{row.eigenvalues:.3g}")
-            for row in result.agreement
-        ],
-        labels=2,
-    )
-
-
-def _difference(values: Sequence[float], exact: Sequence[float]) -> float:
-    """Largest relative difference; 0 where both are equal, infinite where a number is not finite."""
-    differences = (
-        0.0 if a == b else abs(a - b) / abs(b) if b else math.inf for a, b in zip(values, exact, strict=True)
-    )
-    return max(x if math.isfinite(x) else math.inf for x in differences)

@@ -1,25 +1,15 @@
-"""What the experiments share: checks of a request, JSON, tables, and the files of a run.
+"""What the experiments share: checks of a request, a seed, and JSON.
 
-result.json         the request and what came out; the same request gives the same file on one machine
-environment.json    what it ran on, and the command line
-tables.md           the tables that the terminal shows
-*.png               the figures
-
-Nothing here imports torch before files are written, so that ``eopt --help`` answers at once.
+Nothing here imports torch before an experiment runs, so that ``eopt --help`` answers at once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol
 
 from emerging_optimizers.lab.config import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table as RichTable
 
 
 class Result(Protocol):
@@ -31,50 +21,6 @@ class Result(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
-
-
-R = TypeVar("R", bound=Result)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table of texts, for a terminal (rich), a Markdown file and a notebook.
-
-    Example:
-        >>> table = Table(title="Steps", head=("optimizer", "x100"), rows=(("muon", "1"),))
-        >>> print(table.markdown())
-        **Steps**
-        <BLANKLINE>
-        | optimizer | x100 |
-        |:--|--:|
-        | muon | 1 |
-    """
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    labels: int = 1
-    """The first columns, which hold words; the others hold numbers."""
-
-    def markdown(self) -> str:
-        """The table in Markdown, its title in bold above it."""
-        rule = "|" + "".join(":--|" if i < self.labels else "--:|" for i in range(len(self.head)))
-        lines = (f"| {' | '.join(cells)} |" for cells in (self.head, *self.rows))
-        return "\n".join((f"**{self.title}**", "", next(lines), rule, *lines))
-
-    def _repr_markdown_(self) -> str:
-        return self.markdown()
-
-    def __rich__(self) -> "RichTable":
-        from rich import box
-        from rich.table import Table as RichTable
-
-        table = RichTable(title=self.title, box=box.SIMPLE_HEAD, pad_edge=False)
-        for i, heading in enumerate(self.head):
-            table.add_column(heading, justify="left" if i < self.labels else "right")
-        for cells in self.rows:
-            table.add_row(*cells)
-        return table
 
 
 def require_positive(config: object, *names: str) -> None:
@@ -144,61 +90,3 @@ def from_json(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(math.nan if item is None else from_json(item) for item in value)
     return value
-
-
-def save(
-    result: R,
-    folder: Path,
-    *,
-    tables: Iterable[Table],
-    figures: Mapping[str, Callable[[R, Path], None]],
-    command: Sequence[str],
-) -> tuple[Path, ...]:
-    """Writes the files of an experiment.
-
-    Args:
-        result: What it made.
-        folder: Where to; it is made if it is not there, and what it holds from an earlier run is replaced.
-        tables: Its tables.
-        figures: For the name of each picture, the function that draws it.
-        command: The command line.
-
-    Returns:
-        The files.
-
-    Raises:
-        UsageError: Another process writes into the folder, or the disk refuses.
-    """
-    from emerging_optimizers.lab.record import environment, json_bytes, sole_writer, write_atomically
-
-    json, surroundings, markdown = (folder / name for name in ("result.json", "environment.json", "tables.md"))
-    text = "\n\n".join(table.markdown() for table in tables)
-    written = {
-        json: json_bytes(result.to_json()),
-        surroundings: json_bytes({**environment(result.config.threads), "command": list(command)}),
-        markdown: f"{text}\n".encode(),
-    }
-    pictures = {folder / f"{name}.png": draw for name, draw in figures.items()}
-    with sole_writer(folder):
-        write_atomically(written)
-        for path, draw in pictures.items():
-            draw(result, path)
-    return json, surroundings, markdown, *pictures
-
-
-def show(tables: Iterable[Table], files: Iterable[Path] = (), console: "Console | None" = None) -> None:
-    """Shows the tables of an experiment and where its files are.
-
-    Args:
-        tables: The tables.
-        files: The files.
-        console: Where to show them; by default the terminal.
-    """
-    if console is None:
-        from rich.console import Console
-
-        console = Console()
-    for table in tables:
-        console.print(table)
-    for path in files:
-        console.print(str(path), soft_wrap=True)

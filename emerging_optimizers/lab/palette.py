@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from emerging_optimizers.lab.report import BASELINE
+from emerging_optimizers.lab.config import BASELINE
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the baseline is dark.
 DARK = "#222222"

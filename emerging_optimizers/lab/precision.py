@@ -3,35 +3,27 @@ r"""The precision experiment: what reduced float32 matrix products do to eigenva
 A factor :math:`K = Q \Lambda Q^\top` with a known basis and eigenvalues that fall from 1 to 1 / range, evenly in their
 logarithm, meets a gradient. Two questions, at each precision and range: how far is :math:`\mathrm{diag}(Q^\top K Q)`
 from :math:`\Lambda`, and how far is the KL update that divides by it from the same update in float64? The update has
-two forms, equal in exact arithmetic, for an M x N gradient G:
-
-.. math::
-    \text{published: } \tfrac{1}{N} G (Q \Lambda^{-1} Q^\top) G^\top, \qquad
-    \text{whitened: } X X^\top, \quad X = G Q \Lambda^{-1/2} / \sqrt{N}
-
-Each runs with eigenvalues at the precision of the other products and at "highest", with and without SOAP's floor under
-them. All ranges and draws are rows of one stack.
+two forms (`lab/forms.py`). Each runs with eigenvalues at the precision of the other products and at "highest", with and
+without SOAP's floor under them. All ranges and draws are rows of one stack.
 
 Nothing here imports torch before an experiment runs, so that ``eopt --help`` answers at once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from emerging_optimizers.lab.config import Names, UsageError
 from emerging_optimizers.lab.experiment import (
-    Table,
     from_json,
     reproducible,
     require_distinct,
     require_positive,
     rounded,
-    save,
     to_json,
 )
+from emerging_optimizers.lab.forms import FORMS, ways, whitened_update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,14 +32,6 @@ if TYPE_CHECKING:
 PRECISIONS = {"highest": "float32", "high": "TF32", "medium": "bfloat16"}
 # SOAP's default.
 EPS = 1e-8
-# Rows of the table, short enough for 80 characters.
-EIGENVALUE_MEASURES = {
-    "largest median": "large_median",
-    "largest worst": "large_worst",
-    "smallest median": "small_median",
-    "smallest worst": "small_worst",
-    "of the largest": "of_largest",
-}
 # What rounding in float32 makes of an eigenvalue that is zero stays within this share of the largest.
 ZERO = 1e-6
 # Beyond it, rounding in float64 reaches 1e-4 of the smallest eigenvalue: no truth to compare with.
@@ -171,24 +155,6 @@ class PrecisionResult:
             eigenvalues=tuple(EigenvalueRow(**row) for row in stored["eigenvalues"]),
             updates=tuple(UpdateRow(**row) for row in stored["updates"]),
         )
-
-
-def published_update(grad_BMN: "Tensor", Q_BNN: "Tensor", eigenvalues_BN: "Tensor") -> "Tensor":
-    r"""The KL update as published: :math:`G (Q \Lambda^{-1} Q^\top) G^\top / N`, (B, M, M)."""
-    inverse = (Q_BNN / eigenvalues_BN.unsqueeze(-2)) @ Q_BNN.mT
-    return grad_BMN @ inverse @ grad_BMN.mT / grad_BMN.size(-1)
-
-
-def whitened_update(grad_BMN: "Tensor", Q_BNN: "Tensor", eigenvalues_BN: "Tensor") -> "Tensor":
-    r"""The library's KL update: :math:`X X^\top` with :math:`X = G Q \Lambda^{-1/2} / \sqrt{N}`, (B, M, M)."""
-    x_BMN = (grad_BMN @ Q_BNN) * eigenvalues_BN.rsqrt().unsqueeze(-2) * grad_BMN.size(-1) ** -0.5
-    return x_BMN @ x_BMN.mT
-
-
-FORMS: dict[str, "Callable[[Tensor, Tensor, Tensor], Tensor]"] = {
-    "published": published_update,
-    "whitened": whitened_update,
-}
 
 
 def run_precision(config: PrecisionConfig) -> PrecisionResult:
@@ -316,88 +282,3 @@ def _update_rows(config: PrecisionConfig, problem: _Problem) -> Iterator[UpdateR
 
 def _measures(**values: "Tensor") -> dict[str, float]:
     return dict(zip(values, rounded(value.item() for value in values.values()), strict=True))
-
-
-def ways(precision: str) -> tuple[tuple[str, str, str], ...]:
-    """The ways to form an update at a precision: that, the eigenvalues' own precision, the form.
-
-    Example:
-        >>> ways("high")[2:]
-        (('high', 'high', 'whitened'), ('high', 'highest', 'whitened'))
-    """
-    return tuple((precision, own, form) for form in FORMS for own in dict.fromkeys((precision, "highest")))
-
-
-def precision_tables(result: PrecisionResult) -> tuple[Table, ...]:
-    """The tables: eigenvalues, a table a precision; updates, one a floor and precision; asymmetry.
-
-    Args:
-        result: The measures.
-    """
-    config = result.config
-    head = [_short(value) for value in sorted(config.ranges)]
-
-    def cells(rows: Sequence[EigenvalueRow | UpdateRow], measure: str) -> list[str]:
-        return [_short(getattr(row, measure)) for row in rows]
-
-    eigenvalues = [
-        Table(
-            title=f"diag(QᵀKQ) at {precision!r} ({PRECISIONS[precision]}): relative error by decade",
-            head=("range", *head),
-            rows=[
-                *((words, *cells(rows, measure)) for words, measure in EIGENVALUE_MEASURES.items()),
-                ("below zero", *(f"{row.negative:.0%}" for row in rows)),
-            ],
-        )
-        for precision in config.precisions
-        for rows in (result.eigenvalues_at(precision),)
-    ]
-    updates = [
-        Table(
-            title=f"KL update at {precision!r} ({PRECISIONS[precision]}), floor {floor:g}: error (*: not positive)",
-            head=("range", *head),
-            rows=[
-                (
-                    form if own == precision else "· float32 Λ",
-                    *(_short(row.error) + ("" if row.positive else "*") for row in rows),
-                )
-                for _, own, form in ways(precision)
-                for rows in (result.updates_at(precision, own, form, floor),)
-            ],
-        )
-        for floor in config.relative_floors
-        for precision in config.precisions
-    ]
-    asymmetry = Table(
-        title="Published KL update: largest asymmetry, by precision and floor",
-        head=("range", *head),
-        rows=[
-            (f"{precision}, {floor:g}", *cells(rows, "asymmetry"))
-            for floor in config.relative_floors
-            for precision in config.precisions
-            for rows in (result.updates_at(precision, precision, "published", floor),)
-        ],
-    )
-    return *eigenvalues, *updates, asymmetry
-
-
-def save_precision(result: PrecisionResult, folder: Path, command: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Writes the result, the environment, the tables and the figure.
-
-    Args:
-        result: The measures.
-        folder: Where to; it is made if it is not there.
-        command: The command line, for the record.
-
-    Returns:
-        The files.
-    """
-    from emerging_optimizers.lab.plots import plot_precision
-
-    return save(result, folder, tables=precision_tables(result), figures={"precision": plot_precision}, command=command)
-
-
-def _short(value: float) -> str:
-    """One digit: orders of magnitude are the finding, the file has six digits."""
-    mantissa, exponent = f"{value:.0e}".split("e")
-    return mantissa if int(exponent) == 0 else f"{mantissa}e{int(exponent)}"

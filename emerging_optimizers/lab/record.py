@@ -1,47 +1,30 @@
-"""The files of a run: written so that a kill at any moment leaves a folder that can be continued.
-
-lock.json           who writes here, while somebody does
-config.json         the request, and the learning rates that it came to
-environment.json    what it ran on
-<optimizer>/        metrics.jsonl (a line a step), checkpoint.pt, result.json once finished
-summary.json        the closing table
-loss.png            the curves
-
-and of a run with a gradient spike:
-
-<optimizer>-spike/, <optimizer>-spike-guard/    the same job with the spike, without and with the guard
-spike.json, spike.png                           how each of them recovers, against <optimizer>/
+"""How the lab reads and writes: one writer a folder, whole files or none, and damage that is named.
 
 Everything that the lab reads or writes goes through this file. `sole_writer` keeps a folder for one process, `storing`
 and `reading` turn what a disk can do into a `UsageError`, `write_atomically` leaves the old file or the new one.
 
-Nothing here imports torch before a checkpoint is written or read, so that ``eopt --help`` answers at once.
+Nothing here imports torch before it is asked for the environment, so that ``eopt --help`` answers at once.
 """
 
 import errno
 import fcntl
-import hashlib
-import io
 import json
-import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from emerging_optimizers._version import __version__
-from emerging_optimizers.lab.config import Arm, UsageError, checked
+from emerging_optimizers.lab.config import UsageError
 
 if TYPE_CHECKING:
     from emerging_optimizers.lab.data import Text
@@ -62,185 +45,12 @@ _REMEDIES = {
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """One step; the seconds are sums over the steps so far, without evaluations."""
-
-    step: int
-    loss: float = 0.0
-    lr: tuple[float, ...] = ()
-    """Learning rate of each parameter group."""
-    optimizer_s: float = 0.0
-    """CPU seconds inside `optimizer.step`."""
-    cpu_s: float = 0.0
-    wall_s: float = 0.0
-    validation_loss: float | None = None
-    """Held-out loss after the step, where it was measured."""
-    update_rms: float = math.nan
-    """RMS, over the whole model, of what the step took off the weights."""
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "StepRecord":
-        """The inverse of `dataclasses.asdict` followed by JSON."""
-        return checked(cls(**{**value, "lr": tuple(value["lr"])}))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What one optimizer did with the job."""
-
-    optimizer: str
-    arm: Arm
-    parameters: int
-    state_bytes: int
-    steps: tuple[StepRecord, ...]
-
-    @property
-    def evaluations(self) -> tuple[tuple[StepRecord, float], ...]:
-        """The evaluated steps, each with its held-out loss."""
-        return tuple((s, s.validation_loss) for s in self.steps if s.validation_loss is not None)
-
-    @property
-    def final_loss(self) -> float:
-        """Held-out loss after the last step."""
-        return self.evaluations[-1][1]
-
-    @property
-    def best_loss(self) -> float:
-        """Lowest held-out loss."""
-        return min(loss for _, loss in self.evaluations)
-
-    @property
-    def optimizer_share(self) -> float:
-        """Part of the CPU seconds spent inside `optimizer.step`."""
-        return self.steps[-1].optimizer_s / self.steps[-1].cpu_s
-
-    def reaches(self, loss: float) -> StepRecord | None:
-        """The first evaluated step at or below a held-out loss, or None."""
-        return next((step for step, value in self.evaluations if value <= loss), None)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "RunResult":
-        """The inverse of `dataclasses.asdict` followed by JSON."""
-        steps = tuple(StepRecord.from_json(step) for step in value["steps"])
-        return checked(cls(**{**value, "arm": checked(Arm(**value["arm"])), "steps": steps}))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpikedRun:
-    """A run with a gradient spike, and the run of the same job without spike and guard."""
-
-    run: RunResult
-    calm: RunResult
-    spike_at: int
-    """Steps before the spike."""
-    guard: float | None
-    """The guard's threshold."""
-
-
 class DamagedError(UsageError):
     """A file that cannot be read as what it should be: it is missing, cut short, changed or somebody else's."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}; {remedy}")
         self.problem = problem
-
-
-class RunFolder:
-    """The folder of one optimizer within a run; whoever writes into it is the `sole_writer` of the run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metrics, self.checkpoint, self.result = (
-            path / name for name in ("metrics.jsonl", "checkpoint.pt", "result.json")
-        )
-        self._written = hashlib.sha256()  # of the metrics so far
-
-    def append(self, record: StepRecord) -> None:
-        """Adds a step to the metrics."""
-        line = f"{json.dumps(asdict(record))}\n".encode()
-        with storing(self.metrics), self.metrics.open("ab") as file:
-            file.write(line)
-        self._written.update(line)
-
-    def save(self, step: int, parts: Mapping[str, Any], job: Mapping[str, Any]) -> None:
-        """Writes a checkpoint, after making sure of the metrics up to it.
-
-        Args:
-            step: The last step of the metrics.
-            parts: What has a `state_dict`, by name.
-            job: What is trained, so that no other job continues from here.
-        """
-        import torch
-
-        with storing(self.metrics), self.metrics.open("rb") as file:
-            os.fsync(file.fileno())
-        states = {name: part.state_dict() for name, part in parts.items()}
-        content = io.BytesIO()
-        torch.save({"step": step, "job": _plain(job), "metrics": self._written.hexdigest(), **states}, content)
-        write_atomically({self.checkpoint: content.getvalue()})
-
-    def restore(self, parts: Mapping[str, Any], job: Mapping[str, Any]) -> list[StepRecord]:
-        """Goes back to the last checkpoint and drops the metrics after it.
-
-        Args:
-            parts: What `save` was given; their states are loaded.
-            job: What is to be trained.
-
-        Returns:
-            The steps so far; none where there is no checkpoint.
-
-        Raises:
-            DamagedError: The checkpoint cannot be read or is of another job, or the metrics are not those that it was
-                saved with. Nothing has been written then.
-        """
-        lines: list[bytes] = []
-        steps: list[StepRecord] = []
-        if os.path.lexists(self.checkpoint):
-            remedy = f"bring it back, or remove the folder {self.path} and this optimizer begins again with --resume"
-            with reading(self.checkpoint, remedy):
-                checkpoint = _load(self.checkpoint)
-                if changed := [key for key, value in _plain(job).items() if checkpoint["job"].get(key) != value]:
-                    raise UsageError(f"it is of another job, which differs in {', '.join(changed)}")
-                for name, part in parts.items():
-                    part.load_state_dict(checkpoint[name])
-                step, digest = int(checkpoint["step"]), checkpoint["metrics"]
-            with reading(self.metrics, remedy):
-                content = self.metrics.read_bytes() if os.path.lexists(self.metrics) else b""
-                whole = content.splitlines(keepends=True)[: content.count(b"\n")]
-                if len(whole) < step:
-                    raise UsageError(
-                        f"it holds {len(whole)} whole steps, and {self.checkpoint.name} was saved after step {step}"
-                    )
-                lines = whole[:step]
-                if hashlib.sha256(b"".join(lines)).hexdigest() != digest:
-                    raise UsageError(f"its first {step} steps are not those that {self.checkpoint.name} was saved with")
-                steps = [StepRecord.from_json(json.loads(line)) for line in lines]
-        kept = b"".join(lines)
-        write_atomically({self.metrics: kept})
-        self._written = hashlib.sha256(kept)
-        _sweep(self.path)
-        return steps
-
-    def finished(self, optimizer: str, steps: int) -> RunResult:
-        """Reads the result.
-
-        Args:
-            optimizer: Whose result it must be.
-            steps: How many steps it must have.
-
-        Raises:
-            DamagedError: It cannot be read, or is another's.
-        """
-        with reading(self.result, "remove it and continue with --resume, which makes it again from the checkpoint"):
-            result = RunResult.from_json(read_json(self.result))
-            if (result.optimizer, len(result.steps)) != (optimizer, steps):
-                raise UsageError(
-                    f"it is of {len(result.steps)} steps of {result.optimizer}, and this run has {steps} of {optimizer}"
-                )
-            if result.steps[-1].validation_loss is None:
-                raise UsageError("its last step has no held-out loss")
-            return result
 
 
 # ---- one writer ------------------------------------------------------------------------------------------------------
@@ -276,7 +86,7 @@ def sole_writer(folder: Path, file: str | None = None) -> Iterator[None]:
         descriptor = _lock(lock, folder if file is None else folder / file)
     token = _held.set(_held.get() | {lock})
     try:
-        _sweep(folder, file or "")
+        sweep(folder, file or "")
         yield
     finally:
         _held.reset(token)
@@ -349,7 +159,7 @@ def _is(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _sweep(folder: Path, name: str = "") -> None:
+def sweep(folder: Path, name: str = "") -> None:
     """Removes what processes that were killed had begun to write; only the sole writer may."""
     with storing(folder):
         for path in folder.iterdir():
@@ -467,23 +277,6 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file."""
     with reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _load(path: Path) -> Any:
-    """A checkpoint, after comparing the checksums that it carries: torch does not, and would load flipped bits."""
-    import torch
-
-    content = io.BytesIO(path.read_bytes())
-    with zipfile.ZipFile(content) as archive:
-        if damaged := archive.testzip():
-            raise UsageError(f"the checksum of {damaged} in it is wrong")
-    content.seek(0)
-    return torch.load(content, weights_only=True)
-
-
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A request as JSON has it, the same before and after a file."""
-    return json.loads(json.dumps(value))
 
 
 def environment(threads: int, text: "Text | None" = None) -> dict[str, Any]:

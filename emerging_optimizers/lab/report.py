@@ -1,186 +1,142 @@
-"""What a run shows while it runs and at its end."""
+"""The report of the lab: one HTML file with the tables and figures of every experiment under a folder."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from statistics import mean
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from emerging_optimizers.lab.config import TrainConfig, UsageError
+from emerging_optimizers.lab.eigenbasis import EigenbasisResult
+from emerging_optimizers.lab.page import Section, render
+from emerging_optimizers.lab.precision import PrecisionResult
+from emerging_optimizers.lab.record import read_json, reading, sole_writer, write_atomically
+from emerging_optimizers.lab.runs import TrainResult
+from emerging_optimizers.lab.spike import SpikeResult
+from emerging_optimizers.lab.tf32 import TF32Result
+from emerging_optimizers.lab.views.describe import View
+from emerging_optimizers.lab.views.eigenbasis import eigenbasis_view
+from emerging_optimizers.lab.views.precision import precision_view
+from emerging_optimizers.lab.views.spike import spike_view
+from emerging_optimizers.lab.views.tf32 import tf32_view
+from emerging_optimizers.lab.views.train import train_view
 
-from emerging_optimizers.lab.record import RunResult, SpikedRun, StepRecord
-from emerging_optimizers.lab.spike import TOLERANCE, settled_steps
 
-BASELINE = "adamw"
-# The loss before a spike is a mean of so many batches; a loss is back within so much of the run without the spike, in
-# nats on the same batch.
-LOSS_WINDOW = 10
-LOSS_TOLERANCE = 0.05
+@dataclass(frozen=True)
+class Kind:
+    """An experiment that the report knows."""
 
-Watch = Callable[[StepRecord], None]
+    name: str
+    """Of the command that makes its result."""
+    files: str
+    """A pattern under the folder of runs: the file that a finished run leaves."""
+    read: Callable[[Path], Any]
+    """Makes a result of that file."""
+    view: Callable[[Any], View]
+
+    @property
+    def command(self) -> str:
+        """What makes its result."""
+        return f"eopt {self.name}"
 
 
-@contextmanager
-def watching(console: Console, title: str, steps: int, tokens_per_step: int) -> Iterator[Watch]:
-    """Shows the progress of one optimizer: a bar in a terminal, a line an evaluation elsewhere.
+def _stored(result: type[Any]) -> Callable[[Path], Any]:
+    return lambda path: result.from_json(read_json(path))
+
+
+def _trained(path: Path) -> TrainResult:
+    config = TrainConfig.from_json(read_json(path.with_name("config.json"))["config"])
+    return TrainResult.read(path.parent, config)
+
+
+KINDS = (
+    Kind("spike", "spike*/result.json", _stored(SpikeResult), spike_view),
+    Kind("eigenbasis", "eigenbasis*/result.json", _stored(EigenbasisResult), eigenbasis_view),
+    Kind("precision", "precision*/result.json", _stored(PrecisionResult), precision_view),
+    Kind("tf32", "tf32*/result.json", _stored(TF32Result), tf32_view),
+    Kind("train", "*/summary.json", _trained, train_view),
+)
+
+
+def write_report(runs: Path, out: Path) -> tuple[Section, ...]:
+    """Writes the report of every finished run.
 
     Args:
-        console: Where to show it.
-        title: Name of the run.
-        steps: Number of steps.
-        tokens_per_step: Characters in a batch.
+        runs: The folder that holds the run folders.
+        out: The HTML file; one that is there is replaced.
 
-    Yields:
-        A function to call after each step.
+    Returns:
+        The sections of the report.
+
+    Raises:
+        UsageError: There is no finished run, a result cannot be read, another report is being written to the file, or
+            the disk refuses. Nothing has been written then.
+
+    Example:
+        >>> from emerging_optimizers.lab.present import save
+        >>> from emerging_optimizers.lab.spike import SpikeConfig, run_spike
+        >>> config = SpikeConfig(optimizers=("muon",), shape=(4, 3), steps=12, spike_at=(5,), spike_scale=(10.0,))
+        >>> result = run_spike(config)
+        >>> files = save(result, spike_view(result), Path("runs/spike"))
+        >>> [section.view.title for section in write_report(Path("runs"), Path("runs/report.html"))]
+        ['Gradient spikes']
     """
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-    bar = Progress(TextColumn("{task.description:>12}"), *columns, console=console, disable=not console.is_terminal)
-    task = bar.add_task(title, total=steps, status="")
-    validation = ""
-
-    def watch(step: StepRecord) -> None:
-        nonlocal validation
-        speed = step.step * tokens_per_step / step.wall_s
-        if step.validation_loss is not None:
-            validation = f"  validation {step.validation_loss:.3f}"
-        status = f"loss {step.loss:.3f}{validation}  {speed:,.0f} tokens/s"
-        bar.update(task, completed=step.step, status=status)
-        if step.validation_loss is not None and not console.is_terminal:
-            console.print(f"{title:>12}  step {step.step}/{steps}  {status}", soft_wrap=True)
-
-    with bar:
-        yield watch
+    found = {kind: sorted(runs.glob(kind.files)) for kind in KINDS}
+    sections = tuple(_read(kind, path) for kind, paths in found.items() for path in paths)
+    if not sections:
+        commands = ", ".join(f"`{kind.command}`" for kind in KINDS)
+        raise UsageError(f"there is no finished run under {runs}; one of {commands} makes one, or give another --runs")
+    html = render(sections, [kind.command for kind, paths in found.items() if not paths])
+    with sole_writer(out.parent, out.name):
+        write_atomically({out: html.encode()})
+    return sections
 
 
-def print_changes(console: Console, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Notes where results continued now and results begun earlier may not be those of one run."""
-    for key in ("emerging_optimizers", "revision", "python", "torch", "cpu", "medium"):
-        if then.get(key) != now[key]:
-            console.print(
-                f"note: {key} was {then.get(key)}, is now {now[key]}; losses may differ from one run's",
-                soft_wrap=True,
-            )
-
-
-def comparison(results: Sequence[RunResult]) -> Table:
-    """The closing table: losses, time, the optimizer's share of the CPU seconds, its state a parameter."""
-    target = baseline_loss(results)
-    goal = "" if target is None else f"; the target is AdamW's best, {target:.3f}"
-    table = Table(
-        title=f"Held-out loss, nats per character{goal}",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("optimizer")
-    for heading in (
-        *("lr", "final\nloss", "steps to\ntarget", "CPU s to\ntarget", "CPU s", "wall s"),
-        *("in its\nstep", "bytes a\nweight"),
-    ):
-        table.add_column(heading, justify="right")
-    for row in summary(results):
-        reached = ["-" if row[key] is None else f"{row[key]:.0f}" for key in ("steps_to_adamw", "cpu_s_to_adamw")]
-        table.add_row(
-            *(row["optimizer"], f"{row['lr']:g}", f"{row['final_loss']:.3f}", *reached),
-            *(f"{row['cpu_s']:.1f}", f"{row['wall_s']:.1f}", f"{row['optimizer_share']:.0%}"),
-            f"{row['state_bytes_per_parameter']:.1f}",
+def _read(kind: Kind, path: Path) -> Section:
+    with reading(path, f"make it again with `{kind.command}`, or move it away"):
+        result = kind.read(path)
+        section = Section(
+            id=path.parent.name,
+            view=kind.view(result),
+            command=_command(kind.name, result.config),
+            environment=_environment(path),
         )
-    return table
+        render([section])  # so that what cannot be shown is named
+        return section
 
 
-def summary(results: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """The closing table as data."""
-    target = baseline_loss(results)
-    rows = []
-    for result in results:
-        last = result.steps[-1]
-        reached = None if target is None else result.reaches(target)
-        rows.append(
-            {
-                "optimizer": result.optimizer,
-                "lr": result.arm.lr,
-                "final_loss": result.final_loss,
-                "best_loss": result.best_loss,
-                "steps_to_adamw": reached.step if reached else None,
-                "cpu_s_to_adamw": reached.cpu_s if reached else None,
-                "cpu_s": last.cpu_s,
-                "wall_s": last.wall_s,
-                "optimizer_share": result.optimizer_share,
-                "state_bytes_per_parameter": result.state_bytes / result.parameters,
-            }
-        )
-    return rows
+def _command(name: str, config: Any) -> str:
+    """The command line that asks for a configuration again."""
+    default = type(config)()
+    words = ["eopt", name]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value == getattr(default, field.name):
+            continue
+        match value:
+            case Mapping():
+                given = [",".join(f"{key}={x:g}" for key, x in value.items())]
+            case tuple() if all(isinstance(x, str) for x in value):
+                given = [",".join(value)]
+            case tuple():
+                given = [str(x) for x in value]
+            case _:
+                given = [str(value)]
+        words += [f"--{field.name.replace('_', '-')}", *given]
+    return shlex.join(words)
 
 
-def recovery(spiked: Sequence[SpikedRun]) -> list[dict[str, Any]]:
-    """How each run came back from its spike, as data; a number that is not finite becomes null.
+def _environment(path: Path) -> dict[str, str]:
+    """What stands beside a result about where it comes from, as texts."""
 
-    Both runs see the same batches, so losses are compared batch by batch and updates step by step. Steps count from
-    the spike's own: 1 is the first step after it, None is never.
-    """
-    rows: list[dict[str, Any]] = []
-    for spiked_run in spiked:
-        run, calm, at = spiked_run.run, spiked_run.calm, spiked_run.spike_at
-        losses = [step.loss for step in run.steps]
-        excess = [step.loss - other.loss for step, other in zip(run.steps, calm.steps, strict=True)]
-        updates = [step.update_rms / other.update_rms for step, other in zip(run.steps, calm.steps, strict=True)]
-        above = [k for k, more in enumerate(excess[at + 1 :], start=1) if not more <= LOSS_TOLERANCE]
-        within = (k for k, x in enumerate(updates[at + 1 :], start=1) if abs(x - 1) <= TOLERANCE)
-        loss_back = max(above, default=0) + 1
-        row = {
-            "optimizer": run.optimizer,
-            "guard": spiked_run.guard,
-            "loss_before": mean(losses[max(0, at - LOSS_WINDOW) : at]),
-            "worst_loss": max(losses[at + 1 :], key=_nan_last),
-            "worst_excess": max(excess[at + 1 :], key=_nan_last),
-            "loss_back": loss_back if at + loss_back < len(losses) else None,
-            "update_at_spike": updates[at],
-            "largest_update": max(updates[at + 1 :], key=_nan_last),
-            "update_first_back": next(within, None),
-            "update_back": settled_steps(updates, at, steady=1.0),
-            "final_loss": run.final_loss,
-            "final_loss_without_spike": calm.final_loss,
-        }
-        rows.append({key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()})
-    return rows
+    def text(value: Any) -> str:
+        match value:
+            case Mapping():
+                return ", ".join(f"{key} {x}" for key, x in value.items())
+            case list():
+                return shlex.join(value)
+            case _:
+                return str(value)
 
-
-def recovery_table(spiked: Sequence[SpikedRun]) -> Table:
-    """The table of the spike: what it did to the loss and to the updates, without and with the guard."""
-    table = Table(
-        title="After the spike, against the run without it. Back: the loss at most "
-        f"{LOSS_TOLERANCE:g} nats above, for good; the update RMS within {TOLERANCE:.0%}, first / for good",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("optimizer", no_wrap=True)
-    for heading in (
-        *("loss\nbefore", "worst\nloss", "most\nabove", "loss\nback", "update\nx, spike", "most\nafter"),
-        *("first\nback", "back\nfor good", "final\nloss"),
-    ):
-        table.add_column(heading, justify="right")
-    for spiked_run, row in zip(spiked, recovery(spiked), strict=True):
-        never = f">{len(spiked_run.run.steps) - spiked_run.spike_at - 1}"
-        steps = {key: never if x is None else str(x) for key, x in row.items()}
-        number = {key: "nan" if x is None else f"{x:.2f}" for key, x in row.items() if not isinstance(x, str)}
-        guard = "" if row["guard"] is None else f" guard {row['guard']:g}"
-        table.add_row(
-            *(f"{row['optimizer']}{guard}", number["loss_before"], number["worst_loss"], number["worst_excess"]),
-            *(steps["loss_back"], number["update_at_spike"], number["largest_update"]),
-            *(steps["update_first_back"], steps["update_back"]),
-            number["final_loss"],
-        )
-    return table
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
-def baseline_loss(results: Sequence[RunResult]) -> float | None:
-    """AdamW's best held-out loss, if AdamW is among the results."""
-    return next((result.best_loss for result in results if result.optimizer == BASELINE), None)
+    stored = read_json(path.with_name("environment.json"))
+    return {name.replace("_", " "): text(value) for name, value in stored.items()}

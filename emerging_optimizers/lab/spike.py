@@ -2,18 +2,17 @@
 
 Every optimizer gets the same i.i.d. Gaussian gradients; a scenario multiplies one of them. The update is what a step
 takes off the parameter, its RMS and spectral norm are recorded in every step. All scenarios of an optimizer are rows
-of one stack. `run_spike` makes a `SpikeResult`; `lab/spike_tables.py` and the figures of `lab/plots.py` read it.
+of one stack. `run_spike` makes a `SpikeResult`, which `lab/views/spike.py` shows.
 
 Nothing here imports torch before an experiment runs, so that ``eopt --help`` answers at once.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
-from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +23,14 @@ from emerging_optimizers.lab.experiment import (
     require_distinct,
     require_positive,
     rounded,
-    save,
     to_json,
 )
+from emerging_optimizers.lab.measures import STEADY_WINDOW, largest, recovery_steps, settled_steps
 from emerging_optimizers.lab.spike_arms import DEFAULT_ARMS, GUARD, SpikeArm, find_arm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How a recovery is measured: within 10 % of the mean update RMS of the last 30 steps.
-TOLERANCE = 0.10
-STEADY_WINDOW = 30
 # The singular values "after" a spike are those of the update this many steps later.
 AFTER = 10
 
@@ -158,9 +154,9 @@ class SpikeArmResult:
                 spike_scale=scale,
                 recovery=recovery_steps(rms, at),
                 settled=settled_steps(rms, at, steady),
-                before=_largest(rms[max(0, at - STEADY_WINDOW) : at]),
+                before=largest(rms[max(0, at - STEADY_WINDOW) : at]),
                 at_spike=rms[at],
-                aftershock=_largest(rms[at + 1 :]),
+                aftershock=largest(rms[at + 1 :]),
             )
             for at, scale, rms in ((*t.spike, t.rms) for t in self.trajectories if t.spike is not None)
         )
@@ -202,42 +198,6 @@ class SpikeResult:
             for arm in stored["arms"]
         )
         return cls(config=SpikeConfig(**stored["config"]), arms=tuple(arms))
-
-
-def recovery_steps(rms: Sequence[float], spike_at: int) -> int | None:
-    """Steps from the spike to the first update RMS within 10 % of the mean of the last 30; None: never.
-
-    The published measure: a trajectory that passes through the band and leaves it again counts as recovered.
-
-    Args:
-        rms: Update RMS by step.
-        spike_at: Steps before the spike.
-
-    Example:
-        >>> recovery_steps([1.0, 9.0, 3.0, 1.05, 2.0] + 30 * [1.0], 1)
-        2
-    """
-    target = mean(rms[-STEADY_WINDOW:])
-    after = (k for k, x in enumerate(rms[spike_at + 1 :], start=1) if abs(x - target) <= TOLERANCE * target)
-    return next(after, None)
-
-
-def settled_steps(rms: Sequence[float], spike_at: int, steady: float) -> int | None:
-    """Steps from the spike to the update RMS that comes within 10 % of `steady` for good; None: never.
-
-    Args:
-        rms: Update RMS by step.
-        spike_at: Steps before the spike.
-        steady: Update RMS without a spike.
-
-    Example:
-        >>> settled_steps([1.0, 9.0, 3.0, 1.05, 2.0] + 30 * [1.0], 1, steady=1.0)
-        4
-    """
-    after = rms[spike_at + 1 :]
-    outside = [k for k, x in enumerate(after, start=1) if not abs(x - steady) <= TOLERANCE * steady]
-    settled = (outside[-1] if outside else 0) + 1
-    return settled if settled <= len(after) else None
 
 
 def run_spike(config: SpikeConfig, processes: int = 1) -> SpikeResult:
@@ -341,29 +301,6 @@ def run_arm(config: SpikeConfig, name: str, arm: SpikeArm) -> SpikeArmResult:
     return SpikeArmResult(name=name, arm=arm, trajectories=trajectories)
 
 
-def save_spike(result: SpikeResult, folder: Path, command: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Writes result, environment, tables and figures.
-
-    Args:
-        result: The sweep.
-        folder: Where to; it is made if it is not there, and what it holds from an earlier sweep is replaced.
-        command: The command line, kept with the result.
-
-    Returns:
-        The files.
-    """
-    from emerging_optimizers.lab import plots
-    from emerging_optimizers.lab.spike_tables import spike_tables
-
-    figures = {
-        "warmup": plots.plot_spike_warmup,
-        "sweep": plots.plot_spike_sweep,
-        "aftershock": plots.plot_spike_aftershock,
-        "spectra": plots.plot_spike_spectra,
-    }
-    return save(result, folder, tables=spike_tables(result), figures=figures, command=command)
-
-
 def _spectral_norms(updates: "Tensor") -> "Tensor":
     """From the Gram matrices of the shorter side, scaled so that no square overflows: a third of the SVD's time."""
     import torch
@@ -381,8 +318,3 @@ def _where_finite(matrices: "Tensor", measure: "Callable[[Tensor], Tensor]") -> 
     finite = matrices.isfinite().flatten(1).all(dim=1)
     values = measure(torch.where(finite[:, None, None], matrices, 0.0))
     return torch.where(finite[:, None], values, torch.nan)
-
-
-def _largest(values: Sequence[float]) -> float:
-    """The maximum, NaN if one of the values is."""
-    return math.nan if any(math.isnan(x) for x in values) else max(values)

@@ -1,4 +1,4 @@
-"""Who enters the spike experiment: an optimizer by its name, with the published settings, as such or as a variant."""
+"""Who enters the spike experiment: an optimizer by its name, as such or as a variant, and its published numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +24,20 @@ DEFAULT_ARMS = (
     *("soap", "soap-published", "soap-guarded"),
     *("rekls", "rekls-published", "rekls-guarded"),
 )
+
+# Steps to recovery in the published notebook (optimizer-update-comparison, on a GPU), by optimizer, steps before the
+# spike and size of the spike; SOAP has KL factors.
+_SCALES = (1e2, 1e3, 1e4, 1e5)
+RECOVERY: Mapping[str, Mapping[int, Mapping[float, int]]] = {
+    optimizer: {at: dict(zip(_SCALES, steps, strict=True)) for at, steps in rows.items()}
+    for optimizer, rows in {
+        "adamw": {10: (7, 13, 26, 41), 50: (9, 19, 33, 46), 100: (15, 28, 44, 56)},
+        "laprop": {10: (4, 4, 4, 4), 50: (1, 1, 1, 1), 100: (1, 1, 1, 1)},
+        "muon": {10: (1, 1, 1, 1), 50: (1, 1, 1, 1), 100: (1, 1, 1, 1)},
+        "soap": {10: (25, 43, 68, 89), 50: (27, 48, 74, 96), 100: (32, 56, 77, 80)},
+        "rekls": {10: (26, 51, 72, 148), 50: (26, 54, 77, 98), 100: (33, 59, 80, 81)},
+    }.items()
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,18 +9,18 @@ Nothing here imports torch before an experiment runs, so that ``eopt --help`` an
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from emerging_optimizers.lab.config import TUNED, Names, TrainConfig, UsageError
-from emerging_optimizers.lab.experiment import Table, from_json, require_distinct, require_positive, save, to_json
+from emerging_optimizers.lab.experiment import from_json, require_distinct, require_positive, to_json
+from emerging_optimizers.lab.record import read_json, reading, sole_writer, write_json
 
 # Each with KL factors. "published": start and update of the published library; "default": this library's.
 OPTIMIZERS = {"soap_kl": "soap", "rekls": "rekls"}
@@ -131,33 +131,13 @@ class TF32Result:
         return cls(config=TF32Config(**stored["config"]), runs=tuple(TF32Run(**run) for run in stored["runs"]))
 
 
-def tf32_tables(result: TF32Result) -> Iterator[Table]:
-    """Final losses at both precisions, and how far apart they are beside how far apart the seeds are."""
-
-    def spread(values: Sequence[float]) -> str:
-        return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-    yield Table(
-        title="Final held-out loss, mean ± standard deviation over the seeds; TF32 less float32, seed by seed",
-        head=("optimizer", "form", "spike", "float32", "TF32", "TF32 less float32"),
-        labels=3,
-        rows=[
-            (
-                *(row.optimizer, row.form, f"x{result.config.spike_scale:g}" if row.spike else "none"),
-                *(spread(row.float32), spread(row.tf32), "  ".join(f"{x:+.3f}" for x in row.differences)),
-            )
-            for row in result.rows
-        ],
-    )
-
-
 def run_tf32(config: TF32Config, out: Path | None = None, processes: int = 1) -> TF32Result:
     """Trains at both precisions; a run that the file holds already is not repeated.
 
     Args:
         config: The runs.
-        out: The result of an experiment that ended. Until `save_tf32` writes it, every run is added to a file beside
-            it as it ends, so that a reader finds whole results only.
+        out: The result of an experiment that ended. Until it is written, every run is added to a file beside it
+            (UNSAVED) as it ends, so that a reader finds whole results only.
         processes: Among how many processes the runs are shared out; it changes no number.
 
     Returns:
@@ -166,15 +146,11 @@ def run_tf32(config: TF32Config, out: Path | None = None, processes: int = 1) ->
     Raises:
         UsageError: The file is damaged or holds runs of another job, another process writes there, or the disk refuses.
     """
-    from emerging_optimizers.lab.record import sole_writer
-
     with sole_writer(out.parent) if out is not None else nullcontext():
         return _run_tf32(config, out, processes)
 
 
 def _run_tf32(config: TF32Config, out: Path | None, processes: int) -> TF32Result:
-    from emerging_optimizers.lab.record import read_json, reading, write_json
-
     done: dict[Any, TF32Run] = {}
     unsaved = None if out is None else out.with_name(UNSAVED)
     held = next((path for path in (unsaved, out) if path is not None and os.path.lexists(path)), None)
@@ -202,26 +178,6 @@ def _run_tf32(config: TF32Config, out: Path | None, processes: int) -> TF32Resul
         finally:
             pool.shutdown(cancel_futures=True)  # a full disk does not wait for runs that it could not keep
     return TF32Result(config=config, runs=tuple(done[run.key] for run in wanted))
-
-
-def save_tf32(result: TF32Result, folder: Path, command: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Writes result, environment, tables and the figure.
-
-    Args:
-        result: The runs.
-        folder: Where to.
-        command: The command line, kept with the result.
-
-    Returns:
-        The files.
-    """
-    from emerging_optimizers.lab.plots import plot_tf32
-    from emerging_optimizers.lab.record import sole_writer
-
-    with sole_writer(folder):
-        files = save(result, folder, tables=tf32_tables(result), figures={"tf32": plot_tf32}, command=command)
-        (folder / UNSAVED).unlink(missing_ok=True)
-    return files
 
 
 def train_once(config: TF32Config, run: TF32Run) -> TF32Run:

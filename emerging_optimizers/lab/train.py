@@ -1,10 +1,13 @@
-"""The training job: one loop for every optimizer, the comparison around it, and how it is continued."""
+"""The training job: one loop for every optimizer, the comparison around it, and how it is continued.
+
+`run_train` and `resume_train` leave the numbers of a run; `lab/present.py` draws and shows them.
+"""
 
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers import create_optimizer
-from emerging_optimizers.lab import report
 from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, UsageError, checked
 from emerging_optimizers.lab.data import Text, load_text
+from emerging_optimizers.lab.measures import recovery, summary
 from emerging_optimizers.lab.model import GPT
+from emerging_optimizers.lab.progress import Watch, print_changes, watching
 from emerging_optimizers.lab.record import (
-    RunFolder,
-    RunResult,
-    SpikedRun,
-    StepRecord,
     environment,
     json_bytes,
     read_json,
@@ -31,22 +31,11 @@ from emerging_optimizers.lab.record import (
     write_atomically,
     write_json,
 )
+from emerging_optimizers.lab.runs import RunFolder, RunResult, StepRecord, TrainResult, titles
 
 RUNS = Path("runs")
 # What to do about a file that a run cannot be continued without.
 _AGAIN = "bring it back, or begin the run again with another --out"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """A finished comparison."""
-
-    folder: Path
-    config: TrainConfig
-    runs: tuple[RunResult, ...]
-    """Of each optimizer, without a spike."""
-    spiked: tuple[SpikedRun, ...] = ()
-    """Of each optimizer, without and with the guard, where the job has a spike."""
 
 
 def run_train(config: TrainConfig, out: Path | None = None, console: Console | None = None) -> TrainResult:
@@ -58,7 +47,7 @@ def run_train(config: TrainConfig, out: Path | None = None, console: Console | N
     Args:
         config: The job.
         out: Folder of the run; by default a new one under ``runs/`` named by the time.
-        console: Where to show progress and the closing table.
+        console: Where to show progress.
 
     Returns:
         What each optimizer did, and where the files are.
@@ -89,7 +78,7 @@ def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
 
     Args:
         folder: Folder of the run.
-        console: Where to show progress and the closing table.
+        console: Where to show progress.
 
     Returns:
         What each optimizer did, and where the files are.
@@ -108,7 +97,7 @@ def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
             same_text = then["text"]["sha256"] == now["text"]["sha256"]
         if not same_text:
             raise UsageError(f"{text.source} is not the text that {folder} began with (its SHA-256 differs)")
-        report.print_changes(console, then, now)
+        print_changes(console, then, now)
         return _compare(folder, config, arms, text, console)
 
 
@@ -138,7 +127,7 @@ def train_one(
     text: Text,
     *,
     folder: RunFolder | None = None,
-    watch: report.Watch | None = None,
+    watch: Watch | None = None,
 ) -> RunResult:
     """Trains with one optimizer: the only training loop of the lab.
 
@@ -231,51 +220,28 @@ def make_optimizer(name: str, arm: Arm, model: GPT) -> torch.optim.Optimizer:
 
 
 def _compare(folder: Path, config: TrainConfig, arms: Mapping[str, Arm], text: Text, console: Console) -> TrainResult:
-    """Runs what is not finished yet, then shows and saves the comparison."""
-    results, spiked = [], []
+    """Runs what is not finished yet, then writes what the runs came to."""
     for name, arm in arms.items():
-        runs = []
         for title, (job, variant) in _variants(config, name, arm).items():
             run = RunFolder(folder / title)
             if not os.path.lexists(run.result):
-                with report.watching(console, title, config.steps, config.batch * config.context) as watch:
+                with watching(console, title, config.steps, config.batch * config.context) as watch:
                     result = train_one(job, name, variant, text, folder=run, watch=watch)
                 write_json(run.result, asdict(result))
-            runs.append(run.finished(name, job.steps))
-        calm, *others = runs
-        results.append(calm)
-        for other, guard in zip(others, (None, SPIKE_GUARD), strict=False):
-            assert config.spike_at is not None
-            spiked.append(SpikedRun(run=other, calm=calm, spike_at=config.spike_at, guard=guard))
-
-    from emerging_optimizers.lab.plots import plot_losses, plot_training_spike
-
-    files = {"figure": folder / "loss.png", "summary": folder / "summary.json", "run": folder}
-    written = {files["summary"]: json_bytes(report.summary(results))}
-    if spiked:
-        files = {"spike": folder / "spike.png", "recovery": folder / "spike.json", **files}
-        plot_training_spike(spiked, files["spike"])
-        written[files["recovery"]] = json_bytes(report.recovery(spiked))
-    plot_losses(results, files["figure"])
+            run.finished(name, job.steps)  # a damaged result is named before others have trained for nothing
+    found = TrainResult.read(folder, config)
+    written = {folder / "summary.json": json_bytes(summary(found.runs))}
+    if found.spiked:
+        written[folder / "spike.json"] = json_bytes(recovery(found.spiked))
     write_atomically(written)
-    console.print(report.comparison(results))
-    if spiked:
-        console.print(report.recovery_table(spiked))
-    for what, path in files.items():
-        console.print(f"{what:<8} {path}", soft_wrap=True)
-    return TrainResult(folder=folder, config=config, runs=tuple(results), spiked=tuple(spiked))
+    return found
 
 
 def _variants(config: TrainConfig, name: str, arm: Arm) -> dict[str, tuple[TrainConfig, Arm]]:
     """The runs of an optimizer, by the name of their folder; the first is without a spike."""
-    if config.spike is None:
-        return {name: (config, arm)}
     guarded = replace(arm, options={**arm.options, "spike_guard": SPIKE_GUARD})
-    return {
-        name: (replace(config, spike_at=None, spike_scale=None), arm),
-        f"{name}-spike": (config, arm),
-        f"{name}-spike-guard": (config, guarded),
-    }
+    runs = ((replace(config, spike_at=None, spike_scale=None), arm), (config, arm), (config, guarded))
+    return dict(zip(titles(config, name), runs, strict=False))
 
 
 def _lr_factor(config: TrainConfig, done: int) -> float:

@@ -109,6 +109,7 @@ class LaProp(RuleOptimizer):
         ValueError: a value out of its range.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = LaProp([w], lr=0.1)
         >>> w.grad = torch.tensor([1.0, -2.0])

@@ -71,6 +71,7 @@ class Lion(RuleOptimizer):
         ValueError: a value out of its range.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = Lion([w], lr=0.1, weight_decay=0.0)
         >>> w.grad = torch.tensor([1.0, -2.0])

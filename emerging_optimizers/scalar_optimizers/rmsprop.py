@@ -76,6 +76,7 @@ class RMSProp(RuleOptimizer):
         ValueError: a value out of its range.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = RMSProp([w], lr=0.01)
         >>> w.grad = torch.tensor([1.0, -2.0])

@@ -105,6 +105,7 @@ class Signum(RuleOptimizer):
         ValueError: a value out of its range, or a vector where the shape matters.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = Signum([w], lr=0.1)
         >>> w.grad = torch.tensor([1.0, -2.0])

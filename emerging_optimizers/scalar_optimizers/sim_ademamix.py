@@ -114,6 +114,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         ValueError: a value out of its range.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = SimplifiedAdEMAMix([w], lr=0.1, alpha=2.0)
         >>> w.grad = torch.tensor([1.0, -2.0])

@@ -100,6 +100,7 @@ class KLShampoo(RuleOptimizer):
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
     Example:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.zeros(4, 2))
         >>> optimizer = KLShampoo([w], lr=0.1)
         >>> w.grad = torch.ones(4, 2)

@@ -54,10 +54,10 @@ def test_chunks_cover_the_members_once_and_within_the_cap(
         patch.setattr(chunks, "ELEMENT_CHUNK", cap)
         patch.setattr(chunks, "CPU_CHUNK_BYTES", cap * 3 * 2 * 4)
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        chunks = bucket.chunks(rows(bucket, members), "stacked")
-    covered = [(i, k) for chunk in chunks for i, start, stop in chunk for k in range(start, stop)]
+        found = bucket.chunks(rows(bucket, members), "stacked")
+    covered = [(i, k) for chunk in found for i, start, stop in chunk for k in range(start, stop)]
     assert covered == [(i, k) for i in members for k in range(sizes[i])]
-    assert all(0 < sum(stop - start for _, start, stop in chunk) <= cap * threads for chunk in chunks)
+    assert all(0 < sum(stop - start for _, start, stop in chunk) <= cap * threads for chunk in found)
 
 
 def test_chunks_of_the_other_executions() -> None:

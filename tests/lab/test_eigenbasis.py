@@ -15,10 +15,10 @@ from emerging_optimizers.lab.eigenbasis import (
     EigenbasisConfig,
     EigenbasisResult,
     _angles,
-    eigenbasis_tables,
     run_eigenbasis,
 )
-from emerging_optimizers.lab.experiment import show
+from emerging_optimizers.lab.present import show
+from emerging_optimizers.lab.views.eigenbasis import eigenbasis_view
 
 SMALL = EigenbasisConfig(shape=(12, 8), steps=12, spike_at=5, offsets=(1, 2), top=3)
 # The published run reaches 20 steps beyond the spike.
@@ -131,7 +131,7 @@ def test_a_wrong_request_says_what_to_change(change, message):
 def test_the_tables_show_the_numbers_of_the_result():
     result = run_eigenbasis(SMALL)
     console = Console(record=True, width=140, file=io.StringIO())
-    show(eigenbasis_tables(result), console=console)
+    show(eigenbasis_view(result).tables, console=console)
     text = console.export_text()
     run = result.run("rekls", "high")
     assert f"{run.top1_left[SMALL.spike_at + 1]:.2f} / {run.topk_left[SMALL.spike_at + 1]:.2f}" in text

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from emerging_optimizers.lab import grid
 from emerging_optimizers.lab.config import GRID, GRID_FACTORS, UsageError
-from emerging_optimizers.lab.grid import GridRow, best_row, run_grid
+from emerging_optimizers.lab.grid import run_grid
+from emerging_optimizers.lab.present import present_grid
+from emerging_optimizers.lab.runs import GridRow, best_row
 
 
 def test_a_grid_continues_where_it_stopped(tiny, tmp_path, monkeypatch):
@@ -28,6 +30,7 @@ def test_a_grid_continues_where_it_stopped(tiny, tmp_path, monkeypatch):
     rows = run_grid(replace(tiny, optimizers=("adamw", "muon"), lr={"muon": 0.02}), out, console=quiet)
     assert runs == [("muon", 0.02 * factor) for factor in GRID_FACTORS]
 
+    present_grid(rows, out, quiet)
     assert {path.name for path in tmp_path.iterdir()} == {"grid.json", "grid.environment.json", "grid.png"}
     stored = json.loads(out.read_text())
     assert tuple(GridRow.from_json(row) for row in stored["runs"]) == rows

@@ -11,16 +11,15 @@ from rich.console import Console
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.config import UsageError
-from emerging_optimizers.lab.experiment import show
+from emerging_optimizers.lab.forms import FORMS, ways
 from emerging_optimizers.lab.precision import (
-    FORMS,
     PrecisionConfig,
     PrecisionResult,
-    precision_tables,
     run_precision,
-    ways,
 )
+from emerging_optimizers.lab.present import show
 from emerging_optimizers.lab.published import PublishedRule
+from emerging_optimizers.lab.views.precision import precision_view
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal
 from emerging_optimizers.soap.soap import SOAPRule, SOAPState
 
@@ -127,7 +126,7 @@ def test_a_wrong_request_says_what_to_change(change, message):
 
 def test_the_tables_fit_a_terminal():
     console = Console(record=True, width=80, file=io.StringIO())
-    show(precision_tables(run_precision(replace(SMALL, ranges=PrecisionConfig().ranges))), console=console)
+    show(precision_view(run_precision(replace(SMALL, ranges=PrecisionConfig().ranges))).tables, console=console)
     text = console.export_text()
     # No label is broken over two lines: three tables of six measures, six of both forms, one of asymmetry.
     lines = [line for line in text.splitlines() if line[1:2].strip(" ─") and not line.startswith(" range")]

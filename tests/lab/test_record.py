@@ -18,19 +18,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from emerging_optimizers.lab import plots
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.config import TrainConfig, UsageError
-from emerging_optimizers.lab.html import write_report
+from emerging_optimizers.lab.present import present_training
 from emerging_optimizers.lab.record import (
     DamagedError,
-    RunFolder,
-    StepRecord,
     environment,
     sole_writer,
     write_atomically,
     write_json,
 )
+from emerging_optimizers.lab.report import write_report
+from emerging_optimizers.lab.runs import RunFolder, StepRecord, TrainResult
 from emerging_optimizers.lab.spike import SpikeConfig, run_spike
 from emerging_optimizers.lab.train import resume_train, run_train
 
@@ -305,13 +304,7 @@ def whole(job, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    """Drawing takes longer than training here."""
-    monkeypatch.setattr(plots, "plot_losses", lambda results, path: write_atomically({path: b"picture"}))
-
-
-def test_a_run_on_a_full_disk_continues_where_there_is_space(job, whole, no_picture, tmp_path, monkeypatch):
+def test_a_run_on_a_full_disk_continues_where_there_is_space(job, whole, tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
     disk.left = 1000
     run_train(job, tmp_path / "all", QUIET)
@@ -329,6 +322,19 @@ def test_a_run_on_a_full_disk_continues_where_there_is_space(job, whole, no_pict
         else:
             run_train(job, folder, QUIET)
         assert losses(folder) == losses(whole), f"operation {left} of {operations}"
+
+
+def test_a_picture_that_does_not_fit_leaves_the_numbers(job, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before, disk, result = contents(folder), Disk(monkeypatch), TrainResult.read(folder, job)
+    disk.left = 0
+    with pytest.raises(UsageError, match=r"loss\.png cannot be written \(No space left on device\)"):
+        present_training(result, QUIET)
+    assert contents(folder) == before
+    disk.left = None
+    present_training(resume_train(folder, QUIET), QUIET)
+    assert (folder / "loss.png").exists()
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -353,7 +359,7 @@ def interrupted(job, tmp_path_factory):
 
 
 @pytest.fixture
-def torn(interrupted, no_picture, tmp_path):
+def torn(interrupted, tmp_path):
     """A copy of it to be damaged."""
     shutil.copytree(interrupted, tmp_path / "run")
     return tmp_path / "run"
@@ -508,7 +514,7 @@ def test_a_flipped_bit_is_found_or_harmless(tmp_path):
     assert found > 40
 
 
-def test_a_result_that_is_damaged_or_anothers_is_made_again_from_the_checkpoint(whole, no_picture, tmp_path):
+def test_a_result_that_is_damaged_or_anothers_is_made_again_from_the_checkpoint(whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     result = folder / "adamw" / "result.json"

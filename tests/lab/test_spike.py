@@ -10,20 +10,17 @@ from rich.console import Console
 
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.config import UsageError
-from emerging_optimizers.lab.experiment import show
-from emerging_optimizers.lab.published import RECOVERY
+from emerging_optimizers.lab.measures import recovery_steps, settled_steps
+from emerging_optimizers.lab.present import save, show
 from emerging_optimizers.lab.spike import (
     SpikeArmResult,
     SpikeConfig,
     SpikeResult,
     Trajectory,
-    recovery_steps,
     run_spike,
-    save_spike,
-    settled_steps,
 )
-from emerging_optimizers.lab.spike_arms import SpikeArm, find_arm
-from emerging_optimizers.lab.spike_tables import comparison_table, spike_tables
+from emerging_optimizers.lab.spike_arms import RECOVERY, SpikeArm, find_arm
+from emerging_optimizers.lab.views.spike import comparison_table, spike_view
 from emerging_optimizers.registry import OPTIMIZERS, entry
 
 SCALES = (1e2, 1e3, 1e4, 1e5)
@@ -160,7 +157,7 @@ def test_the_command_writes_result_and_figures(tmp_path, capsys):
     assert environment["command"][:2] == ["eopt", "spike"]
     assert {"torch", "cpu", "revision", "threads"} <= set(environment)
     result = SpikeResult.from_json(json.loads((tmp_path / "result.json").read_text()))
-    assert (tmp_path / "tables.md").read_text() == "\n\n".join(x.markdown() for x in spike_tables(result)) + "\n"
+    assert (tmp_path / "tables.md").read_text() == "\n\n".join(x.markdown() for x in spike_view(result).tables) + "\n"
     assert [arm.name for arm in result.arms] == ["adamw", "lion", "rekls-published"]
     assert result.config.spike_scale == (100.0, 1000.0)
     shown = capsys.readouterr().out
@@ -169,13 +166,14 @@ def test_the_command_writes_result_and_figures(tmp_path, capsys):
 
 def test_one_spike_is_drawn_too(tmp_path):
     config = SpikeConfig(optimizers=("adamw",), shape=(4, 3), steps=12, spike_at=(5,), spike_scale=(10.0,))
-    save_spike(run_spike(config), tmp_path / "new")
+    result = run_spike(config)
+    save(result, spike_view(result), tmp_path / "new")
     assert len(list((tmp_path / "new").glob("*.png"))) == 4
 
 
 def test_the_tables_show_the_numbers_of_the_result(small):
     console = Console(record=True, width=140, file=io.StringIO())
-    show(spike_tables(small), console=console)
+    show(spike_view(small).tables, console=console)
     text = console.export_text()
     for row in small.rows:
         assert f"{row.recovery or '>'}" in text
@@ -187,8 +185,8 @@ def test_the_published_numbers_stand_beside_ours():
         optimizers=("soap", "soap-guarded", "lion"), shape=(4, 3), steps=40, spike_at=(10, 20), spike_scale=(1e2, 10.0)
     )
     table = comparison_table(run_spike(asked))
-    cells = {(row[0], row[1]): row[2:] for row in table.rows}
-    assert cells["soap", "10"][:2] == ("- 25", "-")
+    cells = {(row[0], row[1]): row[2:] for row in table.texts}
+    assert cells["soap", "10"][:2] == ["- 25", "-"]
     assert [len(x.split()) for x in cells["soap", "10"][2:]] == [2, 2]
     assert cells["", "20"][0] == "-"
     assert cells["lion", "10"][3] == "-"

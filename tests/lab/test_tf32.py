@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from emerging_optimizers.lab.config import UsageError
-from emerging_optimizers.lab.tf32 import TF32Config, TF32Result, TF32Run, run_tf32, save_tf32, tf32_tables, train_once
+from emerging_optimizers.lab.present import save
+from emerging_optimizers.lab.tf32 import TF32Config, TF32Result, TF32Run, run_tf32, train_once
+from emerging_optimizers.lab.views.tf32 import tf32_view
 
 CONFIG = TF32Config(optimizers=("rekls",), seeds=(3,), steps=12, spike_at=4)
 
@@ -62,14 +64,19 @@ def test_the_table_pairs_the_precisions_seed_by_seed():
     result = filled(replace(CONFIG, seeds=(0, 1)))
     row = result.rows[1]
     assert (row.form, row.spike, row.float32, row.differences) == ("published", True, (2.5, 3.5), (0.25, 0.25))
-    (table,) = tf32_tables(result)
-    assert table.rows[0][-1] == "+0.250  +0.250"
+    (table,) = tf32_view(result).tables
+    assert table.texts[0][-1] == "+0.250  +0.250"
 
 
 def test_it_survives_json_and_writes_its_files(tmp_path):
     result = filled(CONFIG)
     assert TF32Result.from_json(json.loads(json.dumps(result.to_json()))) == result
-    assert {path.name for path in save_tf32(result, tmp_path)} >= {"result.json", "environment.json", "tf32.png"}
+    assert {path.name for path in save(result, tf32_view(result), tmp_path)} == {
+        "result.json",
+        "environment.json",
+        "tables.md",
+        "tf32.png",
+    }
 
 
 def test_finished_runs_are_not_repeated_and_another_job_is_refused(tmp_path):

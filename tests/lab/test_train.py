@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from emerging_optimizers.lab import report
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.config import Arm, TrainConfig, UsageError
 from emerging_optimizers.lab.data import load_text
-from emerging_optimizers.lab.record import RunFolder, RunResult, SpikedRun, StepRecord
+from emerging_optimizers.lab.measures import recovery
+from emerging_optimizers.lab.present import present_training
+from emerging_optimizers.lab.runs import RunFolder, RunResult, SpikedRun, StepRecord
 from emerging_optimizers.lab.train import read_run, resume_train, run_train, train_one
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -34,6 +35,7 @@ def losses(folder, optimizer):
 def test_a_run_learns_and_leaves_its_files(tiny, tmp_path):
     folder = tmp_path / "run"
     result = run_train(tiny, folder, Console(quiet=True))
+    present_training(result, Console(quiet=True))
 
     for run in result.runs:
         assert run.evaluations[-1][1] < run.evaluations[0][1] < 4.7, run.optimizer
@@ -200,6 +202,7 @@ def spiked(tiny, tmp_path):
 def test_a_spike_is_one_step_of_real_training(spiked, tiny, tmp_path):
     names = [f"{name}{kind}" for name in ("adamw", "muon") for kind in ("", "-spike", "-spike-guard")]
     files = {"config.json", "environment.json", "summary.json", "loss.png", "spike.json", "spike.png"}
+    present_training(spiked, Console(quiet=True))
     assert {path.name for path in spiked.folder.iterdir()} == {*files, *names}
     assert [(s.run.optimizer, s.guard) for s in spiked.spiked] == [
         *(("adamw", None), ("adamw", 2.0), ("muon", None), ("muon", 2.0))
@@ -216,7 +219,7 @@ def test_a_spike_is_one_step_of_real_training(spiked, tiny, tmp_path):
 
 def test_the_guard_brings_training_back(spiked):
     rows = json.loads((spiked.folder / "spike.json").read_text())
-    assert rows == report.recovery(spiked.spiked)
+    assert rows == recovery(spiked.spiked)
     for bare, guarded in zip(rows[::2], rows[1::2], strict=True):
         assert (bare["guard"], guarded["guard"]) == (None, 2.0)
         assert guarded["worst_excess"] < bare["worst_excess"]
@@ -236,7 +239,7 @@ def test_the_recovery_by_hand():
     calm = run([5.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0], 7 * [0.5])
     hit = run([5.0, 4.0, 3.0, 2.9, 2.0, 2.4, 2.04], [0.5, 0.5, 0.6, 2.0, 0.5, 0.1, 0.5])
     lost = run([5.0, 4.0, 3.0, float("nan"), 2.0, 2.0, 2.5], [0.5, 0.5, 0.6, float("nan"), 2.0, 2.0, 2.0])
-    rows = report.recovery([SpikedRun(run=r, calm=calm, spike_at=2, guard=None) for r in (hit, lost)])
+    rows = recovery([SpikedRun(run=r, calm=calm, spike_at=2, guard=None) for r in (hit, lost)])
     assert rows[0] == {
         "optimizer": "adamw",
         "guard": None,

@@ -21,9 +21,10 @@ function traces(figure, panel) {
     y: curve.y,
     name: curve.key,
     visible: !hidden.has(curve.key),
-    mode: curve.marked ? "lines+markers" : "lines",
+    mode: [curve.dash && "lines", curve.symbol && "markers"].filter(Boolean).join("+"),
+    ...(curve.symbol ? { marker: { symbol: curve.symbol, ...(curve.dash ? {} : { size: 8 }) } } : {}),
     opacity: curve.faint ? 0.5 : 1,
-    line: { color: curve.color === "currentColor" ? themed("ink") : curve.color, dash: curve.dash, width: 1.8 },
+    line: { color: curve.color === "currentColor" ? themed("ink") : curve.color, dash: curve.dash || "solid", width: 1.8 },
     hovertemplate: `<b>${curve.key}</b><br>%{y:.4g}<br>${where} %{x}<extra></extra>`,
   }));
 }
@@ -31,7 +32,7 @@ function traces(figure, panel) {
 function layout(figure, panel) {
   const { spec, zoom } = figure;
   const single = figure.querySelectorAll(".panel").length === 1;
-  const axis = ({ title, type, range }) => ({
+  const axis = ({ title, type, range, ticks }) => ({
     type,
     range: [...range], // plotly writes into it
     title: { text: single ? title : "", standoff: 8 },
@@ -39,7 +40,7 @@ function layout(figure, panel) {
     exponentformat: "power",
     gridcolor: themed("line"),
     zeroline: false,
-    ...(type === "log" && range[1] - range[0] > 1.2
+    ...(ticks ? { tickvals: ticks[0], ticktext: ticks[1] } : type === "log" && range[1] - range[0] > 1.2
       ? { dtick: Math.ceil((range[1] - range[0]) / 6) } // whole decades, six at most
       : { nticks: single ? 12 : 5 }),
   });
@@ -47,9 +48,11 @@ function layout(figure, panel) {
     xaxis: axis({ ...spec.x, ...zoom.x }),
     yaxis: axis({ ...spec.y, ...zoom.y }),
     title: { text: panel.title, font: { size: 12 }, x: 0.5, y: 0.98, yanchor: "top" },
-    shapes: panel.lines.map((x) => ({
-      type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, layer: "below",
-      line: { color: themed("muted"), width: 1, dash: "dot" },
+    shapes: [
+      ...panel.lines.map((x) => ({ x0: x, x1: x, yref: "paper", y0: 0, y1: 1 })),
+      ...panel.levels.map((y) => ({ y0: y, y1: y, xref: "paper", x0: 0, x1: 1 })),
+    ].map((ends) => ({
+      type: "line", layer: "below", ...ends, line: { color: themed("muted"), width: 1, dash: "dot" },
     })),
     margin: single ? { l: 56, r: 8, t: 8, b: 44 } : { l: 34, r: 6, t: 24, b: 24 },
     showlegend: false,

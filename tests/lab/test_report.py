@@ -15,14 +15,14 @@ pytest.importorskip("plotly", reason="plotly of the extra 'lab' is not installed
 from emerging_optimizers.lab.__main__ import Command, main
 from emerging_optimizers.lab.config import TrainConfig, UsageError
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig, run_eigenbasis
-from emerging_optimizers.lab.html import KINDS, write_report
-from emerging_optimizers.lab.page import Curve, Figure, Key, Panel, Table, _plot
+from emerging_optimizers.lab.page import _plot
 from emerging_optimizers.lab.precision import PrecisionConfig, run_precision
 from emerging_optimizers.lab.record import environment, write_json
-from emerging_optimizers.lab.sections import _value
+from emerging_optimizers.lab.report import KINDS, write_report
 from emerging_optimizers.lab.spike import SpikeConfig, run_spike
 from emerging_optimizers.lab.tf32 import TF32Config
 from emerging_optimizers.lab.train import run_train
+from emerging_optimizers.lab.views.describe import Curve, Figure, Key, Panel, Table, alone, number
 from tests.lab.conftest import TINY
 from tests.lab.test_tf32 import filled
 
@@ -106,16 +106,17 @@ def test_the_tables_of_the_other_experiments_hold_the_numbers_of_their_results(r
     run = eigenbasis["runs"][0]
     assert [run["top1_left"][3], run["topk_left"][3], run["top1_left"][5], run["topk_left"][5]] == page.rows[
         "eigenbasis"
-    ][len(agreement)][1][:4]
+    ][len(agreement)][1][1:5]
     shown = {x for _, numbers in page.rows["precision"] for x in numbers}
     assert {row["small_worst"] for row in precision["eigenvalues"]} <= shown
     assert {row["error"] for row in precision["updates"]} <= shown
     summary = [(row["optimizer"], list(row.values())[1:]) for row in stored(runs, "train", "summary.json")]
     assert page.rows["train"] == summary
     spiked = [
-        (row["optimizer"], [row["guard"], row["worst_excess"]]) for row in stored(runs, "train_spiked", "spike.json")
+        (row["optimizer"], [row["loss_before"], row["worst_loss"], row["worst_excess"]])
+        for row in stored(runs, "train_spiked", "spike.json")
     ]
-    assert [(key, numbers[:2]) for key, numbers in page.rows["train_spiked"][1:]] == spiked
+    assert [(key, numbers[:3]) for key, numbers in page.rows["train_spiked"][1:]] == spiked
     first = [run["final_loss"] for run in stored(runs, "tf32")["runs"] if run["seed"] == 0]
     assert [numbers[0] for _, numbers in page.rows["tf32"]] == first
 
@@ -160,11 +161,11 @@ def test_a_result_that_cannot_be_read_is_named(tmp_path, text):
 
 
 def test_what_is_not_finite_is_a_gap():
-    assert [number.text for x in (None, float("nan"), 0.38667, 113.4, 40) for number in _value(x)] == [
-        *("–", "–", "0.387", "113", "40.0")
-    ]
+    cells = [x for value in (None, float("nan"), 0.38667, 113.4) for x in number(value, ".3g")]
+    assert [cell.text for cell in cells] == ["-", "nan", "0.387", "113"]
+    assert [cell.value for cell in cells] == [None, None, 0.38667, 113.4]
     curve = Curve(key="a", y=[1.0, float("nan"), float("inf"), 100.0])
-    figure = Figure(title="", views={"": [Panel("", [curve])]}, x="step", y="rms", log="y")
+    figure = Figure(title="", views=alone(Panel("", [curve])), x="step", y="rms", log="y")
     spec = _plot(figure, [Key("a", "#0072B2")])
     assert spec["views"][""][0]["curves"][0]["y"] == [1.0, None, None, 100.0]
     assert spec["y"]["range"] == pytest.approx([-0.06, 2.06])
@@ -173,11 +174,12 @@ def test_what_is_not_finite_is_a_gap():
 
 def test_every_row_and_curve_belongs_to_a_button(runs):
     for section in write_report(runs, runs / "report.html"):
-        names = {key.name for key in section.keys}
-        for part in section.parts:
+        names = {key.name for key in section.view.keys}
+        for part in section.view.parts:
             if isinstance(part, Table):
-                assert {key for key, _ in part.rows} <= names
-                assert all(len(cells) == len(part.head) for _, cells in part.rows)
+                assert set(part.keys) <= names
+                assert len(part.keys) == len(part.rows)
+                assert all(len(cells) == len(part.head) for cells in part.rows)
             else:
                 assert {curve.key for panels in part.views.values() for p in panels for curve in p.curves} <= names
                 assert len({len(panels) for panels in part.views.values()}) == 1
