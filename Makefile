@@ -32,7 +32,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu test-kernels fingerprint fingerprint-check format clean clean-env
+.PHONY: help env demo grid match findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu test-kernels fingerprint fingerprint-check format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -49,6 +49,10 @@ demo: $(ENV) ## train a small GPT on real text with AdamW, Muon and SOAP and dra
 grid: $(ENV) ## run the learning-rate grid behind the demo's defaults
 	@echo "grid: every optimizer over its learning rates (longer than the demo)"
 	$(PY) -m emerging_optimizers.lab grid $(ARGS)
+
+match: $(ENV) ## fit the factors of match="adamw" on three small tasks (40 minutes; needs scikit-learn's digits)
+	@echo "match: every optimizer over its factor and AdamW's rate; what the results hold is not trained again"
+	$(PY) -m benchmarks.match $(ARGS)
 
 # Each command also leaves its tables, ready for the pages under docs/, in runs/*/tables.md.
 findings: $(ENV) ## repeat the experiments of docs/spikes.md and docs/precision.md and renew their figures

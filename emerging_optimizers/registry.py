@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from inspect import Parameter, signature
+from math import sqrt
 from typing import Any, Literal, TypeVar, overload
 
 ClassT = TypeVar("ClassT", bound=type)
@@ -31,6 +32,11 @@ class Entry:
         default_trains: whether weights move enough at the learning rate that the published constructor has by default.
             False: the loss of a small MLP falls by under 4 % in 400 steps, at every other default by 10 to 100 %
             (`tests/test_starting_rates.py` measures it).
+        match: what AdamW's learning rate is multiplied by with `match="adamw"`, and its weight decay divided by: the
+            ratio of the two best rates, as the geometric mean over three tasks (`make match`, docs/migrate.md). None:
+            not measured.
+        rms: the RMS of an update of an (M, N) matrix at learning rate 1, where it is a matter of the shape; `match` is
+            then the factor at an RMS of 1, and is divided by it. None: it is not.
         cls: the class of an entry that was registered while the program ran.
     """
 
@@ -41,6 +47,8 @@ class Entry:
     start: float | None = None
     unit: str = ADAMS
     default_trains: bool = True
+    match: float | None = None
+    rms: Callable[[int, int], float] | None = None
     cls: type | None = field(default=None, repr=False)
 
     @property
@@ -56,6 +64,16 @@ class Entry:
         return getattr(import_module(module), name)
 
 
+def _spectral_rms(rows: int, columns: int) -> float:
+    """sqrt(M/N) U V^T has min(M, N) singular values of sqrt(M/N)."""
+    return sqrt(rows / columns / max(rows, columns))
+
+
+def _shampoo_rms(rows: int, columns: int) -> float:
+    """Gradients of independent entries of size g have factors N g^2 and M g^2; p = 4 takes their fourth roots."""
+    return (rows * columns) ** -0.25
+
+
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(
         path="emerging_optimizers.scalar_optimizers.adamw:AdamW",
@@ -63,6 +81,7 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Loshchilov and Hutter 2019, arXiv 1711.05101",
         elementwise=True,
         start=0.002,
+        match=1.0,
     ),
     "adaptive_muon": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.adaptive_muon:AdaptiveMuon",
@@ -143,6 +162,7 @@ OPTIMIZERS: dict[str, Entry] = {
         description="momentum orthogonalized by Newton-Schulz; one state tensor",
         paper="Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982",
         start=0.004,
+        match=0.8,
     ),
     "muon_hyperball": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muon_hyperball:MuonHyperball",
@@ -191,6 +211,7 @@ OPTIMIZERS: dict[str, Entry] = {
         description="SOAP with KL factors and a fresh eigendecomposition at every refresh",
         paper="Lin et al. 2025, arXiv 2509.03378",
         start=0.009,
+        match=4.0,
     ),
     "rekls_v3": Entry(
         path="emerging_optimizers.soap.kl_soap:ReklsV3",
@@ -212,6 +233,8 @@ OPTIMIZERS: dict[str, Entry] = {
         start=0.004,
         unit="it is a part of the radius of a norm ball",
         default_trains=False,
+        match=0.8,
+        rms=_spectral_rms,
     ),
     "shampoo": Entry(
         path="emerging_optimizers.shampoo.shampoo:Shampoo",
@@ -219,6 +242,8 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Gupta et al. 2018, arXiv 1802.09568",
         start=0.1,
         unit="an update is as large as the roots of Shampoo's factors make it",
+        match=3.0,
+        rms=_shampoo_rms,
     ),
     "signum": Entry(
         path="emerging_optimizers.scalar_optimizers.signum:Signum",
@@ -239,6 +264,7 @@ OPTIMIZERS: dict[str, Entry] = {
         description="Adam in the eigenbasis of Shampoo's factors, plain or KL",
         paper="Vyas et al. 2024, arXiv 2409.11321",
         start=0.009,
+        match=3.0,
     ),
     "soap_muon": Entry(
         path="emerging_optimizers.soap.soap_muon:SOAPMuon",

@@ -13,7 +13,7 @@ import emerging_optimizers
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("optimizers", "routing", "spectron", "watching")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("migrate", "optimizers", "routing", "spectron", "watching")),
 )
 # Without these the modules of a package cannot be imported, and need not be: what the `lab` extra installs, and triton.
 OPTIONAL = {**dict.fromkeys(("tyro", "rich", "matplotlib", "jinja2", "plotly"), ".lab"), "triton": ".linalg.kernels"}

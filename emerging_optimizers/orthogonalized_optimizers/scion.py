@@ -91,6 +91,11 @@ ScionParams = Annotated[
     'tensors, (name, tensor) pairs, or groups; vectors only with norm "sign" or "rms". 3-D: a batch of '
     "matrices; convolutions are flattened to (out, rest).",
 ]
+ScionLearningRate = Annotated[
+    LearningRate,
+    "learning rate, >= 0; with weight_decay=1 at most 1. The RMS of a spectral update of an M x N matrix is lr rho "
+    "sqrt(M / N / max(M, N)).",
+]
 SpectralRadius = Annotated[
     float,
     Option(
@@ -130,7 +135,7 @@ class Scion(PolarOptimizer):
     def __init__(
         self,
         params: ScionParams,
-        lr: Annotated[LearningRate, "learning rate, >= 0; with weight_decay=1 at most 1."] = 3e-4,
+        lr: ScionLearningRate = 3e-4,
         momentum: Momentum = 0.95,
         *,
         fp32_matmul_prec: NewtonSchulzPrecision = "medium",

@@ -148,22 +148,26 @@ def _matcher(pattern: str) -> Callable[[str, str], bool]:
 
 
 class Rates:
-    """The learning rate of each optimizer, out of what was said of two of them.
+    """The learning rate of each optimizer, out of what was said of two of them; with `match` it is AdamW's.
 
     Raises:
         ValueError: there is no rate to start from, or a companion that is the optimizer itself has a rate of its own.
     """
 
-    def __init__(self, name: str, companion: str, lr: Any, companion_lr: Any) -> None:
+    def __init__(self, name: str, companion: str, lr: Any, companion_lr: Any, match: str | None = None) -> None:
         self.name, self.companion, self.lr = name, companion, lr
         if companion_lr is not None and name == companion:
             raise ValueError(f"companion_lr={companion_lr!r}: {name!r} is its own companion and takes lr alone")
-        self.known = {name: default_lr(name) if lr is None else lr}
+        self.match = match
+        self.known = {name: default_lr(match or name) if lr is None else lr}
         if companion_lr is not None:
             self.known[companion] = companion_lr
+        self._products: dict[tuple[int, float], Tensor] = {}
 
     def of(self, optimizer: str, parameter: str) -> Any:
         """The rate of an optimizer that takes a parameter; ValueError where `lr` is in another unit."""
+        if optimizer not in self.known and self.match is not None:
+            self.known[optimizer] = self.known[self.name]
         if optimizer not in self.known:
             mine = registry.entry(self.name)
             if self.lr is not None and not (mine.in_adams_unit and registry.entry(optimizer).in_adams_unit):
@@ -177,6 +181,14 @@ class Rates:
                 )  # fmt: skip
             self.known[optimizer] = default_lr(optimizer) if self.lr is None else self.lr
         return self.known[optimizer]
+
+    def times(self, lr: Any, factor: float) -> Any:
+        """A rate in another unit; of one tensor and factor one tensor, so that its parameters stay in one group."""
+        if factor == 1:
+            return lr
+        if isinstance(lr, Tensor):
+            return self._products.setdefault((id(lr), factor), lr * factor)
+        return lr * factor
 
 
 def default_lr(name: str) -> Any:

@@ -13,6 +13,7 @@ from emerging_optimizers import registry
 from emerging_optimizers.engine import EngineOptions
 from emerging_optimizers.routing.choice import OverrideT, Suggestion, default_lr
 from emerging_optimizers.routing.groups import Router, group_options
+from emerging_optimizers.routing.match import as_adamws
 from emerging_optimizers.routing.plan import RoutePlan, plan_parameters
 from emerging_optimizers.routing.recipes import find_recipe
 from emerging_optimizers.routing.routed import RoutedOptimizer
@@ -27,6 +28,7 @@ def create_optimizer(
     companion: str = "adamw",
     companion_lr: Any = None,
     companion_options: Mapping[str, Any] | None = None,
+    match: str | None = None,
     roles: Mapping[str, str] | None = None,
     overrides: Mapping[str, OverrideT] | None = None,
     example: Any = None,
@@ -49,20 +51,26 @@ def create_optimizer(
         companion: element-wise optimizer for everything but hidden matrices.
         companion_lr: its learning rate; None: `lr`, where that is in Adam's unit.
         companion_options: its other arguments.
+        match: "adamw": `lr`, `weight_decay` and `betas` are those of a tuned AdamW, and so are `companion_lr` and what
+            `overrides` say of them; left out, AdamW's own. AdamW's parameters get them as they are. The matrices of
+            `name` get lr x f and weight_decay / f, with f measured (`docs/migrate.md` has the table), and `betas` where
+            it has them too, as SOAP does. All rates are in proportion, so a schedule carries over as it is. None: each
+            argument is the optimizer's own.
         roles: a role to the optimizer that takes it, see `plan_parameters`.
         overrides: patterns of parameter names to an optimizer, "frozen" or options, see `plan_parameters`.
         example: what the model is called with, see `plan_parameters`.
         strict: raise if the role of a parameter is a guess, or unknown.
         plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `roles`, `overrides`,
             `example` and `strict` have been said there and are refused here.
-        recipe: a name of `eopt recipes`: hyper-parameters as a source gives them. What else is said here goes before,
-            and the companion's learning rate keeps its proportion to `lr`.
+        recipe: a name of `eopt recipes`: hyper-parameters as a source gives them; not with `match`. What else is said
+            here goes before, and the companion's learning rate keeps its proportion to `lr`.
         **kwargs: arguments of the optimizer `name`, and `EngineOptions`; all but `weight_update_hook` hold for the
             companion too, and so does `weight_decay`. Of torch.optim's, `fused`, `foreach`, `amsgrad=False` and
             `differentiable=False` are taken and mean nothing.
 
     Raises:
-        ValueError: an unknown name, a value out of its range, a plan that does not fit the model.
+        ValueError: an unknown name, a value out of its range, a plan that does not fit the model; with `match` an
+            optimizer whose factor is not measured, or an option that changes it.
         TypeError: an argument that the optimizer does not have; for one of torch.optim's, its name here.
 
     Example:
@@ -70,9 +78,19 @@ def create_optimizer(
         >>> optimizer = create_optimizer("muon", model, lr=0.02, companion_lr=3e-3)
         >>> [(group["algorithm"], group["lr"], len(group["params"])) for group in optimizer.param_groups]
         [('muon', 0.02, 1), ('adamw', 0.003, 2), ('adamw', 0.003, 2)]
+
+        A recipe of AdamW, for Muon: lr x decay is the same in both groups that decay.
+
+        >>> optimizer = create_optimizer("muon", model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), match="adamw")
+        >>> [f"{group['lr'] * group['weight_decay']:g}" for group in optimizer.param_groups]
+        ['0.0001', '0.0001', '0']
     """
-    routing = {"companion_lr": companion_lr, "roles": roles, "overrides": overrides, "example": example,
-               "strict": strict or None}  # fmt: skip
+    routing = {"companion_lr": companion_lr, "match": match, "roles": roles, "overrides": overrides,
+               "example": example, "strict": strict or None}  # fmt: skip
+    if recipe is not None and match is not None:
+        raise ValueError(
+            f"match={match!r} and recipe={recipe!r} are two sources for the same numbers; give one of them"
+        )
     if recipe is not None:
         said = find_recipe(recipe, name)
         kwargs = {**said.options[name.lower()], **kwargs}
@@ -101,13 +119,15 @@ def create_optimizer(
         return optimizer
 
     if plan is None:
-        _check_unit(name, lr, companion, companion_lr, kwargs)
+        if match is None:
+            _check_unit(name, lr, companion, companion_lr, kwargs)
         plan = plan_parameters(
             model_or_params,
             name,
             lr=lr,
             companion=companion,
             companion_lr=companion_lr,
+            match=match,
             roles=roles,
             overrides=overrides,
             example=example,
@@ -131,6 +151,8 @@ def create_optimizer(
             "tp_group is not possible for a model: how each parameter is sharded is not known; give TpRekls groups of "
             "parameters with their partition_dim"
         )
+    if plan.match is not None:
+        kwargs, companion_options = as_adamws(name, kwargs, companion_options)
     # A law for the weights of matrices would be wrong for gains and biases.
     shared = EngineOptions.__annotations__.keys() - {"weight_update_hook"}
     engine = {key: kwargs.pop(key) for key in shared if key in kwargs}
@@ -143,6 +165,7 @@ def create_optimizer(
         lr=lr,
         companion=companion,
         companion_lr=companion_lr,
+        match=plan.match,
         roles=roles,
         overrides=overrides,
     )

@@ -61,7 +61,15 @@ class Router:
             if for_now.optimizer != FROZEN:
                 rate = id(for_now.lr) if isinstance(for_now.lr, Tensor) else for_now.lr
                 options = repr(sorted(for_now.options.items()))
-                key = (for_now.optimizer, rate, for_now.decays, for_now.view, for_now.factor_rows, options)
+                key = (
+                    for_now.optimizer,
+                    rate,
+                    for_now.decays,
+                    for_now.view,
+                    for_now.factor_rows,
+                    for_now.factor,
+                    options,
+                )
                 members.setdefault(key, []).append(route)
         keys = sorted(members, key=lambda key: self._order.get(key[0], len(self._order)))
         names = _unlike((f"{key[0]}: {_some(members[key])}" for key in keys), taken)
@@ -93,7 +101,10 @@ class Router:
             asked["out_features"] = route.factor_rows
         if not route.decays:
             asked["weight_decay"] = 0.0
-        return group_options(route.optimizer, {**asked, **route.options})
+        asked |= route.options
+        if route.factor is not None:  # lr x decay stays AdamW's
+            asked["weight_decay"] = asked["weight_decay"] / route.factor
+        return group_options(route.optimizer, asked)
 
     def groups_of(self, group: Mapping[str, Any], main_lr: Any, taken: Collection[str]) -> list[dict[str, Any]] | None:
         """A group that names no algorithm, as groups of what its parameters are in the model; None: some are not in it.

@@ -17,6 +17,7 @@ from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.lowrank import LowRankLinear
 from emerging_optimizers.routing.choice import FROZEN, Choice, OverrideT, Rates
 from emerging_optimizers.routing.layouts import layout
+from emerging_optimizers.routing.match import check_match, check_measured_with, factor
 from emerging_optimizers.routing.places import places
 from emerging_optimizers.routing.roles import RoleT, find_roles
 
@@ -37,6 +38,7 @@ class Route:
         view: how the matrix optimizer cuts it into matrices, see `EngineOptions`.
         factor_rows: for the two factors of a `LowRankLinear` that Spectron updates: how many of its rows are A's.
         options: what an override gives it beside the optimizer.
+        factor: with `match`, what AdamW's learning rate was multiplied by; its weight decay is AdamW's divided by it.
         later: where it goes once it requires a gradient; None: it does, or nothing will update it.
     """
 
@@ -51,6 +53,7 @@ class Route:
     view: MatrixViewT = "auto"
     factor_rows: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    factor: float | None = None
     later: "Route | None" = None
 
 
@@ -63,12 +66,14 @@ class RoutePlan:
         devices: on which the model lies; for the line that says what "medium", the default of Muon's family, is there.
         name: the matrix optimizer that it was made for; "": not said.
         companion: the other one.
+        match: "adamw": the rates and decays that it was made from are AdamW's.
     """
 
     routes: tuple[Route, ...]
     devices: frozenset[torch.device] = frozenset()
     name: str = ""
     companion: str = ""
+    match: str | None = None
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self.routes)
@@ -91,7 +96,8 @@ class RoutePlan:
 
     def __str__(self) -> str:
         casting = any(_casts_by_default(name) for name in {r.optimizer for r in self.routes} - {FROZEN})
-        return "\n".join(table(self.routes)) + newton_schulz_in_words(self.devices if casting else ())
+        lines = [] if self.match is None else [_factors(self.match, self.routes)]
+        return "\n".join([*lines, *table(self.routes)]) + newton_schulz_in_words(self.devices if casting else ())
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless the plan names every parameter of a model exactly once, with its shape."""
@@ -122,6 +128,7 @@ def plan_parameters(
     lr: Any = None,
     companion: str = "adamw",
     companion_lr: Any = None,
+    match: str | None = None,
     roles: Mapping[str, str] | None = None,
     overrides: Mapping[str, OverrideT] | None = None,
     example: Any = None,
@@ -148,6 +155,9 @@ def plan_parameters(
         companion: registry name of an element-wise optimizer.
         companion_lr: its learning rate; None: `lr` where that is in Adam's unit, and without `lr` the one that the
             registry says to start from.
+        match: "adamw": `lr`, `companion_lr`, and "lr" and "weight_decay" of overrides are those of a tuned AdamW (`lr`
+            without a value its start). Each optimizer gets them times, and divided by, its factor
+            (`docs/migrate.md` has the table). None: they are in each optimizer's own unit.
         roles: a role to an optimizer, which then takes what has it: `{"router": "adamw"}`.
         overrides: patterns to an optimizer, to "frozen", or to options such as `{"lr": 1e-4, "weight_decay": 0.0}`,
             with "optimizer" or without. A pattern is a shell pattern of parameter names, a regular expression behind
@@ -160,7 +170,8 @@ def plan_parameters(
     Raises:
         ValueError: unknown names, a pattern that matches nothing or nothing that another has not matched before, an
             override that cannot be met, an example that the model cannot be called with, a learning rate that says
-            nothing about the companion's, or a guess under `strict`.
+            nothing about the companion's, a guess under `strict`, or under `match` an optimizer whose factor is not
+            measured, or an option that changes it.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
@@ -171,10 +182,15 @@ def plan_parameters(
         1.bias adamw | vector
         2.weight adamw | output head: as many rows as the embedding '0.weight'
         2.bias adamw | vector
+        >>> print(str(plan_parameters(model, "muon", lr=1e-3, match="adamw")).splitlines()[0])
+        match='adamw', lr and decay are AdamW's: muon takes lr x 0.8, decay / 0.8
     """
     name, companion = name.lower(), companion.lower()
     chosen = Choice(name, companion, roles, overrides)
-    rates = Rates(name, companion, lr, companion_lr)
+    if match is not None:
+        check_match(match, (name, companion))
+        match = match.lower()
+    rates = Rates(name, companion, lr, companion_lr, match)
     modules = dict(model.named_modules(remove_duplicate=False))
     where = places(model, modules)
     factorized = any(isinstance(module, LowRankLinear) for module in modules.values())
@@ -197,15 +213,18 @@ def plan_parameters(
         if optimizer == "stacked_soap" and finding.role == "experts":
             view, how = "auto", "as one, so that they share their factors"
         options = dict(options)
+        scale = None
+        if match is not None and optimizer != FROZEN:
+            check_match(match, [optimizer])
+            check_measured_with(f"{parameter_name}: ", optimizer, options)
+            scale = factor(optimizer, p, view)
         route = Route(
             name=parameter_name,
             shape=tuple(p.shape),
             optimizer=optimizer,
             lr=None
             if optimizer == FROZEN
-            else options.pop("lr")
-            if "lr" in options
-            else rates.of(optimizer, parameter_name),
+            else rates.times(options.pop("lr") if "lr" in options else rates.of(optimizer, parameter_name), scale or 1),
             decays="weight_decay" in options or finding.decays,
             reason=f"{reason}; {how}" if how else reason,
             role=finding.role,
@@ -213,15 +232,20 @@ def plan_parameters(
             view=view,
             factor_rows=factors.out_features if factors is not None and optimizer == "spectron" else None,
             options=options,
+            factor=scale,
         )
         if not p.requires_grad and optimizer != FROZEN:
             later = route if p.dtype in DTYPES else None
             route = replace(route, optimizer=FROZEN, lr=None, reason="does not require a gradient", fallback=False,
-                            view="auto", factor_rows=None, later=later)  # fmt: skip
+                            view="auto", factor_rows=None, factor=None, later=later)  # fmt: skip
         routes.append(route)
     chosen.check_all_used(list(findings))
     plan = RoutePlan(
-        routes=tuple(routes), devices=frozenset(place.p.device for place in where), name=name, companion=companion
+        routes=tuple(routes),
+        devices=frozenset(place.p.device for place in where),
+        name=name,
+        companion=companion,
+        match=match,
     )
     if strict and plan.fallbacks:
         lines = "\n  ".join(f"{r.name} {r.shape}: {r.reason}" for r in plan.fallbacks)
@@ -277,6 +301,22 @@ def _view_in_words(route: Route) -> str:
         "interleaved": f"{len(rest)} gathered",
         "flatten": "flat",
     }.get(str(first), str(first))
+
+
+def _factors(match: str, routes: Sequence[Route]) -> str:
+    """What `match` did, for each optimizer."""
+    found: dict[str, list[float]] = {}
+    for r in (route.later or route for route in routes):
+        if r.factor is not None and r.optimizer != match:
+            found.setdefault(r.optimizer, []).append(r.factor)
+    words = [
+        f"{name} takes lr x {f}, decay / {f}" + (", by shape" if min(some) < max(some) else "")
+        for name, some in found.items()
+        for f in [" to ".join(dict.fromkeys(f"{x:.3g}" for x in (min(some), max(some))))]
+    ]
+    return f"match={match!r}, lr and decay are AdamW's: " + (
+        "; ".join(words) or "every parameter takes them as they are"
+    )
 
 
 # A plan of more rows than this groups what repeats over layers.

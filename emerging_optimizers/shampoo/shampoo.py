@@ -97,6 +97,11 @@ class ShampooRule(Rule):
         return Step(update_BMN, ShampooState(momentum_BMN, L, R))
 
 
+ShampooLearningRate = Annotated[
+    LearningRate,
+    "learning rate, >= 0. With p = 4 the RMS of an update of an M x N matrix is lr (M N)^(-1/4) times a number that "
+    "grows with the agreement of successive gradients: sqrt((1 - mu) / (1 + mu)) for independent ones.",
+]
 PRootInv = Annotated[
     int,
     Option(
@@ -133,7 +138,7 @@ class Shampoo(RuleOptimizer):
     def __init__(
         self,
         params: MatrixParams,
-        lr: LearningRate,
+        lr: ShampooLearningRate,
         momentum: Momentum = 0.9,
         shampoo_beta: ShampooBeta = 0.95,
         eps: Annotated[PositiveEps, "eigenvalues of the factors below it are faded out, > 0."] = 1e-8,
