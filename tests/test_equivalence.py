@@ -47,7 +47,7 @@ def test_it_equals_the_reference(case: OptimizerCase, device: torch.device) -> N
             continue
         reference = make_reference(case.optimizer, **case.kwargs)
         if "precondition_frequency" in case.kwargs:
-            ((bucket, row),) = optimizer._homes[p]
+            ((bucket, row),) = optimizer._places.homes[p]
             reference.turn = bucket.turns[row]
         mine = parameters(case, torch.float64)
         weight = initial.detach()

@@ -124,7 +124,7 @@ def test_a_steady_step_of_the_rule_reads_nothing_on_the_host(lr, native):
     groups = factor_groups(model) if native else [parameter(8, 6)]
     optimizer = Spectron(groups, lr=lr, rank=6)
     step(optimizer, 0)
-    ((_, bucket),) = optimizer._buckets
+    ((_, bucket),) = optimizer._places.buckets
     rule = optimizer._checked_rule(0)
     from emerging_optimizers.engine.scalars import make_scalars
 

@@ -1,12 +1,19 @@
 """What `load_state_dict` adds to torch's: names decide, the state keeps its dtype, and a bad one changes nothing."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from emerging_optimizers.engine.validate import label, names_of
+from emerging_optimizers.engine.buckets import Bucket
+from emerging_optimizers.engine.filling import fill_buckets, keys_of
+from emerging_optimizers.engine.hooks import WeightUpdateHookT
+from emerging_optimizers.engine.placing import Places
+from emerging_optimizers.engine.validate import check_group, label, names_of, plain_options
 
 # From the name of a parameter to another; or from beginnings of names to other beginnings.
 RenameT = Callable[[str], str] | Mapping[str, str]
@@ -151,3 +158,105 @@ def state_by_parameter(
             if state[saved_id]:
                 found[p] = dict(state[saved_id])
     return found
+
+
+def packed(
+    state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]], places: Places, others: Iterable[str]
+) -> dict[str, Any]:
+    """A checkpoint of torch's, with what is ours beside it."""
+    for group in state_dict["param_groups"]:
+        hook = group["weight_update_hook"]
+        if not (hook is None or isinstance(hook, (str, tuple))):  # code, which whoever resumes brings along
+            del group["weight_update_hook"]
+    order = {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in groups))}
+    known = (p for p in order if p in places.homes or p in places.events)
+    events = {order[p]: places.events_of(p).tolist() for p in known}
+    return {
+        **state_dict,
+        "format": FORMAT,
+        "events": {i: counts for i, counts in events.items() if any(counts)},
+        "others": sorted(others),
+    }
+
+
+class Loading:
+    """One checkpoint on its way into an optimizer: all of it is made first, and then installed."""
+
+    def __init__(self, optimizer: Any, rename: RenameT | None) -> None:
+        self._optimizer, self._rename = optimizer, rename  # a `RuleOptimizer`, which imports this module
+        self._staged: dict[int, list[Bucket]] = {}
+        self._hooks: list[WeightUpdateHookT] = []
+        self._entries: dict[Any, Any] = {}
+        self._events: dict[Tensor, Tensor] = {}
+
+    def stage(self, _: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint as torch is to take it, without state; raises ValueError before anything has changed."""
+        optimizer = self._optimizer
+        mine, name = optimizer.param_groups, type(optimizer).__name__
+        check_format(incoming)
+        incoming = optimizer._as_here(renamed(incoming, self._rename))
+        optimizer._check_route(incoming["param_groups"])
+        incoming = arranged(name, mine, incoming)
+        saved = state_by_parameter(name, mine, incoming)
+        if saved is None:  # torch says what does not correspond
+            return incoming
+        # What an older or a published checkpoint does not say, and what is code, stays as it is here.
+        pairs = list(zip(mine, incoming["param_groups"], strict=True))
+        groups = [_completed(i, here, theirs, optimizer._algorithm(here)) for i, (here, theirs) in enumerate(pairs)]
+        self._hooks.extend(theirs.get("weight_update_hook", here["weight_update_hook"]) for here, theirs in pairs)
+        others = set(incoming.get("others", ()))
+        for index, (here, group) in enumerate(zip(mine, groups, strict=True)):
+            self._fill(index, {**group, "params": here["params"]}, saved, others)
+        ids = dict(zip(chain.from_iterable(g["params"] for g in incoming["param_groups"]),
+                       chain.from_iterable(g["params"] for g in mine), strict=True))  # fmt: skip
+        self._entries.update({key: deepcopy(x) for key, x in incoming["state"].items() if key not in ids})
+        counts = incoming.get("events", {})
+        self._events.update({ids[i]: torch.tensor(x, device="cpu") for i, x in counts.items() if i in ids})
+        return {**incoming, "state": {}, "param_groups": groups}
+
+    def _fill(self, index: int, group: dict[str, Any], saved: Mapping[Tensor, Any], others: set[str]) -> None:
+        """The stacks of a group, and what the checkpoint has beside them."""
+        members = [(i, p) for i, p in enumerate(group["params"]) if p in saved]
+        rule = self._optimizer._make_rule(group)
+        states = {p: rule.translate(saved[p]) for _, p in members}
+        self._staged[index] = fill_buckets(members, group, rule, states, others)
+        keys = keys_of(self._staged[index])
+        for _, p in members:
+            left = states[p].keys() - keys[p]
+            self._entries[p] = {key: _copy_to(states[p][key], p.device) for key in left}
+
+    def install(self, _: Any) -> None:
+        """Put everything in its place."""
+        optimizer = self._optimizer
+        optimizer._forget_stacks()
+        optimizer._foreign = frozenset()
+        optimizer.state.clear()
+        optimizer.state.update(self._entries)
+        for group, hook in zip(optimizer.param_groups, self._hooks, strict=True):
+            group["weight_update_hook"] = hook  # itself; torch has copied it
+        places: Places = optimizer._places
+        places.events = {}
+        rules = [optimizer._checked_rule(index) for index in range(len(optimizer.param_groups))]
+        places.replace((), self._staged, optimizer._wanted(rules), optimizer.state)
+        places.events = self._events
+
+
+def _completed(index: int, mine: Mapping[str, Any], theirs: Mapping[str, Any], algorithm: Any) -> dict[str, Any]:
+    """A group of a checkpoint, completed by the one that is here; it is checked like that."""
+    owner, ranges, fixed = algorithm.__name__, algorithm.ranges, algorithm.fixed
+    own = {key: mine[key] for key in ("param_names",) if key in mine}
+    for name in theirs.keys() & fixed.keys():  # written when it was an option
+        if theirs[name] != fixed[name]:
+            raise ValueError(
+                f"{owner}: the checkpoint's param_groups[{index}] has {name}={theirs[name]!r}, and it is "
+                f"{fixed[name]!r} for this optimizer"
+            )
+    theirs = {name: value for name, value in theirs.items() if name not in fixed}
+    group = plain_options({**mine, **theirs, **own, "params": theirs["params"]}, ranges)
+    check_group(owner, f"the checkpoint's param_groups[{index}]", group, ranges)
+    algorithm._check_choice(group)
+    return group
+
+
+def _copy_to(x: Any, device: torch.device) -> Any:
+    return x.to(device, copy=True) if isinstance(x, Tensor) else deepcopy(x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.engine.buckets import Bucket
-from emerging_optimizers.engine.chunks import keep_pages
+from emerging_optimizers.engine.chunks import Chunk, keep_pages
 from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.units import count_of
@@ -122,3 +122,21 @@ def _misfit(name: str, missing: Iterable[str], unknown: Iterable[str]) -> ValueE
         + "; ".join(f"{word} {', '.join(keys)}" for word, keys in lines if keys)
         + ". It was written by another optimizer or with other options; delete the parameter's entry to start it anew"
     )
+
+
+def start(bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
+    """Make the state of matrices before their first step, and of those that have lost it."""
+    again = bucket.flagged()
+    new = {i: p for i, p in enumerate(bucket.parameters) if p.grad is not None and (i in again or not bucket.counts[i])}
+    counts = [0 if i in again else count for i, count in enumerate(bucket.counts)]
+    if not new:
+        bucket.counts = counts
+        bucket.forget_flags()
+        return
+    chunk = Chunk(bucket, (bucket.whole[i] for i in new))
+    order = {p: i for i, p in enumerate(group["params"])}
+    labels = [label(group, order[p], p) for i, p in new.items() for _ in range(bucket.items(i))]
+    state = rule.start(bucket.stack(chunk, new), labels)
+    bucket.write(chunk, state)
+    bucket.counts = counts
+    bucket.forget_flags()

@@ -127,14 +127,6 @@ class Rule(ABC):
         return torch.finfo(dtype).max ** 0.5 / 16
 
     @property
-    def total(self) -> Callable[[Tensor], Tensor] | None:
-        """A sum over the processes among which each matrix is spread; None: each has whole matrices.
-
-        The guard takes norms with it, so that every process decides the same.
-        """
-        return None
-
-    @property
     def kernel(self) -> "Kernel | None":
         """The step in torch's own kernels (`engine/fused.py`), equal to `update` within rounding; None: there is none.
 

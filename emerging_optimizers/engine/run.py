@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from emerging_optimizers.engine.chunks import Chunk, Segment
 from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.executors import call, refresh, step_elements
 from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_
-from emerging_optimizers.engine.guard import decide
+from emerging_optimizers.engine.guard import TotalT, decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.parts import lost
@@ -29,6 +29,22 @@ from emerging_optimizers.engine.weight_decay import keep_factor
 _DTYPE = attrgetter("dtype")
 
 
+class _Way(NamedTuple):
+    """How the chunks of a bucket run.
+
+    Attributes:
+        plain: parameters are taken as they are, where nothing is masked.
+        one_pass: one compiled pass over gradient, state and weight.
+        kernel: the step in torch's kernels.
+        cut: into which chunks.
+    """
+
+    plain: bool
+    one_pass: bool
+    kernel: Kernel | None
+    cut: str
+
+
 class BucketStep:
     """What holds for every chunk of a bucket in one step.
 
@@ -39,6 +55,7 @@ class BucketStep:
         group: the hyper-parameters.
         execution: what the user asked for.
         ahead: where work for the next step goes.
+        total: a sum over the processes among which each matrix is spread; None: each has whole matrices.
     """
 
     def __init__(
@@ -49,7 +66,9 @@ class BucketStep:
         group: Mapping[str, Any],
         execution: Execution,
         ahead: Ahead,
+        total: TotalT | None,
     ) -> None:
+        self.total = total
         self.bucket, self.rule, self.hook, self.group, self.ahead = bucket, rule, hook, group, ahead
         bucket.capturable = group["capturable"]
         # A hook needs the norm of a whole parameter, which chunks of an element-wise rule cut.
@@ -64,6 +83,7 @@ class BucketStep:
         self.factor: Tensor | None = None
         self.news: Mapping[str, Tensor] = {}
         self.done: list[Chunk] = []
+        self.lazy = False
         # By how much of itself the weight joins the gradient; None: not at all.
         self.l2 = decay if method == "l2" and decay != 0 else None
 
@@ -93,48 +113,74 @@ class BucketStep:
             self.ahead.wait()
 
     def _take_chunks(self, gradients: Mapping[int, Tensor]) -> None:
-        bucket, rule, group, execution, hook = self.bucket, self.rule, self.group, self.execution, self.hook
-        simple = rule.elementwise and not (hook or {"weight", "parameters", "l2"} & {*rule.reads})
-        one_pass = simple and execution == "compiled" and not bucket.capturable
-        plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor)
-        plain = plain and not bucket.rounded and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
-        kernel = kernel_of(rule) if plain else None
-        cut = "elements" if one_pass else "fused" if kernel else execution
+        bucket, rule = self.bucket, self.rule
+        way = self._way(gradients)
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: its norm is taken, and the
         # guard is called when that is too large. Until then every factor was one.
-        lazy = bucket.looks and group["spike_guard"] is None and group["nonfinite"] == "skip" and not rule.total
-        limit = rule.largest_norm(bucket.dtype)
-        if not lazy:
+        lazy = bucket.looks and self.group["spike_guard"] is None and self.group["nonfinite"] == "skip"
+        self.lazy = lazy and self.total is None
+        if not self.lazy:
             self._decide(gradients)
         for (phase, count), segments in self._by_phase(gradients).items():
             members: Mapping[int, Tensor] = gradients
             if segments is not bucket.whole:
                 members = {segment.row: gradients[segment.row] for segment in segments}
-                if cut == "compiled" and rule.schedule.period == 1:  # others are masked: no new graph when they come
+                if (
+                    way.cut == "compiled" and rule.schedule.period == 1
+                ):  # others are masked: no new graph when they come
                     segments = bucket.whole
-            t = self._element_scalars(count) if one_pass or plain else None
-            if one_pass:
+            t = self._element_scalars(count) if way.one_pass or way.plain else None
+            if way.one_pass:
                 t = as_tensors(t, bucket.device)
-            for chunk in bucket.chunks(segments, cut):
-                if plain and self.factor is None and (kernel or len(chunk) == 1):
-                    grads = self._wide(bucket.pieces(chunk, members))
-                    whole = grads if chunk.has_wholes else []
-                    if not lazy or are_below([*whole, *(members[i] for i in chunk.opens)], limit):
-                        self._run_plain(chunk, grads, kernel, phase, t)
-                        continue
-                grad = bucket.stack(chunk, members)
-                if lazy and self.factor is None:
-                    # A parameter that is cut is looked at as a whole before its first piece moves.
-                    seen = [grad] * chunk.has_wholes + [members[i] for i in chunk.opens]
-                    if not are_below(seen, limit):
-                        self._decide(gradients)
-                if one_pass:
-                    self._run_compiled(chunk, grad, members, t)
-                else:
-                    self._run(chunk, grad, members, phase, count)
+            for chunk in bucket.chunks(segments, way.cut):
+                if not self._take_plain(chunk, members, phase, way, t):
+                    self._take_stacked(chunk, members, gradients, (phase, count), way, t)
+
+    def _way(self, gradients: Mapping[int, Tensor]) -> _Way:
+        """How the chunks of this step run."""
+        bucket, rule, execution = self.bucket, self.rule, self.execution
+        simple = rule.elementwise and not (self.hook or {"weight", "parameters", "l2"} & {*rule.reads})
+        one_pass = simple and execution == "compiled" and not bucket.capturable
+        plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor) and not bucket.rounded
+        plain = plain and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
+        kernel = kernel_of(rule) if plain else None
+        return _Way(plain, one_pass, kernel, "elements" if one_pass else execution if kernel is None else "fused")
+
+    def _take_plain(self, chunk: Chunk, members: Mapping[int, Tensor], phase: Phase, way: _Way, t: Any) -> bool:
+        """Move a chunk whose parameters are taken as they are; False: it has to be stacked, or masked."""
+        if not way.plain or self.factor is not None or (way.kernel is None and len(chunk) > 1):
+            return False
+        grads = self._wide(self.bucket.pieces(chunk, members))
+        if self.lazy and not self._are_small(chunk, grads if chunk.has_wholes else [], members):
+            return False
+        self._run_plain(chunk, grads, way.kernel, phase, t)
+        return True
+
+    def _take_stacked(
+        self,
+        chunk: Chunk,
+        members: Mapping[int, Tensor],
+        gradients: Mapping[int, Tensor],
+        when: tuple[Phase, int],
+        way: _Way,
+        t: Any,
+    ) -> None:
+        """Move a chunk as a stack."""
+        grad = self.bucket.stack(chunk, members)
+        if self.lazy and self.factor is None and not self._are_small(chunk, [grad] * chunk.has_wholes, members):
+            self._decide(gradients)
+        if way.one_pass:
+            self._run_compiled(chunk, grad, members, t)
+        else:
+            self._run(chunk, grad, members, *when)
+
+    def _are_small(self, chunk: Chunk, wholes: list[Tensor], members: Mapping[int, Tensor]) -> bool:
+        """Whether no norm is too large; a parameter that is cut is looked at whole, before its first piece moves."""
+        limit = self.rule.largest_norm(self.bucket.dtype)
+        return are_below([*wholes, *(members[i] for i in chunk.opens)], limit)
 
     def _decide(self, gradients: Mapping[int, Tensor]) -> None:
-        decision = decide(self.bucket, list(gradients), self.group, self.rule)
+        decision = decide(self.bucket, list(gradients), self.group, self.rule, self.total)
         if decision is not None:
             self.factor, self.news = decision
 
@@ -171,36 +217,10 @@ class BucketStep:
 
         The guard's factor scales the gradients of units; where it is 0, neither weight nor state moves.
         """
-        bucket, rule, group, execution = self.bucket, self.rule, self.group, self.execution
-        factor, live = self.factor, None
-        if len(gradients) < len(bucket.parameters) and any(i not in gradients for i in chunk.rows):
-            members = torch.zeros(bucket.units, device=bucket.device)
-            members.index_fill_(0, bucket.units_of(list(gradients)), 1)
-            factor = members if factor is None else factor * members
-        if factor is not None:
-            scale = bucket.spread(chunk, factor)
-            live = scale > 0
-            grad = torch.where(live, grad * scale, 0)
-        if group["maximize"]:
-            grad = -grad
-        extra: dict[str, Any] = {}
-        if "l2" in rule.reads:
-            extra["l2"] = None
-        if self.l2 is not None or "weight" in rule.reads:
-            weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
-            if "weight" in rule.reads:
-                extra |= {"weight": weight, "weight_dtype": bucket.param_dtype}
-            if self.l2 is not None and "l2" in rule.reads:
-                extra["l2"] = self.l2 * weight
-            elif self.l2 is not None:
-                grad = grad + self.l2 * weight
-        if "parameters" in rule.reads:
-            extra["parameters"] = [bucket.parameters[segment.row] for segment in chunk]
-        if "step" in rule.reads:
-            # A number where the host knows it: not on an accelerator that may have skipped a unit, nor in a graph.
-            known = rule.elementwise and not bucket.capturable and (factor is None or bucket.on_host)
-            extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
-        t = make_scalars(rule.reads, group, extra)
+        bucket, rule, execution = self.bucket, self.rule, self.execution
+        grad, live = self._masked(chunk, grad, gradients)
+        grad, extra = self._given(chunk, grad, live, count)
+        t = make_scalars(rule.reads, self.group, extra)
         state = bucket.read(chunk)
         now = Phase.REUSE if rule.schedule.behind else phase
         out = call(rule, grad, state, t, now, execution)
@@ -218,6 +238,43 @@ class BucketStep:
                 bucket.write(chunk, new)
 
         self._commit(chunk, [*writes, write_state])
+
+    def _masked(self, chunk: Chunk, grad: Tensor, gradients: Mapping[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The gradient times the guard's factor, and which units move; None: all of them."""
+        bucket, factor = self.bucket, self.factor
+        if len(gradients) < len(bucket.parameters) and any(i not in gradients for i in chunk.rows):
+            members = torch.zeros(bucket.units, device=bucket.device)
+            members.index_fill_(0, bucket.units_of(list(gradients)), 1)
+            factor = members if factor is None else factor * members
+        if factor is None:
+            return grad, None
+        scale = bucket.spread(chunk, factor)
+        live = scale > 0
+        return torch.where(live, grad * scale, 0), live
+
+    def _given(self, chunk: Chunk, grad: Tensor, live: Tensor | None, count: int) -> tuple[Tensor, dict[str, Any]]:
+        """The gradient as the rule sees it, and what it reads beside options."""
+        bucket, reads = self.bucket, self.rule.reads
+        if self.group["maximize"]:
+            grad = -grad
+        extra: dict[str, Any] = {}
+        if "l2" in reads:
+            extra["l2"] = None
+        if self.l2 is not None or "weight" in reads:
+            weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
+            if "weight" in reads:
+                extra |= {"weight": weight, "weight_dtype": bucket.param_dtype}
+            if self.l2 is not None and "l2" in reads:
+                extra["l2"] = self.l2 * weight
+            elif self.l2 is not None:
+                grad = grad + self.l2 * weight
+        if "parameters" in reads:
+            extra["parameters"] = [bucket.parameters[segment.row] for segment in chunk]
+        if "step" in reads:
+            # A number where the host knows it: not on an accelerator that may have skipped a unit, nor in a graph.
+            known = self.rule.elementwise and not bucket.capturable and (live is None or bucket.on_host)
+            extra["step"] = count if known else bucket.spread(chunk, bucket.step.double() + 1)
+        return grad, extra
 
     def _commit(self, chunk: Chunk, writes: Sequence[Write]) -> None:
         """What a chunk writes, and the note that it has."""

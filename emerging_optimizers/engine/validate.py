@@ -37,6 +37,15 @@ def label(group: Mapping[str, Any], i: int, p: Tensor) -> str:
     return f"parameter {names[i]!r} of shape {tuple(p.shape)}" if names else f"parameter {i} of shape {tuple(p.shape)}"
 
 
+def label_of(groups: Iterable[Mapping[str, Any]], p: Tensor) -> str:
+    """How messages name a parameter of some group."""
+    for group in groups:
+        for i, q in enumerate(group["params"]):
+            if p is q:
+                return label(group, i, p)
+    return f"a parameter of shape {tuple(p.shape)}"
+
+
 def place(group: Mapping[str, Any], index: int, i: int) -> str:
     """The name of parameter i of the group with this index, or where it stands."""
     names = names_of(group)

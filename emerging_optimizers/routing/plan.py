@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from emerging_optimizers import registry
+from emerging_optimizers.engine.groups import DTYPES
 from emerging_optimizers.engine.matrix_view import MatrixViewT
-from emerging_optimizers.engine.optimizer import DTYPES
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.lowrank import LowRankLinear
 from emerging_optimizers.routing.choice import FROZEN, Choice, OverrideT, Rates

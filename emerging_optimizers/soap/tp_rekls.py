@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine.guard import TotalT
 from emerging_optimizers.engine.options import (
     Betas,
     LearningRate,
@@ -71,12 +72,8 @@ class TpReklsRule(SOAPRule):
         """Over how many processes a matrix is spread."""
         return 1 if self.partition_dim is None else get_pg_size(self.tp_group)
 
-    @property
-    def total(self) -> Callable[[Tensor], Tensor] | None:
-        """Sums over those processes."""
-        return None if self.processes == 1 else self._sum
-
-    def _sum(self, x: Tensor) -> Tensor:
+    def total(self, x: Tensor) -> Tensor:
+        """A sum over those processes."""
         total = x.clone()
         dist.all_reduce(total, group=self.tp_group)
         return total
@@ -207,6 +204,10 @@ class TpRekls(RuleOptimizer):
                     f"{rule.processes} processes: it would leave them waiting for one another; leave {name!r} out"
                 )
         return rule
+
+    def _total(self, rule: Rule) -> TotalT | None:
+        assert isinstance(rule, TpReklsRule)
+        return None if rule.processes == 1 else rule.total
 
     @staticmethod
     def _check_parameter(p: Tensor, rule: Rule, label: str, owner: str) -> None:

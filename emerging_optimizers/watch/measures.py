@@ -104,17 +104,7 @@ class Measures:
         bases = {key: states(key).reshape(len(stack), -1, n, n)
                  for key, n in zip(("Q_L", "Q_R"), item, strict=False)
                  if key in kept and self._state(stack[0])[key].shape[-2:] == (n, n)}  # fmt: skip
-        key, part = self._average(stack[0])
-        if part.averages is not None and key in kept:
-            kept_P = [m.block.restack(self._state(m)[key]) for m in stack]
-            if kept_P[0].numel() == grad[0].numel():  # a shard's state may be that of the whole matrix
-                heard = stacks.guarded(grad, [m.limit for m in stack])
-                if part.rotated:
-                    heard = project_in(heard, bases.get("Q_L"), bases.get("Q_R"))
-                momentum, weight = stacked(kept_P), part.averages.weight(group)
-                found["momentum_share"] = weight * stacks.ratio(
-                    stacks.dot(heard, momentum), stacks.dot(momentum, momentum)
-                )
+        found |= self._share(stack, kept, grad, bases)
         if item:
             unit = stacks.ratio(update, torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True))
             found["stable_rank"] = stacks.stable_rank(unit).amin(dim=1)
@@ -129,6 +119,24 @@ class Measures:
                 counts = [bucket.unit_view(row, getattr(bucket, measure)).sum() for bucket, row in homes]
                 found[f"guard_{measure}"] = torch.stack(counts)
         return found
+
+    def _share(
+        self, stack: Sequence[Member], kept: Container[str], grad: Tensor, bases: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Which part of the momentum the newest gradients are, where the state has an average of them."""
+        key, part = self._average(stack[0])
+        if part.averages is None or key not in kept:
+            return {}
+        states = [m.block.restack(self._state(m)[key]) for m in stack]
+        if states[0].numel() != grad[0].numel():  # a shard, whose state is that of the whole matrix
+            return {}
+        heard = stacks.guarded(grad, [m.limit for m in stack])
+        if part.rotated:
+            heard = project_in(heard, bases.get("Q_L"), bases.get("Q_R"))
+        momentum = torch.stack([x.to(grad.dtype) for x in states]).reshape(grad.shape)
+        weight = part.averages.weight(self.optimizer.param_groups[stack[0].group])
+        share = stacks.ratio(stacks.dot(heard, momentum), stacks.dot(momentum, momentum))
+        return {"momentum_share": weight * share}
 
     def _side(self, stack: Sequence[Member], key: str, factor: Tensor, basis: Tensor) -> dict[str, Tensor]:
         """What is measured of one Kronecker factor and its basis, (P, b, N, N) each."""
@@ -160,7 +168,7 @@ class Measures:
     def _home(self, m: Member) -> tuple[Bucket, int]:
         """Where the engine keeps a member."""
         assert isinstance(self.optimizer, RuleOptimizer)
-        return next(home for home in self.optimizer._homes[m.p] if home[0].blocks[home[1]].key == m.block.key)
+        return next(home for home in self.optimizer._places.homes[m.p] if home[0].blocks[home[1]].key == m.block.key)
 
     def basis_age(self, m: Member) -> dict[str, float]:
         """Steps since the last refresh of a block that has bases."""

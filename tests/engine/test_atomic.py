@@ -143,7 +143,7 @@ def test_a_hook_that_raises_takes_the_step_back(make: Callable[..., Any], where:
 
 
 @every_optimizer
-@pytest.mark.parametrize("place", ["fill_buckets", "BucketStep"])
+@pytest.mark.parametrize("place", ["placing.fill_buckets", "optimizer.BucketStep"])
 def test_an_error_where_state_is_made_leaves_a_working_optimizer(
     case: OptimizerCase, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +155,7 @@ def test_an_error_where_state_is_made_leaves_a_working_optimizer(
 
     set_gradients(ps, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, place, fail)
+        patch.setattr(f"emerging_optimizers.engine.{place}", fail)
         with pytest.raises(MemoryError):
             optimizer.step()
     set_gradients(twins, 1)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from emerging_optimizers import SOAP, AdamW, Muon, create_optimizer
+from emerging_optimizers.engine import capture
 from emerging_optimizers.engine import optimizer as engine
 from emerging_optimizers.linalg.kernels import routes
 from tests.cases import CASES, OptimizerCase, distance, parameters, run, set_gradients
@@ -219,7 +220,8 @@ def test_a_capture_before_its_time_is_refused(monkeypatch: pytest.MonkeyPatch) -
     plain, w = Muon([weight()]), weight()
     optimizer = SOAP([w], lr=0.1, capturable=True)
     capturing = False
-    monkeypatch.setattr(engine, "_is_capturing", lambda: capturing)
+    for module in (engine, capture):
+        monkeypatch.setattr(module, "is_capturing", lambda: capturing)
     for count in range(4):
         capturing = True
         before = w.detach().clone()

@@ -163,7 +163,7 @@ def test_a_state_declares_its_parts_and_how_its_average_forgets(name: str) -> No
     case = next(case for case in CASES if case.optimizer == name)
     optimizer = cls([p], **case.kwargs)
     step(optimizer, 1)
-    kind = type(optimizer._buckets[0][1].state)
+    kind = type(optimizer._places.buckets[0][1].state)
     parts = parts_of(kind)
     assert tuple(parts) == kind._fields
     found = [key for key, part in parts.items() if part.averages is not None]
