@@ -9,6 +9,7 @@ Names of tensors end in their shape: B matrices of a stack, M rows, N columns.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.engine.parts import before_first_step
-from emerging_optimizers.engine.schedule import Phase, Schedule
+from emerging_optimizers.engine.schedule import EVERY_STEP_ALIKE, Phase, Schedule
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
 
@@ -109,7 +110,7 @@ class Rule(ABC):
     @property
     def schedule(self) -> Schedule:
         """When `refresh` works on what changes slowly."""
-        return Schedule()
+        return EVERY_STEP_ALIKE
 
     def obstacle(self, where: Where) -> str | None:
         """Why a parameter cannot be updated there, and what helps; None: it can."""
@@ -192,5 +193,10 @@ def starts(rule: Rule) -> bool:
 
 def kernel_of(rule: Rule) -> Kernel | None:
     """The kernel of a rule, unless a subclass has changed what it has to equal."""
-    first = next(c for c in type(rule).__mro__ if not {"kernel", "update"}.isdisjoint(vars(c)))
-    return rule.kernel if "kernel" in vars(first) else None
+    return rule.kernel if _equals_update(type(rule)) else None
+
+
+@cache
+def _equals_update(kind: Any) -> bool:
+    """Whether the kernel of a class of rules belongs to its update."""
+    return "kernel" in vars(next(c for c in kind.__mro__ if not {"kernel", "update"}.isdisjoint(vars(c))))

@@ -43,6 +43,9 @@ class Schedule:
         return Phase.REFRESH if now // self.period > before // self.period else Phase.REUSE
 
 
+EVERY_STEP_ALIKE = Schedule()
+
+
 @lru_cache  # those of a step are asked for once a matrix
 def turns_taken(since: int, period: int, ramp: int) -> int:
     """How many turns have been taken `since` steps after the first basis, where each matrix has one in `period`.

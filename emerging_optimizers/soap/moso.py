@@ -27,6 +27,7 @@ References:
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
@@ -77,7 +78,7 @@ class MOSORule(Rule):
     first_step: FirstStepT = "adam"
     capturable: bool = False
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """A refresh in every step; the first basis in the second one, or with the published start in the first."""
         return Schedule(first=1 if self.first_step == "eigenbasis" else 2)

@@ -57,6 +57,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
 
 import torch
@@ -197,7 +198,7 @@ class EigenbasisRule(Rule):
             return self.relative_floor
         return 0.0 if self.published_start else DEFAULT_RELATIVE_FLOOR
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """The first basis in the second step; with the published start, and behind a step, in the first."""
         first = 1 if self.published_start or self.overlap else 2
