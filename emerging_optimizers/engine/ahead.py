@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Ahead:
-    """What an optimizer has under way. Whoever reads its state waits first; the host never does."""
+    """What an optimizer has under way. A reader of its state waits first; the host never waits."""
 
     def __init__(self) -> None:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -36,6 +36,6 @@ class Ahead:
             yield partial(torch.cuda.stream, side)
 
     def wait(self) -> None:
-        """Let the streams that are current now begin what they get next when everything under way is done."""
+        """Make the current streams wait for the side streams."""
         for device, side in self.streams.items():
             torch.cuda.current_stream(device).wait_stream(side)

@@ -4,7 +4,7 @@ A stack's first axis runs over items: matrices (M, N) for a matrix rule, single 
 Row i is a block of a parameter, nearly always all of it, and owns the items offsets[i] to offsets[i + 1].
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -18,6 +18,7 @@ from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.units import Units
 
+_DTYPE = attrgetter("dtype")
 _KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
 
 
@@ -201,6 +202,16 @@ class Bucket(Units):
         if self.item:
             return [stack]
         return [piece[None] for piece in torch.split(stack, [stop - start for _, start, stop in chunk])]
+
+    def map_units(self, chunk: Chunk, function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+        """A function of stacks whose first axis runs over units, on stacks over a chunk."""
+        pieces = zip(*(self.by_unit(chunk, x) for x in stacks), strict=True)
+        found = [function(*some).reshape(-1, *self.item) for some in pieces]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def wide(self, parts: list[Tensor]) -> list[Tensor]:
+        """Parts of parameters or gradients in the dtype of the computation; themselves where that is theirs."""
+        return parts if set(map(_DTYPE, parts)) == {self.dtype} else [x.to(self.dtype) for x in parts]
 
     def spread(self, chunk: Chunk, stack: Tensor) -> Tensor:
         """A stack over units as it broadcasts against a chunk: (B, 1, 1), or (K,), or 0-D for one vector."""

@@ -17,7 +17,7 @@ BACKEND = "inductor"  # of torch.compile; most tests take one that generates no 
 
 
 def many_graphs(execution: Execution) -> AbstractContextManager[Any]:
-    """Around the calls of a step: one graph for each (rule, phase, shape) may be more than dynamo takes for right."""
+    """Raise dynamo's recompile limit around the calls of a step: each (rule, phase, shape) has a graph."""
     if execution != "compiled":
         return nullcontext()
     return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=65536)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine.hooks import InPlaceLaw, Law, make_hook
+from emerging_optimizers.engine.hooks import REPLACE, InPlaceLaw, Law, make_hook
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.parts import rounded_parts
@@ -36,6 +36,12 @@ def identities(group: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...
 def check_rule(rule: Rule, law: Law | None, group: Mapping[str, Any], owner: str, execution: Execution) -> None:
     """Raise for options that the rule of a group cannot meet."""
     _check_hook(rule, group, owner)
+    for name, value in (("cautious", True), ("weight_decay_method", "cautious")):
+        if group[name] == value and rule.weight_law is REPLACE:
+            raise ValueError(
+                f"{owner}: {name}={value!r} is not possible: the optimizer makes the weight anew and has no update to "
+                f"compare with it; leave {name!r} out"
+            )
     _check_rounding(rule, group, owner)
     if execution == "compiled" and ("parameters" in rule.reads or isinstance(law, InPlaceLaw)):
         raise ValueError(

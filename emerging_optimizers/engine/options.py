@@ -116,7 +116,7 @@ Eps = Annotated[float, Option(NON_NEGATIVE, "added to the root of the second mom
 PositiveEps = Annotated[float, Option(POSITIVE, "added to the root of the second moment, > 0.")]
 WeightDecay = Annotated[float, Option(NON_NEGATIVE, ">= 0.")]
 WeightDecayMethod = Annotated[
-    WeightDecayT, Option(one_of(*get_args(WeightDecayT)), '"decoupled", "independent", "l2" or "palm".')
+    WeightDecayT, Option(one_of(*get_args(WeightDecayT)), '"decoupled", "independent", "l2", "palm" or "cautious".')
 ]
 Nesterov = Annotated[bool, Option(FLAG, "look one step ahead.")]
 CorrectBias = Annotated[bool, Option(FLAG, "divide the moments by 1 - beta^t.")]
@@ -233,6 +233,15 @@ class EngineOptions(TypedDict, total=False):
             "`WeightUpdateHook`, which may be two functions of a parameter as published. None: W <- keep W - lr U. Per "
             "group.",
             default=None,
+        ),
+    ]
+    cautious: Annotated[
+        bool,
+        Option(
+            FLAG,
+            "leave out the elements of an update whose sign is not the gradient's, and lengthen the rest for it "
+            "(Liang et al. 2024, arXiv 2411.16085); refused where the optimizer rewrites the weight. Per group.",
+            default=False,
         ),
     ]
     capturable: Annotated[

@@ -18,13 +18,14 @@ from emerging_optimizers.engine.executors import call, refresh, step_elements
 from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_
 from emerging_optimizers.engine.guard import TotalT, decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
+from emerging_optimizers.engine.moving import Movement
 from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rounding import watch
-from emerging_optimizers.engine.rule import Kernel, Rule, Step, advance, kernel_of
+from emerging_optimizers.engine.rule import Kernel, Rule, advance, kernel_of
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.schedule import Phase
-from emerging_optimizers.engine.weight_decay import keep_factor
+from emerging_optimizers.engine.weight_decay import cautious
 
 _DTYPE = attrgetter("dtype")
 
@@ -71,14 +72,13 @@ class BucketStep:
         self.total = total
         self.bucket, self.rule, self.hook, self.group, self.ahead = bucket, rule, hook, group, ahead
         bucket.capturable = group["capturable"]
-        # A hook needs the norm of a whole parameter, which chunks of an element-wise rule cut.
-        cuts = hook is not None and rule.elementwise and execution == "stacked"
+        # A hook needs the norm of a whole parameter, and so does the share of `cautious`: chunks of elements cut it.
+        self.cautious = group["cautious"]
+        cuts = (hook is not None or self.cautious) and rule.elementwise and execution == "stacked"
         alone = "parameters" in rule.reads or isinstance(hook, InPlaceLaw) or cuts
         self.execution: Execution = "per_matrix" if alone else execution
         method, decay = group["weight_decay_method"], group["weight_decay"]
-        self.lr: Any = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        self.lr_moves = isinstance(self.lr, Tensor) or self.lr != 0
-        self.keep = keep_factor(method, self.lr, decay)
+        self.move = Movement(bucket, hook, group)
         # What the guard has decided, and the chunks that have moved.
         self.factor: Tensor | None = None
         self.news: Mapping[str, Tensor] = {}
@@ -97,7 +97,7 @@ class BucketStep:
         if not gradients:
             return
         self.done.clear()
-        watched = watch(bucket, gradients) if self.lr_moves else None
+        watched = watch(bucket, gradients) if self.move.moves else None
         try:
             self._take_chunks(gradients)
         except BaseException:
@@ -139,9 +139,10 @@ class BucketStep:
     def _way(self, gradients: Mapping[int, Tensor]) -> _Way:
         """How the chunks of this step run."""
         bucket, rule, execution = self.bucket, self.rule, self.execution
-        simple = rule.elementwise and not (self.hook or {"weight", "parameters", "l2"} & {*rule.reads})
+        simple = rule.elementwise and not (self.hook or self.cautious or self.move.masks_decay)
+        simple = simple and not ({"weight", "parameters", "l2"} & {*rule.reads})
         one_pass = simple and execution == "compiled" and not bucket.capturable
-        plain = simple and execution != "compiled" and not isinstance(self.lr, Tensor) and not bucket.rounded
+        plain = simple and execution != "compiled" and not isinstance(self.move.lr, Tensor) and not bucket.rounded
         plain = plain and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
         kernel = kernel_of(rule) if plain else None
         return _Way(plain, one_pass, kernel, "elements" if one_pass else execution if kernel is None else "fused")
@@ -150,7 +151,7 @@ class BucketStep:
         """Move a chunk whose parameters are taken as they are; False: it has to be stacked, or masked."""
         if not way.plain or self.factor is not None or (way.kernel is None and len(chunk) > 1):
             return False
-        grads = self._wide(self.bucket.pieces(chunk, members))
+        grads = self.bucket.wide(self.bucket.pieces(chunk, members))
         if self.lazy and not self._are_small(chunk, grads if chunk.has_wholes else [], members):
             return False
         self._run_plain(chunk, grads, way.kernel, phase, t)
@@ -224,6 +225,8 @@ class BucketStep:
         state = bucket.read(chunk)
         now = Phase.REUSE if rule.schedule.behind else phase
         out = call(rule, grad, state, t, now, execution)
+        if self.cautious:
+            out = out._replace(direction=bucket.map_units(chunk, cautious, out.direction, grad))
         new = out.state if live is None else _keep(live, out.state, state)
         behind: Callable[[], AbstractContextManager[object]] = nullcontext
         if now is not phase:
@@ -231,7 +234,7 @@ class BucketStep:
             with self.ahead.beside(x for x in (*bucket.state, *ready, live) if x is not None) as behind:
                 new = refresh(rule, ready, phase, execution)
                 new = new if live is None else _keep(live, new, ready)
-        writes = self._moves(chunk, gradients, live, out)
+        writes = self.move.writes(chunk, gradients, live, out.direction)
 
         def write_state() -> None:
             with behind():
@@ -297,7 +300,7 @@ class BucketStep:
 
     def _element_scalars(self, count: int) -> Any:
         """What `step_elements` and kernels take, the same for all chunks of a step."""
-        extra = {"lr": self.lr, "keep": self.keep, "l2": self.l2, "step": count}
+        extra = {"lr": self.move.lr, "keep": self.move.keep, "l2": self.l2, "step": count}
         return make_scalars(self.rule.reads, self.group, extra)
 
     def _run_plain(self, chunk: Chunk, grads: list[Tensor], kernel: Kernel | None, phase: Phase, t: Any) -> None:
@@ -307,70 +310,22 @@ class BucketStep:
         """
         bucket, rule = self.bucket, self.rule
         parts = bucket.pieces(chunk, bucket.parameters)
-        wide = self._wide(parts)
+        wide = bucket.wide(parts)
         if self.group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         if self.l2 is not None:
             grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, self.l2)))
         if kernel is not None:
-            writes = kernel(wide, grads, chunk.parts, t, self.lr, self.keep)
+            writes = kernel(wide, grads, chunk.parts, t, self.move.lr, self.move.keep)
         else:
             out = advance(rule, grads[0].view(-1), bucket.read(chunk), t, phase)
             writes = [partial(bucket.write, chunk, out.state)]
-            writes += subtract_(wide, [out.direction.view(wide[0].shape)], self.lr, self.keep)
+            writes += subtract_(wide, [out.direction.view(wide[0].shape)], self.move.lr, self.move.keep)
         if wide is not parts:
             writes.append(partial(torch._foreach_copy_, parts, wide))
         self._commit(chunk, writes)
         if self.group["nonfinite"] == "propagate":
             forget_scratch()
-
-    def _wide(self, parts: list[Tensor]) -> list[Tensor]:
-        """Parts of parameters or gradients in the dtype of the computation; themselves where that is theirs."""
-        dtype = self.bucket.dtype
-        return parts if set(map(_DTYPE, parts)) == {dtype} else [x.to(dtype) for x in parts]
-
-    def _moves(self, chunk: Chunk, members: Container[int], live: Tensor | None, out: Step) -> list[Write]:
-        """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype.
-
-        A law that modifies parameters in place moves here already, and takes its step back if it raises.
-        """
-        bucket, hook, lr, keep = self.bucket, self.hook, self.lr, self.keep
-        if not self.lr_moves:
-            return []
-        if hook is None and live is None and not isinstance(lr, Tensor):
-            parts, directions = bucket.targets(chunk, out.direction, members)
-            wide = self._wide(parts)
-            if not accepts(bucket.device, chain(wide, directions)):  # copies, so that it is rounded alike
-                wide, directions = ([x.contiguous() for x in xs] for xs in (wide, directions))
-            if wide is parts:
-                return subtract_(wide, directions, lr, keep)
-            for write in subtract_(wide, directions, lr, keep):
-                write()
-            return [partial(torch._foreach_copy_, parts, wide)]
-        if isinstance(hook, InPlaceLaw):
-            if live is None or bool(live.any()):  # one parameter, or one matrix of it
-                self._follow_law(hook, bucket.parameters[chunk[0].row], *bucket.targets(chunk, out.direction, members))
-            return []
-        old = bucket.stack(chunk, {row: bucket.parameters[row] for row, _, _ in chunk})
-        if hook is None:
-            new = old * keep - out.direction * lr
-        else:
-            pairs = zip(bucket.by_unit(chunk, old), bucket.by_unit(chunk, out.direction), strict=True)
-            moved = [hook.move(w, u, keep, lr).reshape(-1, *bucket.item) for w, u in pairs]
-            new = moved[0] if len(moved) == 1 else torch.cat(moved)
-        if isinstance(lr, Tensor):  # at 0 nothing moves, and the host does not look
-            live = lr != 0 if live is None else live & (lr != 0)
-        new = new if live is None else torch.where(live, new, old)
-        return [partial(torch._foreach_copy_, *bucket.targets(chunk, new, members))]
-
-    def _follow_law(self, law: InPlaceLaw, p: Tensor, parts: list[Tensor], directions: list[Tensor]) -> None:
-        before = [part.clone() for part in parts]
-        try:
-            for part, direction in zip(parts, directions, strict=True):
-                law.step(p if part.shape == p.shape else part, direction.view(part.shape), self.keep, self.lr)
-        except BaseException:
-            torch._foreach_copy_(parts, before)
-            raise
 
 
 def _keep(live: Tensor, new: Any, old: Any) -> Any:

@@ -90,10 +90,7 @@ class Measures:
             return torch.stack([self._state(m)[key] for m in stack])
 
         grad = stacked(m.grad for m in stack)
-        keep = 1.0
-        if isinstance(self.optimizer, RuleOptimizer):
-            keep = keep_factor(group["weight_decay_method"], group["lr"], group["weight_decay"])
-        update = stacked(m.before for m in stack) * keep - stacked(m.block.of(m.p) for m in stack)
+        update = self._update(group, stacked(m.before for m in stack), stacked(m.block.of(m.p) for m in stack))
         grad_norm, update_norm = stacks.norm(grad), stacks.norm(update)
         lr = torch.as_tensor(group["lr"], dtype=wide, device=p.device).reshape(())
         found = {
@@ -119,6 +116,15 @@ class Measures:
                 counts = [bucket.unit_view(row, getattr(bucket, measure)).sum() for bucket, row in homes]
                 found[f"guard_{measure}"] = torch.stack(counts)
         return found
+
+    def _update(self, group: Mapping[str, Any], before: Tensor, after: Tensor) -> Tensor:
+        """By how much weights have moved, but for decay."""
+        if not isinstance(self.optimizer, RuleOptimizer):
+            return before - after
+        update = before * keep_factor(group["weight_decay_method"], group["lr"], group["weight_decay"]) - after
+        if group["weight_decay_method"] != "cautious":
+            return update
+        return torch.where(update * before >= 0, update, before - after)
 
     def _share(
         self, stack: Sequence[Member], kept: Container[str], grad: Tensor, bases: Mapping[str, Tensor]
