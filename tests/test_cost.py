@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from emerging_optimizers import create_optimizer, estimate
-from emerging_optimizers.cost import _Like, _Meter, _Timings
+from emerging_optimizers.cost.meter import Like, Meter
+from emerging_optimizers.cost.timings import Timings
 from emerging_optimizers.engine import chunks
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.linalg.precision import reduced_precision
@@ -86,7 +87,7 @@ def test_the_peak_is_that_of_real_tensors(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(3):
         optimizer.step()
     there = [*ps, *(p.grad for p in ps), *(x for s in optimizer.state.values() for x in s.values())]
-    with torch.no_grad(), _Meter(there) as meter:
+    with torch.no_grad(), Meter(there) as meter:
         optimizer.step()
     whole = estimate(ps, "soap", seconds=False).peak_bytes
     assert whole == pytest.approx(meter.peak, rel=0.05)
@@ -108,7 +109,7 @@ def test_a_long_matrix_is_not_held_more_often_than_needed(name: str, options: di
 
 def test_what_a_step_touches_first_comes_from_memory() -> None:
     weight, other = torch.zeros(4, 6), torch.zeros(6)
-    with _Meter([weight]) as meter:
+    with Meter([weight]) as meter:
         row = weight.view(-1)[6:12]  # views read nothing
         row.add_(other)
         row.add_(other)
@@ -116,13 +117,13 @@ def test_what_a_step_touches_first_comes_from_memory() -> None:
         weight[1].add_(other)
     adds = {op.args[0].cold: count for op, count in meter.operations.items() if "add_" in str(op.func)}
     assert adds == {True: 2, False: 1}
-    assert not any(x.cold for op in meter.operations if op.func.is_view for x in op.args if isinstance(x, _Like))
+    assert not any(x.cold for op in meter.operations if op.func.is_view for x in op.args if isinstance(x, Like))
     assert not any(op.args[1].cold for op in meter.operations if "add_" in str(op.func))
 
 
 def test_seconds_count_python_and_the_look_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Timings, "_time", lambda self, operation: 1.0 if "dot" in str(operation.func) else 0.0)
-    monkeypatch.setattr(_Timings, "parameter", 1e-3)
+    monkeypatch.setattr(Timings, "_time", lambda self, operation: 1.0 if "dot" in str(operation.func) else 0.0)
+    monkeypatch.setattr(Timings, "parameter", 1e-3)
     vectors = [nn.Parameter(torch.zeros(2**14)) for _ in range(3)]
     assert estimate(vectors, "adamw").seconds == pytest.approx(3 + 3e-3)
     assert estimate(vectors, "adamw", nonfinite="propagate").seconds == pytest.approx(3e-3)
@@ -130,7 +131,7 @@ def test_seconds_count_python_and_the_look_at_gradients(monkeypatch: pytest.Monk
 
 
 def test_python_takes_microseconds_for_a_parameter() -> None:
-    assert 0 <= _Timings().parameter < 1e-3
+    assert 0 <= Timings().parameter < 1e-3
 
 
 def test_seconds_and_the_table() -> None:

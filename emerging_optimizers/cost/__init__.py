@@ -1,0 +1,212 @@
+"""What an optimizer will cost: memory, operations and time of a step, before anything is allocated.
+
+The optimizer itself runs, on fake tensors: shapes, dtypes and devices without data. What it allocates and computes is
+counted, so nothing here knows an update rule. Seconds come from timing each distinct operation on the device; what a
+step touches for the first time, weights and gradients and state, comes from memory, the rest from the caches.
+"""
+
+import copy
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from emerging_optimizers.cost.meter import WARM_STEPS, Meter
+from emerging_optimizers.cost.timings import Timings
+from emerging_optimizers.engine import RuleOptimizer
+from emerging_optimizers.engine.fused import squares
+from emerging_optimizers.engine.validate import place
+from emerging_optimizers.linalg.precision import newton_schulz_in_words
+from emerging_optimizers.registry import entry
+from emerging_optimizers.routing import create_optimizer
+from emerging_optimizers.routing.routed import devices_that_cast
+
+LONGEST_PERIOD = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a step costs in the long run: the mean over the period in which its phases repeat."""
+
+    shape: tuple[int, ...] | None
+    """Of the parameter; None: of several."""
+    elements: int
+    state_bytes: int
+    """Of the optimizer's state, moments and factors and all."""
+    flops: float
+    """Operations of matrix products and factorizations, two a multiply-add."""
+    seconds: float | None
+    """Predicted time of a step; None: not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Cost):
+    """The cost of all parameters, and of each as if it were alone: those that share a call are cheaper together."""
+
+    peak_bytes: int
+    """The most that a step holds at a time beside weights, gradients and state."""
+    by_parameter: Mapping[str, Cost] = field(default_factory=dict)
+    products: str = ""
+    """In which dtype Newton-Schulz multiplies, where that follows from the device ("medium")."""
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "state bytes", "GFLOP a step", "ms a step")]
+        rows += [(name, *_texts(cost)) for name, cost in self.by_parameter.items()]
+        rows += [("all", *_texts(self)), ("a step's temporaries", "", f"{self.peak_bytes:,}", "", "")]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        sides = ("<", "<", ">", ">", ">")
+        layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+        return "\n".join(layout.format(*row).rstrip() for row in rows) + self.products
+
+
+def estimate(
+    model_or_params: nn.Module | Iterable[Any],
+    optimizer: str | Callable[[Any], torch.optim.Optimizer],
+    device: torch.device | str | None = None,
+    *,
+    seconds: bool = True,
+    **options: Any,
+) -> Estimate:
+    """What a step of an optimizer will cost, without running one on real weights.
+
+    Args:
+        model_or_params: a module, which may be on the meta device, or what any torch optimizer takes.
+        optimizer: a name of `list_optimizers()`, made by `create_optimizer` with `options`; or a function, such as a
+            class, from the module or the parameters to a torch optimizer.
+        device: where the step would run, and one that is there; None: where the parameters are.
+        seconds: time the operations; needs the memory of the largest one's operands.
+        **options: see `create_optimizer`.
+
+    Returns:
+        Bytes and operations are counted, not modelled. Seconds are those of the operations and, on a CPU, of the look
+        whether gradients are finite and of what Python does for each parameter. Left out: what the guards cost beyond
+        that, the caches of torch's allocator and the workspaces of LAPACK and cuSOLVER.
+
+    Raises:
+        TypeError: `options` beside a function.
+        ValueError: the device is not there, the step depends on values of the weights (Spectron, MuonHyperball), or
+            what `create_optimizer` raises.
+
+    Example:
+        >>> cost = estimate(nn.Linear(64, 32, bias=False), "adamw", seconds=False)
+        >>> cost.state_bytes, cost.flops
+        (16388, 0.0)
+    """
+    if options and not isinstance(optimizer, str):
+        raise TypeError(f"estimate: {next(iter(options))!r} belongs to a name; give it to the function instead")
+    kind = "cpu" if device is None else torch.device(device).type
+    if kind not in ("cpu", "meta") and not torch.get_device_module(kind).is_available():
+        raise ValueError(
+            f"estimate: device={str(device)!r} is not there (torch {torch.__version__} finds none), and without it "
+            "torch takes no view, not even of tensors without data; run this where it is, or give device='cpu', where "
+            "the state has the same bytes"
+        )
+    target = model_or_params if isinstance(model_or_params, nn.Module) else list(model_or_params)
+    with FakeTensorMode(), torch.no_grad():
+        copied = copy.deepcopy(target, {id(x): _fake(x, device) for x in _tensors(target)})
+        try:
+            if isinstance(optimizer, str):  # the rate, which one has none to start from, changes no cost
+                rate = {"lr": 1e-3} if entry(optimizer).start is None else {}
+                made = create_optimizer(optimizer, copied, **{**rate, **options})
+            else:
+                made = optimizer(copied)
+            looked: set[Tensor] = set()
+            for group in made.param_groups if isinstance(made, RuleOptimizer) else ():
+                if group["nonfinite"] == "skip":
+                    looked.update(p for p in group["params"] if p.device.type == "cpu")
+                group |= {"nonfinite": "propagate", "spike_guard": None}  # the guards look at values
+                if "refresh_ramp" in group:
+                    group["refresh_ramp"] = 0  # which ends
+            return _measure(made, seconds, looked)
+        except DataDependentOutputException as error:
+            raise ValueError(
+                f"estimate: {optimizer!r} looks at values of the weights, and here are none; time a step on real ones"
+            ) from error
+
+
+def _measure(optimizer: torch.optim.Optimizer, seconds: bool, looked: Container[Tensor]) -> Estimate:
+    names = _names(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    period = max(
+        (optimizer._checked_rule(i).schedule.period for i in range(len(optimizer.param_groups)))
+        if isinstance(optimizer, RuleOptimizer)
+        else (1,)
+    )
+    steps = min(period, LONGEST_PERIOD)
+
+    def run(active: list[Tensor]) -> Meter:
+        for p in parameters:
+            p.grad = None
+        for p in active:
+            p.grad = torch.empty_like(p)
+        for _ in range(WARM_STEPS):
+            optimizer.step()
+        with Meter(tree_leaves([parameters, [p.grad for p in active], list(optimizer.state.values())])) as meter:
+            for _ in range(steps):
+                meter.touched.clear()
+                squares([p.grad for p in active if p in looked and p.grad is not None])
+                optimizer.step()
+        return meter
+
+    def total(meter: Meter, active: list[Tensor]) -> float:
+        on_host = sum(p.device.type == "cpu" for p in active) if isinstance(optimizer, RuleOptimizer) else 0
+        return timings.total(meter.operations) / steps + on_host * timings.parameter
+
+    def cost(meter: Meter, active: list[Tensor]) -> dict[str, Any]:
+        return {
+            "elements": sum(p.numel() for p in active),
+            "state_bytes": sum(
+                x.numel() * x.element_size() for p in active for x in optimizer.state[p].values() if torch.is_tensor(x)
+            ),
+            "flops": meter.flops / steps,
+            "seconds": total(meter, active) if seconds else None,
+        }
+
+    timings = Timings()
+    everyone = run(parameters)
+    alone: dict[Any, Meter] = {}
+    by_parameter = {}
+    for p in parameters:
+        key = (p.shape, p.dtype, groups[p])
+        if key not in alone:
+            alone[key] = run([p])
+        by_parameter[names[p]] = Cost(shape=tuple(p.shape), **cost(alone[key], [p]))
+    products = newton_schulz_in_words(devices_that_cast(optimizer)) if isinstance(optimizer, RuleOptimizer) else ""
+    return Estimate(
+        shape=None,
+        peak_bytes=everyone.peak,
+        by_parameter=by_parameter,
+        products=products,
+        **cost(everyone, parameters),
+    )
+
+
+def _fake(x: Tensor, device: torch.device | str | None) -> Tensor:
+    where = torch.device(device) if device is not None else x.device
+    copied = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu" if where.type == "meta" else where)
+    return nn.Parameter(copied, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else copied
+
+
+def _tensors(target: Any) -> list[Tensor]:
+    if isinstance(target, nn.Module):
+        return [*target.parameters(), *target.buffers()]
+    return [x for x in tree_leaves(target) if isinstance(x, Tensor)]
+
+
+def _names(optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+    groups = enumerate(optimizer.param_groups)
+    return {p: place(group, index, i) for index, group in groups for i, p in enumerate(group["params"])}
+
+
+def _texts(cost: Cost) -> tuple[str, str, str, str]:
+    return (
+        "" if cost.shape is None else " ".join(map(str, cost.shape)),
+        f"{cost.state_bytes:,}",
+        f"{cost.flops / 1e9:.3f}",
+        "-" if cost.seconds is None else f"{cost.seconds * 1e3:.2f}",
+    )

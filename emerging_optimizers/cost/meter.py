@@ -1,0 +1,154 @@
+"""What a step computes and touches, counted on fake tensors."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+WARM_STEPS = 3  # state, the first basis, the first of the later ones
+ALIGNED = 64
+# Operations of LAPACK's routines for a matrix (m, n) with m >= n; Golub and Van Loan, Matrix Computations.
+FACTORIZATIONS: Mapping[str, Callable[[int, int], float]] = {
+    "linalg_qr": lambda m, n: 4 * (m * n**2 - n**3 / 3),
+    "geqrf": lambda m, n: 2 * (m * n**2 - n**3 / 3),
+    "linalg_householder_product": lambda m, n: 2 * (m * n**2 - n**3 / 3),
+    "_linalg_eigh": lambda m, n: 9 * n**3,
+    "_linalg_svd": lambda m, n: 14 * m * n**2 + 8 * n**3,
+    "linalg_cholesky_ex": lambda m, n: n**3 / 3,
+}
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
+    """Counts operations, and the bytes of what was not there before while it is alive."""
+
+    def __init__(self, there: Iterable[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self.operations: Counter[Any] = Counter()
+        self.flops = 0.0
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._there = {x.untyped_storage()._cdata for x in there if isinstance(x, Tensor)}
+        self.touched: dict[int, set[tuple[int, int]]] = {}  # extents, by storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.namespace in ("prim", "profiler"):  # looks at attributes, and marks: outside of a mode no calls
+            return out
+        self.operations[Operation.of(func, args, kwargs, self._is_cold)] += 1
+        for x in () if func.is_view else tree_leaves([args, kwargs]):
+            if isinstance(x, Tensor):
+                self.touched.setdefault(x.untyped_storage()._cdata, set()).add(_extent(x))
+        self.flops += _flops(func, args, kwargs, out)
+        self._alive = {k: held for k, held in self._alive.items() if not held[0].expired()}  # type: ignore[no-untyped-call]  # as above
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._there:
+                held = (StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]  # as above
+                self._alive.setdefault(key, held)
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return out
+
+    def _is_cold(self, x: Tensor) -> bool:
+        """Whether it was there before the step, which has not touched it yet."""
+        begin, end = _extent(x)
+        key = x.untyped_storage()._cdata
+        return key in self._there and not any(a <= begin and end <= b for a, b in self.touched.get(key, ()))
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """From where to where a tensor lies in its storage."""
+    begin = int(x.storage_offset())
+    return begin, begin + _span(x.shape, x.stride())
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements of memory from the first of a tensor to behind its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+
+
+@register_flop_formula(torch.ops.emerging_optimizers.syrk)
+def _syrk_flops(a_shape: tuple[int, int, int], *_: Any, **__: Any) -> int:
+    B, M, K = a_shape
+    return B * M * (M + 1) * K  # half of a full product
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    name = func.overloadpacket.__name__
+    if name in FACTORIZATIONS:
+        *batch, m, n = args[0].shape
+        return torch.Size(batch).numel() * FACTORIZATIONS[name](max(m, n), min(m, n))
+    count = flop_registry.get(func.overloadpacket)
+    return count(*args, **kwargs, out_val=out) if count else 0.0
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor without its data."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    cold: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory over which it lies."""
+        return _span(self.shape, self.stride) * self.dtype.itemsize
+
+    def make(self) -> Tensor:
+        """One with data: positive, so that a root of it is finite."""
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return x.uniform_(0.5, 1) if x.is_floating_point() else x.fill_(1)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call, without its data; equal ones cost the same."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+
+    @classmethod
+    def of(cls, func: Any, args: Any, kwargs: Any, is_cold: Callable[[Tensor], bool]) -> "Operation":
+        def frozen(x: Any) -> Any:
+            match x:
+                case Tensor():
+                    cold = not func.is_view and is_cold(x)
+                    return Like(tuple(x.shape), x.stride(), x.dtype, x.device, cold)
+                case list() | tuple():
+                    return (type(x).__name__, *map(frozen, x))
+                case float():
+                    return 0.5 if x else x  # a coefficient changes from step to step; 0 can say that a part is absent
+                case _:
+                    return x
+
+        return cls(func, tuple(map(frozen, args)), tuple((key, frozen(x)) for key, x in kwargs.items()))
+
+    def tensors(self) -> list[Like]:
+        """In the order in which `make` asks for them."""
+        found: list[Like] = []
+        self.make(found.append)
+        return found
+
+    def make(self, take: Callable[[Like], Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments with the tensors that `take` gives."""
+
+        def thawed(x: Any) -> Any:
+            match x:
+                case Like():
+                    return take(x)
+                case ("list" | "tuple" | "Size", *items):
+                    return [thawed(item) for item in items]
+                case _:
+                    return x
+
+        return [thawed(x) for x in self.args], {key: thawed(x) for key, x in self.kwargs}
