@@ -159,7 +159,7 @@ def test_products_that_take_a_cube_of_the_side_are_fewer(mode, monkeypatch):
         calls.append(factor.size(-1))
         return conjugate_diagonal(factor, basis)
 
-    monkeypatch.setattr("emerging_optimizers.soap.soap.conjugate_diagonal", spy)
+    monkeypatch.setattr("emerging_optimizers.linalg.eigenbasis.conjugate_diagonal", spy)
     p = nn.Parameter(gradient(0, torch.float32, (8, 6)))
     optimizer = kl_soap([p], **MODES[mode])
     counts = []

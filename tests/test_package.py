@@ -41,6 +41,8 @@ def test_optimizers_import_and_step_without_triton_and_load_no_extra():
         "print(*sys.modules)\n"
     ).split()
     assert not set(loaded) & {"matplotlib", "tyro", "rich", "emerging_optimizers.lab"}
+    published = ("published", "utils", "mixin", "legacy_soap", "weight_update_hooks", "contrib", "soap.soap_utils")
+    assert not set(loaded) & {f"emerging_optimizers.{name}" for name in published}
 
 
 def test_every_exported_name_resolves_and_stands_in_order():

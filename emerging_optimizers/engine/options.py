@@ -335,6 +335,9 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     options = {**arguments.get("engine", {}), **arguments.get("options", {})}
     cls = type(arguments["self"])
     for name in options.keys() & cls.fixed.keys():
-        raise TypeError(f"{cls.__name__} has no argument {name!r}: it is {cls.fixed[name]!r} for this optimizer")
+        free = next((c for c in cls.__mro__ if "rule" in vars(c) and name not in c.fixed), None)
+        said = f"{name}={cls.fixed[name]!r}"
+        why = f"it has {said}" if free is None else f"it is {free.__name__} with {said}; use {free.__name__} to choose"
+        raise TypeError(f"{cls.__name__} has no argument {name!r}: {why}")
     named = {k: v for k, v in arguments.items() if k not in ("self", "engine", "options") and not k.startswith("__")}
     return {**named, **options}

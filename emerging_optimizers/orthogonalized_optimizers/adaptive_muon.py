@@ -54,7 +54,7 @@ from emerging_optimizers.engine.options import (
 )
 from emerging_optimizers.engine.parts import Momentum_BMN, Part, before_first_step
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
-from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import MomentumState
+from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumState, average
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
     NewtonSchulzPrecision,
@@ -93,18 +93,14 @@ class AdaptiveMuonRule(PolarRule):
             second["N2" if _averaged(shape) == -1 else "M2"] = 1
         return before_first_step(AdaptiveMuonState, shape, dtype, device, sizes=second)
 
-    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
-        """O, without scale."""
-        return self.polar(x_BMN)
-
     def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
-        momentum, ahead = self.average(grad, state.momentum_buffer, t)
-        O = self.orthogonalize(ahead, t)
+        momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
+        O = self.orthogonalize(ahead_BMN, t)
 
         if self.moment2_method == "namo":
             V = lerp(state.moment2_buffer, _norm(grad).square().view(-1, 1), 1 - t.beta2)
-            U = O * (_norm(ahead) / (V.unsqueeze(-1).sqrt() + t.eps))
+            U = O * (_norm(ahead_BMN) / (V.unsqueeze(-1).sqrt() + t.eps))
         elif self.moment2_method == "normuon":
             V = lerp(state.moment2_buffer, O.square().mean(_averaged(O.shape), keepdim=True), 1 - t.beta2)
             U = _with_norm_of(O, O * torch.clamp_min(V, t.eps).rsqrt())
@@ -114,7 +110,11 @@ class AdaptiveMuonRule(PolarRule):
             U = _with_norm_of(O, U) if self.adamuon_scale == "muon" else U
 
         scale = 1.0 if self.scale_mode is None else muon_scale_factor(O.size(-2), O.size(-1), self.scale_mode)
-        return Step(U * (scale * t.extra_scale_factor), AdaptiveMuonState(momentum, V))
+        return Step(U * (scale * t.extra_scale_factor), AdaptiveMuonState(momentum_BMN, V))
+
+    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
+        """O, without scale; a subclass of the optimizer may have another."""
+        return self.polar(x_BMN)
 
 
 AdaptiveMuonWeightDecayMethod = Annotated[

@@ -16,12 +16,12 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Unpack, get_args
+from typing import Annotated, Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Scalars
+from emerging_optimizers.engine import EngineOptions, Scalars, Step
 from emerging_optimizers.engine.options import (
     ExtraScaleFactor,
     LearningRate,
@@ -38,16 +38,14 @@ from emerging_optimizers.engine.options import (
 from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.linalg.polar import polar_svd
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
-from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
-    OrthogonalizedOptimizer,
-    OrthogonalizedRule,
-)
+from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumRule, MomentumState, average
+from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 
 MopScaleT = MuonScaleT | Literal["nuclear_norm"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MOPRule(OrthogonalizedRule):
+class MOPRule(MomentumRule):
     """The exact polar factor of the momentum, scaled."""
 
     reads = ("momentum", "extra_scale_factor")
@@ -59,12 +57,16 @@ class MOPRule(OrthogonalizedRule):
             return "the host checks the success of a singular value decomposition; use PolarGrad(orthogonalizer='qdwh')"
         return super().obstacle(where)
 
-    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
-        """s U V'."""
-        polar_BMN = polar_svd(x_BMN)
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """See the module's equations."""
+        momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
+        polar_BMN = polar_svd(ahead_BMN)
+        scale: Any  # a number, or (B, 1, 1)
         if self.scale_mode == "nuclear_norm":
-            return polar_BMN * (nuclear_norm(polar_BMN, x_BMN) * t.extra_scale_factor)
-        return polar_BMN * (muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode) * t.extra_scale_factor)
+            scale = nuclear_norm(polar_BMN, ahead_BMN)
+        else:
+            scale = muon_scale_factor(grad.size(-2), grad.size(-1), self.scale_mode)
+        return Step(polar_BMN * (scale * t.extra_scale_factor), MomentumState(momentum_BMN))
 
 
 MOPScaleMode = Annotated[

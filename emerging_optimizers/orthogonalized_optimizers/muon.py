@@ -19,11 +19,11 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import Scalars
+from emerging_optimizers.engine import Scalars, Step
 from emerging_optimizers.engine.options import (
     ExtraScaleFactor,
     LearningRate,
@@ -38,6 +38,7 @@ from emerging_optimizers.engine.options import (
 )
 from emerging_optimizers.linalg.scaling import MuonScaleT
 from emerging_optimizers.linalg.scaling import muon_scale_factor as get_muon_scale_factor
+from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumState, average
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
     NewtonSchulzPrecision,
@@ -55,10 +56,12 @@ class MuonRule(PolarRule):
     reads: ClassVar[tuple[str, ...]] = ("momentum", "extra_scale_factor")
     scale_mode: MuonScaleT = "spectral"
 
-    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
-        """s NS(X)."""
-        scale = get_muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode)
-        return self.polar(x_BMN).mul_(scale * t.extra_scale_factor)  # fresh, so in place
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """See the module's equations."""
+        momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
+        polar_BMN = self.polar(ahead_BMN)
+        scale = get_muon_scale_factor(grad.size(-2), grad.size(-1), self.scale_mode) * t.extra_scale_factor
+        return Step(polar_BMN.mul_(scale), MomentumState(momentum_BMN))  # fresh, so in place
 
 
 MuonExtraScaleFactor = Annotated[ExtraScaleFactor, "multiplies the update, > 0. 0.2 is about the update RMS of AdamW."]

@@ -46,6 +46,8 @@ from emerging_optimizers.engine.options import (
 )
 from emerging_optimizers.engine.parts import Part
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
+from emerging_optimizers.linalg.scaling import muon_scale_factor
+from emerging_optimizers.orthogonalized_optimizers.momentum import average
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
@@ -100,15 +102,20 @@ class MuownRule(MuonRule):
         grad_g = torch.sum(grad * u_BMN, dim=-1, keepdim=True)
         grad_v = (g / v_norm) * (grad - u_BMN * grad_g)
 
-        momentum, ahead = self.average(grad_v, state.momentum_buffer, t)
-        V_BMN = u_BMN * v_norm - t.lr * self.orthogonalize(ahead, t)
+        momentum_BMN, ahead_BMN = average(grad_v, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
+        V_BMN = u_BMN * v_norm - t.lr * self.orthogonalize(ahead_BMN, t)
 
         adam: Any = _Adam(t.betas, t.adam_eps, t.step)
         direction, (m_g, v_g) = adam_direction(grad_g, AdamState(state.m_g, state.v_g), adam)
         g = keep_factor(self.weight_decay_method, t.lr, t.weight_decay) * (g - t.lr * direction)
 
         v_norm = _row_norms(V_BMN)
-        return Step(g * (V_BMN / v_norm), MuownState(g, v_norm, momentum, m_g, v_g))
+        return Step(g * (V_BMN / v_norm), MuownState(g, v_norm, momentum_BMN, m_g, v_g))
+
+    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
+        """s NS(X); a subclass of the optimizer may have another map."""
+        scale = muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode)
+        return self.polar(x_BMN).mul_(scale * t.extra_scale_factor)  # fresh, so in place
 
 
 MuownBetas = Annotated[Betas, "decay of Adam's first and second moment of the magnitudes, each in [0, 1)."]

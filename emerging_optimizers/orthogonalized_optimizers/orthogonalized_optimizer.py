@@ -1,12 +1,12 @@
-r"""The base of Muon and its relatives: momentum, then a map of the whole matrix.
+r"""The published base of Muon and its relatives: momentum, then a map of the whole matrix that you give.
 
 .. math::
     M_t &= \mu M_{t-1} + (1 - \mu) G_t \\
     N_t &= M_t \quad\text{or, with nesterov,}\quad (1 - \mu) G_t + \mu M_t \\
     W_t &= (1 - \eta\lambda) W_{t-1} - \eta \, O(N_t)
 
-The momentum is an exponential average that starts at zero and is not bias-corrected: most maps :math:`O` do not see
-its scale.
+The library's own optimizers have a rule with `update`, and need none of the machinery here: it is for maps that are
+Python functions of one matrix, and for subclasses of other people's, such as those of Megatron-LM.
 
 References:
     Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks.
@@ -17,63 +17,33 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.options import FLAG, FRACTION, one_of
-from emerging_optimizers.engine.parts import Momentum_BMN
 from emerging_optimizers.engine.rule import rule_of
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import suggest
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
-
-
-class MomentumState(NamedTuple):
-    """The momentum."""
-
-    momentum_buffer: Momentum_BMN
+from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumRule, MomentumState, average
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrthogonalizedRule(Rule):
-    """Momentum, then `orthogonalize`; here that is the identity, subclasses override it."""
-
-    State: ClassVar[type[Any]] = MomentumState
-    reads: ClassVar[tuple[str, ...]] = ("momentum",)
-    nesterov: bool = False
-    fp32_matmul_prec: FP32MatmulPrecT = "highest"
-
-    @property
-    def matmul_precision(self) -> FP32MatmulPrecT:
-        """Of `orthogonalize`; momentum has no products."""
-        return self.fp32_matmul_prec
-
-    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
-        """See the module's equations."""
-        momentum_BMN, ahead_BMN = self.average(grad, state.momentum_buffer, t)
-        return Step(self.orthogonalize(ahead_BMN, t), MomentumState(momentum_BMN))
-
-    def average(self, grad_BMN: Tensor, momentum_BMN: Tensor, t: Scalars) -> tuple[Tensor, Tensor]:
-        """The new momentum M, and what the map is applied to, N."""
-        momentum_BMN = lerp(momentum_BMN, grad_BMN, 1 - t.momentum)
-        return momentum_BMN, lerp(grad_BMN, momentum_BMN, t.momentum) if self.nesterov else momentum_BMN
-
-    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
-        """The map O of a stack of matrices, scale included."""
-        return x_BMN
-
-
-@dataclass(frozen=True, kw_only=True)
-class FunctionRule(OrthogonalizedRule):
+class FunctionRule(MomentumRule):
     """The map O is a Python function of one parameter and one matrix; the rest is the other base's rule."""
 
     function: Callable[[Tensor, Tensor], Tensor]
+
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """See the module's equations."""
+        momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
+        return Step(self.orthogonalize(ahead_BMN, t), MomentumState(momentum_BMN))
 
     def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
         """The function, matrix by matrix."""
@@ -81,18 +51,19 @@ class FunctionRule(OrthogonalizedRule):
 
 
 @cache
-def _with_function(rule: type[OrthogonalizedRule]) -> Any:
-    return dataclass(frozen=True, kw_only=True)(
-        type(f"Function{rule.__name__}", (FunctionRule, rule), {"reads": (*rule.reads, "parameters")})
-    )
+def _with_function(rule: type[MomentumRule]) -> Any:
+    own: dict[str, Any] = {"reads": (*rule.reads, "parameters")}
+    if rule.orthogonalize is not MomentumRule.orthogonalize:  # its update does more, and calls that
+        own["update"] = rule.update
+    return dataclass(frozen=True, kw_only=True)(type(f"Function{rule.__name__}", (FunctionRule, rule), own))
 
 
 class OrthogonalizedOptimizer(RuleOptimizer):
     """Momentum and a map of the matrix that you give; the equations are in this module's docstring.
 
     Three ways to give the map: `scaled_orthogonalize_fn`; a subclass that overrides `orthogonalize` (to split a
-    fused matrix, say); or a subclass that names its own `OrthogonalizedRule`, which is the only one that works on
-    stacks and compiles. The first two are called matrix by matrix. An override finds the optimizer's own map, scale
+    fused matrix, say); or a subclass that names its own `MomentumRule`, which is the only one that works on stacks
+    and compiles. The first two are called matrix by matrix. An override finds the optimizer's own map, scale
     included, in `scaled_orthogonalize_fn`.
 
     Args:
@@ -126,7 +97,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
                 [-1., -1.]], requires_grad=True)
     """
 
-    rule: ClassVar[type[OrthogonalizedRule]] = OrthogonalizedRule
+    rule: ClassVar[type[MomentumRule]] = MomentumRule
     ranges = {"momentum": FRACTION, "nesterov": FLAG, "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT))}
     # Options of the rule beyond this constructor's, for a subclass that calls this one past its own class's, as
     # Megatron-LM's adaptive Muon does: it may set them afterwards, as attributes or in the groups.
@@ -148,7 +119,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         **kwargs: Any,
     ) -> None:
         self._function = scaled_orthogonalize_fn
-        if scaled_orthogonalize_fn is None and not self._overrides and self.rule is OrthogonalizedRule:
+        if scaled_orthogonalize_fn is None and not self._overrides and self.rule is MomentumRule:
             warnings.warn(
                 "OrthogonalizedOptimizer without scaled_orthogonalize_fn is SGD with momentum: the update is the "
                 "momentum itself. Give a function, or use a subclass such as Muon.",
@@ -158,7 +129,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         engine = {name: kwargs.pop(name) for name in EngineOptions.__annotations__ if name in kwargs}
         for name in kwargs.keys() - self.ranges.keys():
             hint = suggest(name, (*self.ranges, *EngineOptions.__annotations__, "weight_decay", "weight_decay_method"))
-            if hint or self.rule is not OrthogonalizedRule:  # a rule of its own reads no notes of the user's
+            if hint or self.rule is not MomentumRule:  # a rule of its own reads no notes of the user's
                 raise TypeError(f"{self._name} has no argument {name!r}{hint}")
         defaults = {
             "lr": lr,

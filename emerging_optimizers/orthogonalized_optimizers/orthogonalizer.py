@@ -50,10 +50,8 @@ from emerging_optimizers.linalg.kernels.syrk import no_syrk
 from emerging_optimizers.linalg.newton_schulz import gram_newton_schulz, newton_schulz
 from emerging_optimizers.linalg.polar import polar_qdwh, polar_svd
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, newton_schulz_in_words, reduced_dtype
-from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import (
-    OrthogonalizedOptimizer,
-    OrthogonalizedRule,
-)
+from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumRule
+from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 
 # docs/orthogonalizers.md: how far TF32 and bfloat16 carry a singular value past what the polynomials say. It holds
 # at "medium" also where that is float32, so that a program that runs on one machine runs on every other.
@@ -131,8 +129,8 @@ class OrthogonalizerOptions(EngineOptions, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolarRule(OrthogonalizedRule):
-    """Momentum, then its polar factor."""
+class PolarRule(MomentumRule):
+    """The choice of an orthogonalizer for a rule's `update`, as `polar`."""
 
     orthogonalizer: OrthogonalizerT = "newton_schulz"
     coefficient_type: NSCoeffT = "quintic"

@@ -18,12 +18,12 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import Scalars
+from emerging_optimizers.engine import Scalars, Step
 from emerging_optimizers.engine.options import (
     ExtraScaleFactor,
     LearningRate,
@@ -36,6 +36,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.linalg.eigh import eigh_descending
+from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumState, average
 from emerging_optimizers.orthogonalized_optimizers.mop import nuclear_norm
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
@@ -52,10 +53,12 @@ class PolarGradRule(PolarRule):
 
     reads = ("momentum", "extra_scale_factor")
 
-    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
-        """<O, X> O."""
-        polar_BMN = self.polar(x_BMN)
-        return polar_BMN * (nuclear_norm(polar_BMN, x_BMN) * t.extra_scale_factor)
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """See the module's equations."""
+        momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
+        polar_BMN = self.polar(ahead_BMN)
+        scale_B11 = nuclear_norm(polar_BMN, ahead_BMN) * t.extra_scale_factor
+        return Step(polar_BMN * scale_B11, MomentumState(momentum_BMN))
 
 
 class PolarGrad(PolarOptimizer):

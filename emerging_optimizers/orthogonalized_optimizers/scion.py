@@ -29,11 +29,11 @@ References:
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Annotated, Literal, Unpack, get_args
+from typing import Annotated, Any, Literal, Unpack, get_args
 
 from torch import Tensor
 
-from emerging_optimizers.engine import Scalars
+from emerging_optimizers.engine import Scalars, Step
 from emerging_optimizers.engine.options import (
     POSITIVE,
     LearningRate,
@@ -48,6 +48,7 @@ from emerging_optimizers.engine.options import (
 )
 from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.linalg.scaling import unit_norm
+from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumState, average
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
     NewtonSchulzPrecision,
@@ -70,20 +71,21 @@ class ScionRule(PolarRule):
         """A vector of n is an (n, 1) matrix; the norms without a second axis make sense for it."""
         return super().obstacle(where._replace(ndim=2) if self.norm in ("sign", "rms") else where)
 
-    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
-        """rho lmo(X)."""
-        rows, columns = x_BMN.shape[-2:]
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """See the module's equations."""
+        momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
+        rows, columns = grad.shape[-2:]
         if self.norm == "spectral":
-            direction = self.polar(x_BMN) * sqrt(rows / columns)
+            lmo_BMN = self.polar(ahead_BMN) * sqrt(rows / columns)
         elif self.norm == "sign":
-            direction = x_BMN.sign() / columns
+            lmo_BMN = ahead_BMN.sign() / columns
         elif self.norm == "row":
-            direction = unit_norm(x_BMN, dim=-1) * sqrt(columns)
+            lmo_BMN = unit_norm(ahead_BMN, dim=-1) * sqrt(columns)
         elif self.norm == "column":
-            direction = unit_norm(x_BMN, dim=-2) * sqrt(rows)
+            lmo_BMN = unit_norm(ahead_BMN, dim=-2) * sqrt(rows)
         else:
-            direction = unit_norm(x_BMN, dim=(-2, -1)) * sqrt(rows * columns)
-        return direction * t.spectral_radius
+            lmo_BMN = unit_norm(ahead_BMN, dim=(-2, -1)) * sqrt(rows * columns)
+        return Step(lmo_BMN * t.spectral_radius, MomentumState(momentum_BMN))
 
 
 ScionParams = Annotated[

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import Scalars
+from emerging_optimizers.engine import Scalars, Step
 from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.engine.options import (
     LearningRate,
@@ -33,6 +33,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
+from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumState, average
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
     NewtonSchulzPrecision,
@@ -63,9 +64,10 @@ class SpelRule(PolarRule):
         """The outer Newton-Schulz."""
         return Retraction(self)
 
-    def orthogonalize(self, x_BMN: Tensor, t: Scalars) -> Tensor:
-        """NS(X)."""
-        return self.polar(x_BMN)
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """See the module's equations."""
+        momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
+        return Step(self.polar(ahead_BMN), MomentumState(momentum_BMN))
 
 
 class Spel(PolarOptimizer):

@@ -44,7 +44,8 @@ from emerging_optimizers.engine.parts import (
     ValuesL_BM,
     ValuesR_BN,
 )
-from emerging_optimizers.linalg.kronecker import project_in, project_out
+from emerging_optimizers.linalg.eigenbasis import whiten
+from emerging_optimizers.linalg.kronecker import project_out
 from emerging_optimizers.soap.options import (
     EigenbasisOptions,
     PowerIterSteps,
@@ -79,12 +80,9 @@ class KLShampooRule(EigenbasisRule):
         """See the module's equations."""
         s: KLShampooState = state
         momentum_BMN = lerp(s.exp_avg, grad, 1 - t.momentum)
-        update_BMN = project_in(momentum_BMN / debias(t.momentum, t.step, grad), s.Q_L, s.Q_R)
-        if s.eigvals_L is not None:
-            update_BMN = update_BMN * self.floored(s.eigvals_L, grad, t).rsqrt().unsqueeze(-1)
-        if s.eigvals_R is not None:
-            update_BMN = update_BMN * self.floored(s.eigvals_R, grad, t).rsqrt().unsqueeze(-2)
-        return Step(project_out(update_BMN, s.Q_L, s.Q_R), s._replace(exp_avg=momentum_BMN))
+        unbiased_BMN = momentum_BMN / debias(t.momentum, t.step, grad)
+        white_BMN = whiten(unbiased_BMN, s.Q_L, s.Q_R, *self.inverse_roots(s, grad, t))
+        return Step(project_out(white_BMN, s.Q_L, s.Q_R), s._replace(exp_avg=momentum_BMN))
 
     def turn(self, s: KLShampooState, phase: Phase) -> KLShampooState:
         """The momentum is in the parameter's own space, and stays."""

@@ -36,8 +36,8 @@ from emerging_optimizers.engine.options import (
 )
 from emerging_optimizers.engine.rule import Where, rule_of
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
+from emerging_optimizers.scalar_optimizers.functions import calculate_adam_update, calculate_madam_update
 from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direction, madam_largest_norm
-from emerging_optimizers.scalar_optimizers.update_functions import calculate_adam_update, calculate_madam_update
 from emerging_optimizers.soap.options import FactorEps, StreamList
 from emerging_optimizers.soap.preconditioners import (
     KlSoapPreconditioner,

@@ -16,12 +16,10 @@ from torch import Tensor
 from emerging_optimizers.engine import Rule, Scalars, Step
 from emerging_optimizers.engine.parts import Part, parts_of
 from emerging_optimizers.engine.rule import Where
-from emerging_optimizers.linalg.kronecker import conjugate_diagonal
-from emerging_optimizers.linalg.orthogonal_iteration import orthogonal_iteration
-from emerging_optimizers.linalg.precision import fp32_matmul_precision
-from emerging_optimizers.soap.functions import update_kl_factors
+from emerging_optimizers.linalg.eigenbasis import floored, follow, kl_sides
+from emerging_optimizers.linalg.kernels.symmetric import gram
+from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in
 from emerging_optimizers.soap.soap import DEFAULT_RELATIVE_FLOOR, SOAPState
-from emerging_optimizers.utils.eig import eigh_with_fallback
 
 
 @dataclass
@@ -147,29 +145,26 @@ class KlSoapPreconditioner:
     def update_kronecker_factors(self, grad: Tensor, shampoo_beta: float) -> None:
         """Each factor takes the gradient in, whitened by the other one as it was."""
         rms = grad.square().mean().sqrt()
-        values = [torch.where(v.mean() == 0, rms, v) for v in self.eigvals_pair]  # empty: at the gradient's scale
-        floored = [torch.maximum(v, (v.mean() * DEFAULT_RELATIVE_FLOOR).clamp_min(self.eps)) for v in values]
-        update_kl_factors(
-            self.kronecker_factor_pair, grad, shampoo_beta, self.eigenbasis_pair, floored, self.eps, power=-1.0
-        )
+        roots = [floored(v[None], self.eps, DEFAULT_RELATIVE_FLOOR, rms).rsqrt() for v in self.eigvals_pair]
+        X, Y = kl_sides(grad[None], *(Q[None] for Q in self.eigenbasis_pair), *roots)
+        for factor, side in zip(self.kronecker_factor_pair, (X, Y.mT), strict=True):
+            factor.lerp_(gram(side)[0], 1 - shampoo_beta)
 
     def step(self, grad: Tensor, shampoo_beta: float) -> None:
         """The factors take the gradient in, the bases follow, and both moments are carried into them."""
         self.update_kronecker_factors(grad, shampoo_beta)
-        pairs = list(zip(self.kronecker_factor_pair, self.eigenbasis_pair, strict=True))
-        L, R = (self._follow(factor, basis) for factor, basis in pairs)
-        with fp32_matmul_precision("highest"):
-            T_L, T_R = (old.mT @ new for old, new in zip(self.eigenbasis_pair, (L, R), strict=True))
-            self.eigvals_pair = TensorPair(*map(conjugate_diagonal, self.kronecker_factor_pair, (L, R)))
-        self.exp_avg = T_L.mT @ self.exp_avg @ T_R
-        self.exp_avg_sq = T_L.square().mT @ self.exp_avg_sq @ T_R.square()
-        self.eigenbasis_pair = TensorPair(L, R)
+        bases, (T_L, T_R), values = zip(
+            *map(self._follow, self.kronecker_factor_pair, self.eigenbasis_pair), strict=True
+        )
+        self.exp_avg = project_in(self.exp_avg, T_L, T_R)
+        self.exp_avg_sq = project_in(self.exp_avg_sq, T_L.square(), T_R.square())
+        self.eigenbasis_pair, self.eigvals_pair = TensorPair(*bases), TensorPair(*values)
 
-    def _follow(self, factor: Tensor, basis: Tensor) -> Tensor:
+    def _follow(self, factor: Tensor, basis: Tensor) -> tuple[Tensor, ...]:
         first = torch.equal(basis, torch.eye(len(basis), dtype=basis.dtype, device=basis.device))
-        if first or self._eigh:
-            return eigh_with_fallback(factor)[1]
-        return orthogonal_iteration(factor[None], basis[None])[0]
+        steps = None if first or self._eigh else 1
+        followed = follow(factor[None], basis[None], steps=steps, with_eigenvalues=True)
+        return tuple(x[0] for x in followed if x is not None)
 
     def project_in(self, x: Tensor) -> Tensor:
         """Q_L^T X Q_R."""

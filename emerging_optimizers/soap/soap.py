@@ -58,6 +58,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
 
 import torch
@@ -90,20 +91,12 @@ from emerging_optimizers.engine.parts import (
 )
 from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.engine.schedule import Schedule
-from emerging_optimizers.linalg.eigh import eigh_descending
+from emerging_optimizers.linalg.eigenbasis import Followed, eigenvalues, floored, follow, in_order, kl_sides
 from emerging_optimizers.linalg.kernels.symmetric import gram
-from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in, project_out
-from emerging_optimizers.linalg.orthogonal_iteration import iterate
+from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
 from emerging_optimizers.linalg.scaling import clip_rms
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
-from emerging_optimizers.soap.functions import (  # published here
-    init_kronecker_factors,
-    precondition,
-    update_eigenbasis_and_exp_avgs,
-    update_kronecker_factors,
-    update_kronecker_factors_kl_shampoo,
-)
 from emerging_optimizers.soap.options import (
     CorrectFactorBias,
     FactorEps,
@@ -117,18 +110,20 @@ from emerging_optimizers.soap.options import (
     UseKLShampoo,
 )
 
-__all__ = [
-    "SOAP",
-    "EigenbasisRule",
-    "FirstStepT",
-    "SOAPRule",
-    "SOAPState",
-    "init_kronecker_factors",
-    "precondition",
-    "update_eigenbasis_and_exp_avgs",
-    "update_kronecker_factors",
-    "update_kronecker_factors_kl_shampoo",
-]
+__all__ = ["SOAP", "EigenbasisRule", "FirstStepT", "SOAPRule", "SOAPState"]
+
+# Functions of one matrix that are published here; they stand above this layer, and nothing here needs them.
+PUBLISHED = (
+    *("init_kronecker_factors", "precondition", "update_eigenbasis_and_exp_avgs"),
+    *("update_kronecker_factors", "update_kronecker_factors_kl_shampoo"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLISHED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("emerging_optimizers.published.soap_june"), name)
+
 
 # REKLS on the demo ends at 1.83 without a floor, at 1.65 with this one (docs/training.md).
 DEFAULT_RELATIVE_FLOOR = 1e-2
@@ -145,14 +140,6 @@ class SOAPState(NamedTuple):
     Q_R: BasisR_BNN
     eigvals_L: ValuesL_BM = None  # diag Q_L^T L Q_L; with KL
     eigvals_R: ValuesR_BN = None
-
-
-class Followed(NamedTuple):
-    """One side of a refresh; all None where a side is not preconditioned."""
-
-    basis: Tensor | None = None  # B N N
-    rotation: Tensor | None = None  # B N N, from the old basis
-    eigvals: Tensor | None = None  # B N, with KL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +222,7 @@ class EigenbasisRule(Rule):
             if f"eigvals_{key}" in saved or basis is None or basis.shape != factor.shape:
                 continue  # what does not fit is named later
             whole = self.whole_side(factor)
-            made[f"eigvals_{key}"] = _eigvals(whole, self.whole_side(basis).to(whole))
+            made[f"eigvals_{key}"] = eigenvalues(whole, self.whole_side(basis).to(whole))
         return {**saved, **made}
 
     def whole_side(self, x: Any) -> Any:
@@ -243,35 +230,25 @@ class EigenbasisRule(Rule):
         return x
 
     def accumulate(self, grad: Tensor, state: Any, t: Scalars) -> Any:
-        """The gradient in the factors."""
-        L, R = self.factors(grad, state, t)
-        return state._replace(L=L, R=R)
-
-    def factors(self, grad: Tensor, s: Any, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
         """The Kronecker factors with this gradient taken in; for KL both from the old ones."""
-        left_BMN = right_BMN = grad
+        X = Y = grad
         if self.whitens_factors:
-            if s.R is not None:
-                left_BMN = (grad @ s.Q_R) * self.floored(s.eigvals_R, grad, t).rsqrt().unsqueeze(-2)
-            if s.L is not None:
-                right_BMN = (s.Q_L.mT @ grad) * self.floored(s.eigvals_L, grad, t).rsqrt().unsqueeze(-1)
-            left_BMN = left_BMN * grad.size(-1) ** -0.5
-            right_BMN = right_BMN * grad.size(-2) ** -0.5
-
+            X, Y = kl_sides(grad, state.Q_L, state.Q_R, *self.inverse_roots(state, grad, t))
         share = 1 - t.shampoo_beta
         if self.corrects_factors:
             share = share / debias(t.shampoo_beta, t.step, grad)
-        L = None if s.L is None else lerp(s.L, gram(left_BMN), share)
-        R = None if s.R is None else lerp(s.R, gram(right_BMN.mT), share)
-        return L, R
+        L = None if state.L is None else lerp(state.L, gram(X), share)
+        R = None if state.R is None else lerp(state.R, gram(Y.mT), share)
+        return state._replace(L=L, R=R)
 
-    def floored(self, values: Tensor, grad: Tensor, t: Scalars) -> Tensor:
-        """Eigenvalues of a factor (B, N), no longer empty or small."""
-        mean = values.mean(dim=-1, keepdim=True)
-        if not self.published_start:  # an empty factor stands for the identity at the gradient's own scale
-            rms = grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)
-            values = torch.where(mean == 0, rms, values)
-        return torch.maximum(values, (mean * self.floor).clamp_min(t.eps))
+    def inverse_roots(self, s: Any, grad: Tensor, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
+        """The diagonals of Lambda^-1/2, (B, M) and (B, N); an empty factor stands for the identity times the RMS."""
+        rms_B1 = None if self.published_start else grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)
+        left, right = (
+            None if values is None else floored(values, t.eps, self.floor, rms_B1).rsqrt()
+            for values in (s.eigvals_L, s.eigvals_R)
+        )
+        return left, right
 
     def refresh(self, state: Any, phase: Phase) -> Any:
         """Bases that follow the factors, with whatever is kept in them; or new eigenvalues in the old bases."""
@@ -281,7 +258,7 @@ class EigenbasisRule(Rule):
         refreshed_behind = self.overlap and self.precondition_frequency == 1
         if not self.whitens_factors or (refreshed_behind and not self.divides_by_eigvals):
             return state
-        return state._replace(eigvals_L=_eigvals(state.L, state.Q_L), eigvals_R=_eigvals(state.R, state.Q_R))
+        return state._replace(eigvals_L=eigenvalues(state.L, state.Q_L), eigvals_R=eigenvalues(state.R, state.Q_R))
 
     @abstractmethod
     def turn(self, s: Any, phase: Phase) -> Any:
@@ -293,30 +270,14 @@ class EigenbasisRule(Rule):
         Where the moments have `seen` nothing but zero gradients, (B, 1, 1), this one is the first: it is not rotated by
         itself, but in the old basis, or in the identity in place of an eigh.
         """
-        if factor is None or basis is None:
-            return Followed()
-        wanted = None if self.published_start else seen
-        values: Tensor | None
-        if self.use_eigh or phase is Phase.FIRST:
-            values, new = eigh_descending(factor, wanted)
-            rotation = _rotation(basis, new)
-            if self.floor < DEFAULT_RELATIVE_FLOOR:
-                values = None  # of small ones eigh is wrong by up to 5e-7 of the largest, and diag Q^T K Q by 1e-8
-        else:
-            found = iterate(
-                *(factor, basis, self.power_iter_steps),
-                wanted=wanted,
-                crosses=self.whitens_factors,
-                may_wait=not (self.overlap or self.capturable),
-            )
-            new = found.basis
-            rotation = _rotation(basis, new)
-            values = found.eigenvalues(rotation)
-            if values is not None and wanted is not None:
-                values = torch.where(wanted.squeeze(-1), values, found.quotients)
-        if not self.whitens_factors:
-            return Followed(new, rotation)
-        return Followed(new, rotation, _eigvals(factor, new) if values is None else values)
+        return follow(
+            *(factor, basis),
+            steps=None if self.use_eigh or phase is Phase.FIRST else self.power_iter_steps,
+            wanted=None if self.published_start else seen,
+            with_eigenvalues=self.whitens_factors,
+            exact=self.floor < DEFAULT_RELATIVE_FLOOR,
+            may_wait=not (self.overlap or self.capturable),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +308,19 @@ class SOAPRule(EigenbasisRule):
         """By `first_step`."""
         return self.first_step == "eigenbasis"
 
+    def turn(self, s: SOAPState, phase: Phase) -> SOAPState:
+        """Both moments go into the new bases."""
+        seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
+        left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
+        T_L, T_R = left.rotation, right.rotation
+        exp_avg = project_in(s.exp_avg, T_L, T_R)
+        if self.published_start:
+            exp_avg_sq = in_order(in_order(s.exp_avg_sq, s.L, s.Q_L, dim=-2), s.R, s.Q_R, dim=-1)
+        else:
+            exp_avg_sq = project_in(s.exp_avg_sq, _square_(T_L), _square_(T_R))  # their last use
+        bases = {"Q_L": left.basis, "Q_R": right.basis, "eigvals_L": left.eigvals, "eigvals_R": right.eigvals}
+        return s._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **bases)
+
     def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         s: SOAPState = state
@@ -355,19 +329,6 @@ class SOAPRule(EigenbasisRule):
         direction, moments = self.inner(project_in(grad, s.Q_L, s.Q_R), AdamState(s.exp_avg, s.exp_avg_sq), t)
         update_BMN = self.finish(project_out(direction, s.Q_L, s.Q_R), t)
         return Step(update_BMN, s._replace(exp_avg=moments.exp_avg, exp_avg_sq=moments.exp_avg_sq))
-
-    def turn(self, s: SOAPState, phase: Phase) -> SOAPState:
-        """Both moments go into the new bases."""
-        seen = s.exp_avg_sq.amax(dim=(-2, -1), keepdim=True) > 0
-        left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
-        T_L, T_R = left.rotation, right.rotation
-        exp_avg = project_in(s.exp_avg, T_L, T_R)
-        if self.published_start:
-            exp_avg_sq = _in_order(_in_order(s.exp_avg_sq, s.L, s.Q_L, dim=-2), s.R, s.Q_R, dim=-1)
-        else:
-            exp_avg_sq = project_in(s.exp_avg_sq, _square_(T_L), _square_(T_R))  # their last use
-        bases = {"Q_L": left.basis, "Q_R": right.basis, "eigvals_L": left.eigvals, "eigvals_R": right.eigvals}
-        return s._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **bases)
 
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
         """The element-wise step in the eigenbasis."""
@@ -378,30 +339,8 @@ class SOAPRule(EigenbasisRule):
         return clip_rms(update_BMN, self.max_update_rms)
 
 
-def _eigvals(factor: Tensor | None, basis: Tensor | None) -> Tensor | None:
-    """diag Q^T K Q, (B, N); TF32 would be wrong by 1e-4 of the largest one, in all of them."""
-    if factor is None or basis is None:
-        return None
-    with fp32_matmul_precision("highest"):
-        return conjugate_diagonal(factor, basis)
-
-
-def _rotation(old: Tensor, new: Tensor) -> Tensor:
-    """From the old basis into the new one; what TF32 would round away here leaks from a spike into every entry."""
-    with fp32_matmul_precision("highest"):
-        return old.mT @ new
-
-
 def _square_(rotation: Tensor | None) -> Tensor | None:
     return None if rotation is None else rotation.square_()
-
-
-def _in_order(x_BMN: Tensor, factor: Tensor | None, basis: Tensor | None, dim: int) -> Tensor:
-    """Rows (dim -2) or columns (-1) in the order in which `orthogonal_iteration` takes up the basis's columns."""
-    if factor is None or basis is None:
-        return x_BMN
-    order = conjugate_diagonal(factor, basis).argsort(dim=-1, descending=True)
-    return torch.take_along_dim(x_BMN, order.unsqueeze(-1 if dim == -2 else -2), dim=dim)
 
 
 class SOAP(RuleOptimizer):

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from emerging_optimizers.distributed.groups import gather, get_pg_rank, get_pg_size
 from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.guard import TotalT
 from emerging_optimizers.engine.options import (
@@ -36,11 +37,10 @@ from emerging_optimizers.engine.options import (
     one_of,
 )
 from emerging_optimizers.engine.rule import rule_of
+from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.soap.options import FactorEps, ProductPrecision
 from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
-from emerging_optimizers.utils import get_pg_rank, get_pg_size
-from emerging_optimizers.utils.eig import eigh_with_fallback
 
 
 class _Whole(NamedTuple):
@@ -94,7 +94,7 @@ class TpReklsRule(SOAPRule):
         grad = grad if t.l2 is None else grad + t.l2  # before the shards are gathered, as published
         if self.processes > 1:
             assert self.partition_dim is not None
-            grad = _gather(grad, self.partition_dim - 2, self.tp_group)
+            grad = gather(grad, self.partition_dim - 2, self.tp_group)
         whole = super().accumulate(grad, _sides(state, self.whole_side), t)
         return _Whole(**whole._asdict(), grad=grad)
 
@@ -115,13 +115,15 @@ class TpReklsRule(SOAPRule):
             return saved
         for side in ("L", "R"):
             if side in saved:
-                saved[f"eigvals_{side}"], basis = eigh_with_fallback(self.whole_side(saved[side]))
-                saved[f"Q_{side}"] = self._rows(basis)
+                factor = self.whole_side(saved[side])  # of one matrix, or of each of a batch
+                values, basis = eigh_descending(factor.reshape(-1, *factor.shape[-2:]))
+                saved[f"eigvals_{side}"] = values.view(factor.shape[:-1])
+                saved[f"Q_{side}"] = self._rows(basis.view(factor.shape))
         return saved
 
     def whole_side(self, x: Any) -> Any:
         """All rows."""
-        return x if x is None or self.processes == 1 else _gather(x, -2, self.tp_group)
+        return x if x is None or self.processes == 1 else gather(x, -2, self.tp_group)
 
     def _rows(self, x: Tensor | None) -> Tensor | None:
         if x is None or self.processes == 1:
@@ -221,30 +223,3 @@ class TpRekls(RuleOptimizer):
                 f"both sides have to be multiples of the {rule.processes} processes of tp_group. Give such parameters "
                 "to an element-wise optimizer, or replicate them (partition_dim=None)"
             )
-
-
-def all_gather_grad_and_kronecker_factors_tp(
-    kronecker_factor_list: list[Tensor], grad: Tensor, partition_dim: int, tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, list[Tensor]]:
-    """The whole gradient of a shard, and the whole of each factor that is kept by rows.
-
-    Args:
-        kronecker_factor_list: rows of factors.
-        grad: a shard of a matrix.
-        partition_dim: the axis along which it is one.
-        tp_group: the processes that have the others; None: this is all of it.
-
-    Example:
-        >>> G, (L,) = all_gather_grad_and_kronecker_factors_tp([torch.eye(2)], torch.ones(2, 3), 0, None)
-        >>> G.shape, L.shape
-        (torch.Size([2, 3]), torch.Size([2, 2]))
-    """
-    if get_pg_size(tp_group) == 1:
-        return grad, list(kronecker_factor_list)
-    return _gather(grad, partition_dim, tp_group), [_gather(factor, 0, tp_group) for factor in kronecker_factor_list]
-
-
-def _gather(x: Tensor, dim: int, group: Any) -> Tensor:
-    shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(get_pg_size(group))]
-    dist.all_gather(shards, x.contiguous(), group=group)
-    return torch.cat(shards, dim=dim)

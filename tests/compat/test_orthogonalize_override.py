@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.orthogonalized_optimizers import Muon, OrthogonalizedOptimizer
+from emerging_optimizers.orthogonalized_optimizers import (
+    MOP,
+    AdaptiveMuon,
+    Muon,
+    MuonHyperball,
+    Muown,
+    OrthogonalizedOptimizer,
+    PolarGrad,
+    Scion,
+    Spel,
+)
 
 COMMON = {
     "momentum": 0.9,
@@ -121,6 +131,20 @@ def test_a_subclass_of_muon_that_hands_everything_on_is_muon():
     for optimizer in (Passing([ours], lr=0.1), Muon([theirs], lr=0.1, execution="per_matrix")):
         optimizer.step()
         optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cls", [MOP, AdaptiveMuon, MuonHyperball, Muown, PolarGrad, Scion, Spel])
+def test_so_is_a_subclass_of_any_relative(cls):
+    class Passing(cls):
+        def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs) -> Tensor:
+            return super().orthogonalize(p, grad, **kwargs)
+
+    ours, theirs = (nn.Parameter(torch.eye(6, 4)) for _ in range(2))
+    for p, optimizer in ((ours, Passing([ours], lr=0.1)), (theirs, cls([theirs], lr=0.1, execution="per_matrix"))):
+        for t in range(3):
+            p.grad = parameter(6, 4, seed=t).grad
+            optimizer.step()
     assert torch.equal(ours, theirs)
 
 

@@ -1,5 +1,5 @@
 """A published path of `update_functions`."""
 
-from emerging_optimizers.scalar_optimizers.update_functions import calculate_adam_update
+from emerging_optimizers.scalar_optimizers.functions import calculate_adam_update
 
 __all__ = ["calculate_adam_update"]

@@ -1,6 +1,6 @@
 """A published path of `update_functions`."""
 
-from emerging_optimizers.scalar_optimizers.update_functions import (
+from emerging_optimizers.scalar_optimizers.functions import (
     calculate_ademamix_update,
     calculate_sim_ademamix_update,
 )

@@ -1,6 +1,7 @@
-"""The parts of a SOAP step as functions of one matrix, as the June 2026 release has them; `soap.soap` exports them.
+"""The parts of a SOAP step as functions of one matrix, and eigenbases, as the June 2026 release has them.
 
-`SOAP` itself works on stacks and uses none of these. `legacy_soap.soap` has the forms of the later release.
+They are published at `soap.soap` and `soap.soap_utils`. `SOAP` itself works on stacks and uses none of them;
+`published.soap_august` has the forms of the later release.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,12 +9,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from emerging_optimizers.linalg.eigenbasis import kl_sides
+from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal
-from emerging_optimizers.soap.soap_utils import (
-    get_eigenbasis_eigh,
-    get_eigenbasis_qr,
-    sort_eigenbasis_by_approx_eigvals,
-)
+from emerging_optimizers.published.eig import eigh_with_fallback, orthogonal_iteration
+
+TensorList = list[Tensor]
 
 
 def init_kronecker_factors(grad_shape: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -110,12 +111,10 @@ def update_kl_factors(
     if grad.ndim != 2:
         raise TypeError(f"KL-Shampoo's factors are those of a matrix; grad has shape {tuple(grad.shape)}")
     (Q_L, Q_R), (values_L, values_R) = bases, eigenvalues
-    grams = []
-    for side, basis, values in ((grad, Q_R, values_R), (grad.mT, Q_L, values_L)):
-        white = (side @ basis) * (values.clamp_min(eps) ** (power / 2) * side.size(-1) ** -0.5)
-        grams.append(white @ white.mT)
-    for factor, gram in zip(factors, grams, strict=True):
-        factor.lerp_(gram, 1 - shampoo_beta)
+    roots = ((values.clamp_min(eps) ** (power / 2))[None] for values in (values_L, values_R))
+    left_BMN, right_BMN = kl_sides(grad[None], Q_L[None], Q_R[None], *roots)
+    for factor, side in zip(factors, (left_BMN, right_BMN.mT), strict=True):
+        factor.lerp_(gram(side)[0], 1 - shampoo_beta)
 
 
 @torch.no_grad()
@@ -177,3 +176,74 @@ def precondition(x: Tensor, eigenbasis_list: list[Tensor] | None = None, dims: l
     for basis in eigenbasis_list or ():
         x = torch.tensordot(x, basis, dims=dims or [[0], [0]])
     return x
+
+
+@torch.no_grad()
+def get_eigenbasis_eigh(kronecker_factor_list: Iterable[Tensor]) -> TensorList:
+    """Eigenvectors of each factor, by falling eigenvalue.
+
+    Args:
+        kronecker_factor_list: symmetric (K, K) matrices, of any sizes.
+
+    Returns:
+        The eigenvectors as columns, (K, K) each.
+
+    Example:
+        >>> get_eigenbasis_eigh([torch.diag(torch.tensor([1.0, 2.0]))])[0].abs()
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+    return [eigh_with_fallback(factor)[1] for factor in kronecker_factor_list]
+
+
+@torch.no_grad()
+def get_eigenbasis_qr(
+    kronecker_factor_list: Iterable[Tensor], eigenbasis_list: Iterable[Tensor], power_iter_steps: int = 1
+) -> TensorList:
+    """Each basis after orthogonal iterations with its factor; columns stay in their order.
+
+    Args:
+        kronecker_factor_list: symmetric (K, K) matrices, of any sizes.
+        eigenbasis_list: their bases, sorted by falling eigenvalue (`sort_eigenbasis_by_approx_eigvals`).
+        power_iter_steps: iterations, >= 1.
+
+    Returns:
+        The new bases.
+
+    Example:
+        >>> get_eigenbasis_qr([torch.diag(torch.tensor([2.0, 1.0]))], [torch.eye(2)])[0].abs()
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    return [
+        orthogonal_iteration(factor, basis, power_iter_steps)
+        for factor, basis in zip(kronecker_factor_list, eigenbasis_list, strict=True)
+    ]
+
+
+@torch.no_grad()
+def sort_eigenbasis_by_approx_eigvals(
+    kronecker_factor_list: TensorList, eigenbasis_list: TensorList, exp_avg_sq: Tensor
+) -> tuple[TensorList, Tensor]:
+    r"""Columns of each basis, and rows and columns of the second moment, by falling :math:`\mathrm{diag}(Q^\top K Q)`.
+
+    Args:
+        kronecker_factor_list: L (M, M) and R (N, N).
+        eigenbasis_list: their bases.
+        exp_avg_sq: (M, N).
+
+    Returns:
+        The sorted bases and the sorted second moment.
+
+    Example:
+        >>> factors, bases = [torch.diag(torch.tensor([1.0, 2.0])), torch.eye(1)], [torch.eye(2), torch.eye(1)]
+        >>> sort_eigenbasis_by_approx_eigvals(factors, bases, torch.tensor([[3.0], [4.0]]))[1]
+        tensor([[4.],
+                [3.]])
+    """
+    bases = []
+    for axis, (factor, basis) in enumerate(zip(kronecker_factor_list, eigenbasis_list, strict=True)):
+        order = conjugate_diagonal(factor, basis).argsort(descending=True)
+        bases.append(basis[:, order])
+        exp_avg_sq = exp_avg_sq.index_select(axis, order)
+    return bases, exp_avg_sq

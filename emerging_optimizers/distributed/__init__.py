@@ -1,0 +1,4 @@
+"""Process groups of torch.distributed.
+
+Layer 0: imports torch alone.
+"""
