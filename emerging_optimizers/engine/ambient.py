@@ -31,3 +31,11 @@ def undisturbed(function: FunctionT) -> FunctionT:
             return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]  # of the same signature
+
+
+def eager(function: FunctionT) -> FunctionT:
+    """Keep a function out of a graph that the user compiles around it; the engine compiles rules itself.
+
+    As torch.optim does it: `torch.compiler.disable` would import dynamo with this module, a second or more.
+    """
+    return torch._disable_dynamo(function)  # type: ignore[attr-defined, return-value]  # torch.optim's own, untyped

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import is_
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers import registry
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.ahead import Ahead
-from emerging_optimizers.engine.ambient import undisturbed
+from emerging_optimizers.engine.ambient import eager, undisturbed
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.capture import check_capture, is_capturing, make_capturable
 from emerging_optimizers.engine.checkpoint import RenameT
@@ -44,16 +44,6 @@ from emerging_optimizers.engine.rule import Rule, rule_of, starts
 from emerging_optimizers.engine.run import BucketStep
 from emerging_optimizers.engine.units import LONG_STREAK
 from emerging_optimizers.engine.validate import check_group, label, label_of, misspelled, place, plain_options, suggest
-
-FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-
-
-def _eager(function: FunctionT) -> FunctionT:
-    """Keep a function out of a graph that the user compiles around it; the engine compiles rules itself.
-
-    As torch.optim does it: `torch.compiler.disable` would import dynamo with this module, a second or more.
-    """
-    return torch._disable_dynamo(function)  # type: ignore[attr-defined, return-value]  # torch.optim's own, untyped
 
 
 class RuleOptimizer(DeclaredOptimizer):
@@ -314,7 +304,7 @@ class RuleOptimizer(DeclaredOptimizer):
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
-    @_eager
+    @eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient.

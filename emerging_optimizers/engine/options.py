@@ -333,7 +333,7 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: an option that the class fixes.
     """
     options = {**arguments.get("engine", {}), **arguments.get("options", {})}
-    cls = type(arguments["self"])
+    cls: Any = type(arguments["self"])
     for name in options.keys() & cls.fixed.keys():
         free = next((c for c in cls.__mro__ if "rule" in vars(c) and name not in c.fixed), None)
         said = f"{name}={cls.fixed[name]!r}"
