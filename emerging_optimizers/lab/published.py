@@ -10,6 +10,7 @@ In exact arithmetic that is the library's own update. Rounded, it need not be sy
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,9 @@ from emerging_optimizers.soap.soap import SOAP, SOAPRule, SOAPState
 class PublishedRule(SOAPRule):
     """The library's rule with the published factors."""
 
-    def factors(self, grad: Tensor, s: SOAPState, t: Scalars) -> tuple[Tensor | None, Tensor | None]:
+    def accumulate(self, grad: Tensor, state: Any, t: Scalars) -> Any:
+        """The factors, as published."""
+        s: SOAPState = state
         assert s.L is not None
         assert s.R is not None
         assert s.Q_L is not None
@@ -31,7 +34,7 @@ class PublishedRule(SOAPRule):
         share = (1 - t.shampoo_beta) / debias(t.shampoo_beta, t.step, grad)
         left = published_update(grad, s.Q_R, _eigenvalues(s.R, s.Q_R, t.eps))
         right = published_update(grad.mT, s.Q_L, _eigenvalues(s.L, s.Q_L, t.eps))
-        return lerp(s.L, left, share), lerp(s.R, right, share)
+        return s._replace(L=lerp(s.L, left, share), R=lerp(s.R, right, share))
 
 
 def _eigenvalues(factor: Tensor, basis: Tensor, eps: Tensor) -> Tensor:

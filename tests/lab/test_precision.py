@@ -20,6 +20,7 @@ from emerging_optimizers.lab.precision import (
 from emerging_optimizers.lab.present import show
 from emerging_optimizers.lab.published import PublishedRule
 from emerging_optimizers.lab.views.precision import precision_view
+from emerging_optimizers.linalg.eigenbasis import floored
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal
 from emerging_optimizers.soap.soap import SOAPRule, SOAPState
 
@@ -86,8 +87,8 @@ def test_the_forms_are_those_of_the_optimizers(form, rule):
     state = SOAPState(grad, grad, L, R, *bases, *map(conjugate_diagonal, (L, R), bases))
     kl = rule(use_kl_shampoo=True, first_step="eigenbasis")
     scalars = make_scalars(("shampoo_beta", "eps"), {"shampoo_beta": 0.0, "eps": 1e-8}, {"step": 1})
-    eigenvalues = kl.floored(state.eigvals_R, grad, scalars)
-    found, _ = kl.factors(grad, state, scalars)
+    eigenvalues = floored(state.eigvals_R, scalars.eps, kl.floor)
+    found = kl.accumulate(grad, state, scalars).L
     torch.testing.assert_close(FORMS[form](grad, state.Q_R, eigenvalues), found, rtol=0, atol=0)
 
 
