@@ -140,3 +140,20 @@ def test_the_watch_takes_cautious_decay_out_of_the_update() -> None:
         ps[0].grad = gradients(1)[0]
         optimizer.step()
     assert watch.latest["w"]["update_rms"] == pytest.approx(1, rel=1e-6)
+
+
+def test_a_law_that_modifies_in_place_decays_weights_of_half_precision_too() -> None:
+    """A factor next to one has to be told from it before it meets the weight."""
+
+    class Nothing:
+        def pre_weight_update_inplace(self, p: Tensor, update: Tensor) -> None:
+            update.zero_()
+
+        def post_weight_update_inplace(self, p: Tensor, before: None) -> None:
+            pass
+
+    w = torch.nn.Parameter(torch.full((6, 6), 1.0, dtype=torch.bfloat16))
+    optimizer = Muon([w], lr=0.003, weight_update_hook=Nothing(), **{**DECAYING, "weight_decay": 0.9})
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert bool((w < 1).all())

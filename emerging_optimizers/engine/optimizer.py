@@ -240,7 +240,8 @@ class RuleOptimizer(DeclaredOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in (("_ahead", Ahead()), ("_foreign", frozenset()), ("_told", set())):
             self.__dict__.setdefault(name, value)
-        events = state.pop("_events", {}) if (state := {**state}) else {}
+        state = {**state}
+        events = state.pop("_events", {})
         self._places = Places(self._name)
         super().__setstate__(state)
         self._forget_stacks()

@@ -4,7 +4,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +25,6 @@ from emerging_optimizers.engine.rule import Kernel, Rule, advance, kernel_of
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.schedule import Phase
 from emerging_optimizers.engine.weight_decay import cautious
-
-_DTYPE = attrgetter("dtype")
 
 
 class _Way(NamedTuple):
@@ -125,9 +122,8 @@ class BucketStep:
             members: Mapping[int, Tensor] = gradients
             if segments is not bucket.whole:
                 members = {segment.row: gradients[segment.row] for segment in segments}
-                if (
-                    way.cut == "compiled" and rule.schedule.period == 1
-                ):  # others are masked: no new graph when they come
+                # With one graph for all, those without a gradient are masked: no new graph when they get one.
+                if way.cut == "compiled" and rule.schedule.period == 1:
                     segments = bucket.whole
             t = self._element_scalars(count) if way.one_pass or way.plain else None
             if way.one_pass:

@@ -118,7 +118,7 @@ class AdaptiveMuonRule(PolarRule):
 
 
 AdaptiveMuonWeightDecayMethod = Annotated[
-    WeightDecayMethod, '"decoupled", "independent", "l2" (not with "namo") or "palm".'
+    WeightDecayMethod, '"decoupled", "independent", "l2" (not with "namo"), "palm" or "cautious".'
 ]
 Moment2Method = Annotated[
     Moment2MethodT,

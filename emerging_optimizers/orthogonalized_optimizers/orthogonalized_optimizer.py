@@ -73,7 +73,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         momentum: mu, in [0, 1).
         weight_decay: >= 0.
         nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2" or "palm".
+        weight_decay_method: "decoupled", "independent", "l2", "palm" or "cautious".
         fp32_matmul_prec: float32 matmul precision during the map: "highest", "high" or "medium".
         scaled_orthogonalize_fn: a (M, N) float32 matrix to a (M, N) matrix, scale included. None: the identity, and
             a warning, unless a subclass says otherwise.

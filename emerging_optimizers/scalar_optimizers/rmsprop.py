@@ -66,7 +66,9 @@ class RMSPropRule(Rule):
         return adam_(weights, grads, None, state.exp_avg_sq, betas=betas, eps=t.eps, step=math.inf, lr=lr, keep=keep)
 
 
-RMSPropWeightDecayMethod = Annotated[WeightDecayMethod, '"decoupled", "independent", "l2" (torch\'s) or "palm".']
+RMSPropWeightDecayMethod = Annotated[
+    WeightDecayMethod, '"decoupled", "independent", "l2" (torch\'s), "palm" or "cautious".'
+]
 
 
 class RMSProp(RuleOptimizer):
