@@ -6,10 +6,12 @@
 #   PY=python3           run with this interpreter as it is; .venv is neither made nor used
 #   TORCH_INDEX=<url>    package index to take torch from, a CPU-only one for example
 #   ARGS="..."           more arguments for the command of the target
+#   NAME=, KIND=         of `make new`
 PYTHON = python3
 PY     = .venv/bin/python
 TORCH_INDEX ?=
 ARGS   =
+KIND   = matrix
 
 # One thread a process: two workers share two cores, and OpenMP threads that spin on a busy machine cost
 # several times the work they do.
@@ -32,7 +34,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid match findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu test-kernels fingerprint fingerprint-check format clean clean-env
+.PHONY: help env demo grid match findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu test-kernels new tables fingerprint fingerprint-check format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -104,6 +106,13 @@ contracts: $(ENV)
 test-all: check $(FRAMEWORKS) ## like test, with the slow sweeps and the examples of every framework
 	@echo "test-all: pytest with the slow sweeps"
 	$(PYTEST) $(PARALLEL) $(ARGS)
+
+new: $(ENV) ## start an optimizer: make new NAME=cautious_muon [KIND=elementwise]
+	@$(PY) -m tests.new_optimizer "$(NAME)" "$(KIND)"
+	@$(PY) -m tests.tables
+
+tables: $(ENV) ## write what follows from entries.py: the tables of optimizers, the imports for type checkers
+	@$(PY) -m tests.tables
 
 fingerprint: $(ENV) ## record twenty steps of every optimizer bit for bit, before a rebuild (runs/fingerprint.pt)
 	@$(PY) -m tests.fingerprint record

@@ -79,7 +79,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "adaptive_muon": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.adaptive_muon:AdaptiveMuon",
         description="Muon with a second moment: AdaMuon, NorMuon or NAMO",
-        paper="Si et al. 2025, arXiv 2507.11005; Li et al. 2025, arXiv 2510.05491",
+        paper="Si et al. 2025, arXiv 2507.11005; Li et al. 2025, arXiv 2510.05491; Zhang et al. 2026, arXiv 2602.17080",
         start=0.004,
     ),
     "ademamix": Entry(

@@ -32,6 +32,7 @@ class OptimizerCase:
         state: keys of a parameter's state.
         warns: what the constructor's warning says.
         scale_free: the update does not depend on the scale of the gradients.
+        averages: a part of its state is an average of gradients.
         rests: a step with lr = 0 leaves the weight as it is, bit for bit.
         shapes: of the parameters that the suites use; empty: matrices, and for an element-wise rule vectors too.
     """
@@ -46,6 +47,7 @@ class OptimizerCase:
     shapes: tuple[tuple[int, ...], ...] = ()
     warns: str = ""
     scale_free: bool = True
+    averages: bool = True
     rests: bool = True
 
     def __post_init__(self) -> None:
@@ -117,6 +119,7 @@ CASES: list[OptimizerCase] = [
             "frob": {"frob_normalize": True, "rests": False, "shapes": ((8, 6), (5,))},
             "l2": _DECAY["l2"],
         },
+        averages=False,
         state=_ADAM,
     ),
     *_rows("lion", {"lr": 0.06}, {"": {}, "palm": _DECAY["palm"]}, state=("exp_avg",)),
@@ -152,7 +155,7 @@ CASES: list[OptimizerCase] = [
         {"": {}, "uncorrected": {"correct_bias": False, "scale_log2": 0}},
         state=("step", "exp_avg", "exp_avg_sq_scaled"),
     ),
-    *_rows("rmsprop", {"lr": 0.03}, {"": {}, "l2": _DECAY["l2"]}, state=("exp_avg_sq",)),
+    *_rows("rmsprop", {"lr": 0.03}, {"": {}, "l2": _DECAY["l2"]}, averages=False, state=("exp_avg_sq",)),
     *_rows(
         "muon",
         {"lr": 0.05, "fp32_matmul_prec": "highest"},
@@ -234,6 +237,7 @@ CASES: list[OptimizerCase] = [
         "muown",
         {"lr": 0.05, "adam_eps": 1e-30, "fp32_matmul_prec": "highest"},
         {"": {}, "nesterov_palm": {"nesterov": True, **_DECAY["palm"]}},
+        averages=False,
         state=("step", "g", "v_norm", "momentum_buffer", "m_g", "v_g"),
         batched=1e-4,
         rests=False,
@@ -376,6 +380,7 @@ CASES: list[OptimizerCase] = [
         "iso",
         {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01},
         {"": {}, "polar": {"retraction": "polar"}, "cayley": {"retraction": "cayley"}},
+        averages=False,
         state=("step", "u", "sigma", "v", "momentum_u", "momentum_v"),
         batched=1e-4,
         rests=False,
@@ -391,6 +396,7 @@ CASES: list[OptimizerCase] = [
             "truncated": {"rank_ratio": 0.5, "truncation_tolerance": 1.0, "descends": 0.9},
             "l2": _DECAY["l2"],
         },
+        averages=False,
         state=("step", "factor_A", "factor_B", "momentum_A", "momentum_B", "u_A", "u_B"),
         batched=1e-4,
         rests=False,

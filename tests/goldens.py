@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.reference import Reference, ReferenceSOAP, make_reference
+from tests.reference import Reference, make_reference
+from tests.reference.soap import ReferenceSOAP
 
 SHAPE = (8, 6)
 STEPS = 5

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emerging_optimizers import Iso, Muon, Muown, Spectron, SpikeWatch
 from emerging_optimizers.registry import OPTIMIZERS, entry
-from tests.cases import CASES, OptimizerCase
+from tests.cases import CASES, SEEDS, OptimizerCase
 
 REWRITES = ("iso", "muown", "spectron")
 MASKED = {"cautious": True}
@@ -43,9 +43,8 @@ def run(name: str, steps: int = 4, dtype: torch.dtype = torch.float64, **options
     return optimizer, ps
 
 
-# Laws of their own move the weight by something else than the update.
-PLAIN = [n for n in OPTIMIZERS if n not in (*REWRITES, "spel", "muon_hyperball", "sinkhorn_muon", "oblique_sgd",
-                                            "oblique_adam")]  # fmt: skip
+# Laws of their own move the weight by something else than the update, at a learning rate of 0 too.
+PLAIN = [case.optimizer for case in SEEDS if case.rests]
 
 
 @pytest.mark.parametrize("name", PLAIN)

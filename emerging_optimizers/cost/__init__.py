@@ -109,8 +109,9 @@ def estimate(
     with FakeTensorMode(), torch.no_grad():
         copied = copy.deepcopy(target, {id(x): _fake(x, device) for x in _tensors(target)})
         try:
-            if isinstance(optimizer, str):  # the rate, which one has none to start from, changes no cost
-                rate = {"lr": 1e-3} if entry(optimizer).start is None else {}
+            if isinstance(optimizer, str):  # the rate changes no cost; some have none to start from
+                known = entry(optimizer)
+                rate = {"lr": 1e-3} if known.start is None and known.in_adams_unit else {}
                 made = create_optimizer(optimizer, copied, **{**rate, **options})
             else:
                 made = optimizer(copied)

@@ -149,6 +149,9 @@ OptionalScaleMode = Annotated[
 class AdaptiveMuon(PolarOptimizer):
     """AdaptiveMuon; the equations are in this module's docstring.
 
+    Update: s O / √v at the norm of O, v by element, by row or one number
+    When to use it: Muon where rows see gradients of different sizes (`moment2_method="normuon"`, with a state of 1)
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -77,6 +77,9 @@ MOPScaleMode = Annotated[
 class MOP(OrthogonalizedOptimizer):
     """MOP; the equations are in this module's docstring.
 
+    Update: tr Σ · O, O exact
+    When to use it: to know what exact orthogonalization changes
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -70,6 +70,9 @@ MuonExtraScaleFactor = Annotated[ExtraScaleFactor, "multiplies the update, > 0. 
 class Muon(PolarOptimizer):
     """Muon; the equations are in this module's docstring.
 
+    Update: s O
+    When to use it: the first choice for hidden matrices
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -74,6 +74,9 @@ HyperballRadius = Annotated[
 class MuonHyperball(Muon):
     """MuonHyperball; the equations are in this module's docstring.
 
+    Update: s O, on a sphere of constant ‖W‖
+    When to use it: the learning rate is an angle; no weight decay to tune
+
     Raises:
         ValueError: a value out of its range, a parameter with fewer than two dimensions, or one that is zero where
             `hyperball_radius` is None.

@@ -124,6 +124,9 @@ MuownBetas = Annotated[Betas, "decay of Adam's first and second moment of the ma
 class Muown(Muon):
     """Muown; the equations are in this module's docstring.
 
+    Update: s O for the directions of rows, Adam for their norms
+    When to use it: norms of rows drift or grow under Muon
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

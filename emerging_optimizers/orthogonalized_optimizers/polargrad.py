@@ -64,6 +64,9 @@ class PolarGradRule(PolarRule):
 class PolarGrad(PolarOptimizer):
     """PolarGrad; the equations are in this module's docstring.
 
+    Update: ⟨O, m⟩ O
+    When to use it: updates that shrink with the gradient; the rate depends on the loss's scale
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

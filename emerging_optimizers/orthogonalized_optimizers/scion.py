@@ -112,6 +112,9 @@ Norm = Annotated[ScionNormT, Option(one_of(*get_args(ScionNormT)), '"spectral", 
 class Scion(PolarOptimizer):
     """Scion; the equations and the norms are in this module's docstring.
 
+    Update: ρ lmo(m): √(M/N) O, sign, row, column or RMS norm by group
+    When to use it: a whole model without Adam; rates that carry over widths
+
     Raises:
         ValueError: a value out of its range, or a vector where the norm is about matrices.
 

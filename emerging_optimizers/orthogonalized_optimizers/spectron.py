@@ -292,6 +292,9 @@ OutFeatures = Annotated[
 class Spectron(RuleOptimizer):
     """Spectron; the equations are in this module's docstring.
 
+    Update: A and B of W = A Bᵀ by η O / (‖A‖ + ‖B‖ + 1) each, so that ‖ΔW‖ ≤ η
+    When to use it: weights of low rank, from the start or as layers
+
     A weight that someone else writes (an average that is swapped in, clipping, `load_state_dict` of the model) is
     noticed on the device: it differs from the product that was written, in its largest entry or in norm, by more than
     rounding explains (0.4 % in bfloat16, 0.05 % in float16, 0.0015 % in float32). It then sits one step out, as it is,

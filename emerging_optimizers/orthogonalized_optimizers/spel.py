@@ -73,6 +73,9 @@ class SpelRule(PolarRule):
 class Spel(PolarOptimizer):
     """SPEL; the equations are in this module's docstring.
 
+    Update: O, then W is orthogonalized
+    When to use it: weights that are meant to be orthogonal
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -190,6 +190,10 @@ DiagonalFrom = Annotated[MaxPrecondDim, "a side that is longer has a diagonal fa
 class PSGDPro(RuleOptimizer):
     """PSGD-Pro; the equations are in this module's docstring.
 
+    Update: P_L m P_R; Q_L ← Q_L − η_p (Y Yᵀ − N I) Q_L / ℓ for Y = P_L (m + noise) P_R
+    When to use it: whitening where eigendecompositions are too dear; `damping_noise_scale` at the size of the
+        gradients
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

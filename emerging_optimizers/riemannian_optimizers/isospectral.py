@@ -145,6 +145,9 @@ Retraction = Annotated[RetractionT, Option(one_of(*get_args(RetractionT)), '"qr"
 class Iso(RuleOptimizer):
     """Iso; the equations are in this module's docstring.
 
+    Update: U and V of W = U diag(σ) Vᵀ move along ∂/∂U and ∂/∂V, σ stays
+    When to use it: reinforcement learning after pretraining: the spectrum survives
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

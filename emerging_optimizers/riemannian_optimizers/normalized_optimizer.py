@@ -124,6 +124,9 @@ class ObliqueAdamRule(ObliqueRule):
 class ObliqueSGD(RuleOptimizer):
     """Heavy-ball SGD on columns or rows of unit norm; the equations are in this module's docstring.
 
+    Update: tangent part of Σ μᵏ G, then unit columns or rows
+    When to use it: as `oblique_adam`, with one state tensor
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
@@ -170,6 +173,9 @@ ObliqueAdamEps = Annotated[PositiveEps, "added to the root of the second moment;
 
 class ObliqueAdam(RuleOptimizer):
     """Adam on columns or rows of unit norm; the equations are in this module's docstring.
+
+    Update: tangent part of m̂ / (√v̂ + ε), then unit columns or rows
+    When to use it: weights whose length means nothing: embeddings, heads, normalised layers
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

@@ -94,6 +94,9 @@ class AdamWRule(Rule):
 class AdamW(RuleOptimizer):
     """AdamW, equal to `torch.optim.AdamW`; the equations are in this module's docstring.
 
+    Update: m̂ / (√v̂ + ε)
+    When to use it: the baseline; beside every matrix optimizer; `nesterov=True` is NAdamW
+
     Raises:
         ValueError: a value out of its range.
 

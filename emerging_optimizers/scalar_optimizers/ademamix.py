@@ -152,6 +152,9 @@ NumAlphaWarmupSteps = Annotated[
 class AdEMAMix(RuleOptimizer):
     """AdEMAMix; the equations are in this module's docstring.
 
+    Update: (m̂ + α m_slow) / (√v̂ + ε)
+    When to use it: runs of many thousand steps, with both warm-ups over the whole run
+
     Raises:
         ValueError: a value out of its range.
 

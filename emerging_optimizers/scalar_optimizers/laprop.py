@@ -105,6 +105,9 @@ FrobNormalize = Annotated[
 class LaProp(RuleOptimizer):
     """LaProp; the equations are in this module's docstring.
 
+    Update: average of G / (√v̂ + ε)
+    When to use it: gradient spikes; small β₂
+
     Raises:
         ValueError: a value out of its range.
 

@@ -67,6 +67,9 @@ LionBetas = Annotated[Betas, "weight of the old momentum in the update, and deca
 class Lion(RuleOptimizer):
     """Lion; the equations are in this module's docstring.
 
+    Update: sign(β₁ m + (1 − β₁) G)
+    When to use it: half of Adam's memory
+
     Raises:
         ValueError: a value out of its range.
 

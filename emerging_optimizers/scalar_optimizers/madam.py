@@ -100,6 +100,9 @@ ScaleLog2 = Annotated[
 class MAdam(RuleOptimizer):
     """MAdam; the equations are in this module's docstring.
 
+    Update: m̂ / √v̂, v kept times 2^k
+    When to use it: very small gradients, where Adam's ε shortens the update
+
     Raises:
         ValueError: a value out of its range.
 

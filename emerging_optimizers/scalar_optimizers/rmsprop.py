@@ -74,6 +74,9 @@ RMSPropWeightDecayMethod = Annotated[
 class RMSProp(RuleOptimizer):
     """RMSProp, equal to `torch.optim.RMSprop` without momentum; the equations are in this module's docstring.
 
+    Update: G / (√v + ε)
+    When to use it: no momentum wanted; old recipes
+
     Raises:
         ValueError: a value out of its range.
 

@@ -101,6 +101,9 @@ UseShapeScaling = Annotated[
 class Signum(RuleOptimizer):
     """Signum; the equations are in this module's docstring.
 
+    Update: sign(m)
+    When to use it: Lion with one β; learning rates across widths with `use_shape_scaling`
+
     Raises:
         ValueError: a value out of its range, or a vector where the shape matters.
 

@@ -110,6 +110,9 @@ MinBetaFast = Annotated[float, Option(FRACTION, "where the decay of the momentum
 class SimplifiedAdEMAMix(RuleOptimizer):
     """Simplified AdEMAMix; the equations are in this module's docstring.
 
+    Update: (α G + m̂_slow) / (√v̂ + ε)
+    When to use it: as AdEMAMix, with Adam's memory
+
     Raises:
         ValueError: a value out of its range.
 

@@ -121,6 +121,9 @@ ShampooMaxPrecondDim = Annotated[
 class Shampoo(RuleOptimizer):
     """Shampoo; the equations are in this module's docstring.
 
+    Update: L^(−1/p) m R^(−1/p), p = 4
+    When to use it: as a baseline; where memory for SOAP is short
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -94,6 +94,9 @@ class KLShampooRule(EigenbasisRule):
 class KLShampoo(RuleOptimizer):
     """KL-Shampoo; the equations are in this module's docstring.
 
+    Update: L^(−1/2) m̂ R^(−1/2), each factor's gradients whitened by the other
+    When to use it: SOAP with KL factors without Adam's second moment
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -143,6 +143,9 @@ class SoapBase(SOAP):
 class KlSoapV3(SoapBase):
     """SOAP with KL factors; `SOAP` has the other options.
 
+    Update: `soap` with `use_kl_shampoo=True`
+    When to use it: configurations that carry this name
+
     Args:
         params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
             convolutions are flattened to (out, rest).
@@ -186,6 +189,9 @@ class KlSoapV3(SoapBase):
 
 class ReklsV3(KlSoapV3):
     """SOAP with KL factors and a fresh eigh at every step; `REKLS` has the other options.
+
+    Update: `rekls`
+    When to use it: configurations that carry this name
 
     Args:
         params: as in `KlSoapV3`.
@@ -231,6 +237,9 @@ class KlMSoapRule(SOAPRule):
 
 class KlMSoap(SoapBase):
     """SOAP with KL factors and MAdam in the eigenbasis; the equations are in this module's docstring.
+
+    Update: as `kl_soap`, with MAdam
+    When to use it: gradients near 1e-8, where Adam's ε decides
 
     Args:
         params: as in `KlSoapV3`.

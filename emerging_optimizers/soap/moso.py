@@ -138,6 +138,9 @@ MOSOFirstStep = Annotated[
 class MOSO(RuleOptimizer):
     """MOSO; the equations are in this module's docstring.
 
+    Update: Q RMSProp(Qᵀ m), Q the eigenvectors of m mᵀ averaged, on the shorter side
+    When to use it: matrices with one long side, on which SOAP's factor is too dear
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

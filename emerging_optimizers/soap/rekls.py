@@ -35,6 +35,9 @@ from emerging_optimizers.soap.soap import SOAP
 class REKLS(SOAP):
     """SOAP with KL factors and eigh; every other option of `SOAP` is here too, with its default.
 
+    Update: as `soap`, factors as for `kl_shampoo`, bases by eigh
+    When to use it: bases that do not lag, after spikes above all
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -29,9 +29,8 @@ uncorrelated entries:
     T = Q_\text{old}^\top Q_\text{new}, \qquad
     M \leftarrow T_L^\top M\, T_R, \qquad V \leftarrow (T_L^{\circ 2})^\top\, V\, T_R^{\circ 2}
 
-The published form permutes V with the basis's columns instead. While a basis turns, as it does when a spike decays out
-of the factors, the first moment then meets second moments that belong to other directions, and updates grow to hundreds
-of times their size (docs/spikes.md).
+The published form permutes V with the basis's columns instead. While a basis turns, as after a spike, the first moment
+then meets second moments of other directions, and updates grow to hundreds of times their size (docs/spikes.md).
 
 The first step. A basis taken from the same gradient that it then rotates leaves a diagonal and rounding noise, which
 Adam blows up to plus or minus one; the published start does that, and its second update is up to 300 times too large.
@@ -39,14 +38,12 @@ Adam blows up to plus or minus one; the published start does that, and its secon
 eigenbasis in the second step. `"eigenbasis"` is the published start, with the published permutation of V.
 
 `overlap=True` takes the update first, in the bases and moments that the state holds, and refreshes behind it; the first
-basis is that of the first gradient then, and rotates the second. On CUDA the refresh runs on a stream of its own while
-the model runs. It is another law: no basis has seen the gradient that it rotates. On the lab's training job that costs
-0.13 to 0.23 of loss, and 0.04 to 0.05 where the learning rate warms up for longer; a refresh in every tenth step costs
-0.5 to 0.6, and then 0.11 to 0.14. With a `refresh_ramp` of half the warm-up's steps that is 0.06 to 0.07, and 0.04
-(docs/performance.md).
+basis is that of the first gradient then, and rotates the second. On CUDA the refresh runs beside the model. It is
+another law: no basis has seen the gradient that it rotates. On the lab's training job that costs 0.13 to 0.23 of loss,
+and 0.04 to 0.05 where the learning rate warms up for longer; a refresh in every tenth step costs 0.5 to 0.6, and then
+0.11 to 0.14. With a `refresh_ramp` of half the warm-up that is 0.06 to 0.07, and 0.04 (docs/performance.md).
 
-State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers, M + N more with KL. For the hidden matrices of a network, where
-a lower loss for the same number of steps is worth a costlier step.
+State for an M x N matrix: 2 MN + 2 M^2 + 2 N^2 numbers, M + N more with KL.
 
 References:
     Vyas et al. 2024, SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321.
@@ -345,6 +342,9 @@ def _square_(rotation: Tensor | None) -> Tensor | None:
 
 class SOAP(RuleOptimizer):
     """SOAP; the equations are in this module's docstring.
+
+    Update: Q_L Adam(Q_Lᵀ G Q_R) Q_Rᵀ, Q the eigenvectors of L and R
+    When to use it: hidden matrices, where a lower loss for the same steps is worth a costlier step
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

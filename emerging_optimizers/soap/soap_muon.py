@@ -76,6 +76,9 @@ class SOAPMuonRule(SOAPRule):
 class SOAPMuon(RuleOptimizer):
     """SOAP-Muon; the equations are in this module's docstring.
 
+    Update: s NS(U), U the update of SOAP
+    When to use it: fewest steps to a loss in modded-nanogpt's benchmark; step cost of SOAP and Muon together
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -55,6 +55,9 @@ StackedSoapParams = Annotated[
 class StackedSoap(SOAP):
     """`SOAP` with two other defaults: `matrix_view="joined"` and `use_kl_shampoo=True`.
 
+    Update: `soap` with KL factors, of a 3-D parameter's matrices side by side
+    When to use it: a stack of a few long matrices, which share the long side's factor
+
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 

@@ -6,37 +6,11 @@ optimizer's checkpoint keys; ``t`` is the number of steps taken (the checkpoint'
 """
 
 from collections.abc import Callable
-from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, Protocol
 
 from torch import Tensor
-
-from .adamw import ReferenceAdamW
-from .ademamix import ReferenceAdEMAMix, ReferenceSimplifiedAdEMAMix
-from .iso import ReferenceIso
-from .kl_shampoo import ReferenceKLShampoo
-from .laprop import ReferenceLaProp
-from .lion import ReferenceLion
-from .madam import ReferenceMAdam, ReferenceRMSProp
-from .moso import ReferenceMOSO
-from .muon import ReferenceMuon
-from .oblique import ReferenceObliqueAdam, ReferenceObliqueSGD
-from .orthogonalized import (
-    ReferenceAdaptiveMuon,
-    ReferenceMOP,
-    ReferenceMuonHyperball,
-    ReferenceMuown,
-    ReferencePolarGrad,
-    ReferenceScion,
-    ReferenceSpel,
-)
-from .psgd import ReferencePSGDPro
-from .rekls import ReferenceKlMSoap, ReferenceKlSoap, ReferenceREKLS
-from .shampoo import ReferenceShampoo
-from .signum import ReferenceSignum
-from .soap import ReferenceSOAP
-from .soap_muon import ReferenceSOAPMuon
-from .spectron import ReferenceSpectron
 
 
 class Reference(Protocol):
@@ -49,78 +23,32 @@ class Reference(Protocol):
         ...
 
 
-REFERENCES: dict[str, Callable[..., Reference]] = {
-    "adamw": ReferenceAdamW,
-    "ademamix": ReferenceAdEMAMix,
-    "iso": ReferenceIso,
-    "kl_m_soap": ReferenceKlMSoap,
-    "kl_shampoo": ReferenceKLShampoo,
-    "kl_soap": ReferenceKlSoap,
-    "laprop": ReferenceLaProp,
-    "lion": ReferenceLion,
-    "madam": ReferenceMAdam,
-    "moso": ReferenceMOSO,
-    "muon": ReferenceMuon,
-    "adaptive_muon": ReferenceAdaptiveMuon,
-    "mop": ReferenceMOP,
-    "muon_hyperball": ReferenceMuonHyperball,
-    "muown": ReferenceMuown,
-    "polargrad": ReferencePolarGrad,
-    "scion": ReferenceScion,
-    "spel": ReferenceSpel,
-    "oblique_adam": ReferenceObliqueAdam,
-    "oblique_sgd": ReferenceObliqueSGD,
-    "psgd_pro": ReferencePSGDPro,
-    "rekls": ReferenceREKLS,
-    "rekls_v3": ReferenceREKLS,
-    "rmsprop": ReferenceRMSProp,
-    "shampoo": ReferenceShampoo,
-    "signum": ReferenceSignum,
-    "sim_ademamix": ReferenceSimplifiedAdEMAMix,
-    "soap": ReferenceSOAP,
-    "tp_rekls": ReferenceREKLS,
-    "soap_muon": ReferenceSOAPMuon,
-    "spectron": ReferenceSpectron,
-    "stacked_soap": partial(ReferenceSOAP, use_kl_shampoo=True),  # of a 2-D parameter
+# Those that have the reference of another, and the one whose class has a longer name.
+OTHERS = {
+    "rekls_v3": "rekls",
+    "sim_ademamix": "simplified_ademamix",
+    "stacked_soap": "kl_soap",  # of a 2-D parameter
+    "tp_rekls": "rekls",
 }
 
 
+def _found() -> dict[str, Callable[..., Reference]]:
+    """Every class of this folder by its name without `Reference`, in small letters."""
+    modules = [module.name for module in iter_modules(__path__) if not module.name.startswith("test_")]
+    return {
+        name.removeprefix("Reference").lower(): kind
+        for module in modules
+        for name, kind in vars(import_module(f"{__name__}.{module}")).items()
+        if name.startswith("Reference")
+    }
+
+
+REFERENCES = _found()
+
+
 def make_reference(name: str, **hyperparameters: Any) -> Reference:
-    """The reference of the optimizer ``name``."""
-    return REFERENCES[name](**hyperparameters)
+    """The reference of the optimizer ``name``: `ReferenceSOAPMuon` is that of soap_muon, whatever its file."""
+    return REFERENCES[OTHERS.get(name, name).replace("_", "")](**hyperparameters)
 
 
-__all__ = [
-    "REFERENCES",
-    "Reference",
-    "ReferenceAdEMAMix",
-    "ReferenceAdamW",
-    "ReferenceAdaptiveMuon",
-    "ReferenceIso",
-    "ReferenceKLShampoo",
-    "ReferenceKlMSoap",
-    "ReferenceKlSoap",
-    "ReferenceLaProp",
-    "ReferenceLion",
-    "ReferenceMAdam",
-    "ReferenceMOP",
-    "ReferenceMOSO",
-    "ReferenceMuon",
-    "ReferenceMuonHyperball",
-    "ReferenceMuown",
-    "ReferenceObliqueAdam",
-    "ReferenceObliqueSGD",
-    "ReferencePSGDPro",
-    "ReferencePolarGrad",
-    "ReferenceREKLS",
-    "ReferenceRMSProp",
-    "ReferenceSOAP",
-    "ReferenceSOAPMuon",
-    "ReferenceScion",
-    "ReferenceShampoo",
-    "ReferenceSignum",
-    "ReferenceSimplifiedAdEMAMix",
-    "ReferenceSpectron",
-    "ReferenceSpel",
-    "make_reference",
-]
+__all__ = ["OTHERS", "REFERENCES", "Reference", "make_reference"]

@@ -19,15 +19,12 @@ from tests.goldens import (
     initial_weight,
     null_space,
 )
-from tests.reference import (
-    Reference,
-    ReferenceAdamW,
-    ReferenceLaProp,
-    ReferenceMuon,
-    ReferenceREKLS,
-    ReferenceSOAP,
-)
-from tests.reference.muon import COEFFICIENTS, Coefficients, orthogonalize, schedule
+from tests.reference import Reference
+from tests.reference.adamw import ReferenceAdamW
+from tests.reference.laprop import ReferenceLaProp
+from tests.reference.muon import COEFFICIENTS, Coefficients, ReferenceMuon, orthogonalize, schedule
+from tests.reference.rekls import ReferenceREKLS
+from tests.reference.soap import ReferenceSOAP
 
 TIGHT = 2e-5  # reached by every case whose golden run did its products in float32
 REFERENCE_TOLERANCE = {"muon_medium_bf16": 2e-3}  # bfloat16 there, float64 here
