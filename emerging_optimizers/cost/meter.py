@@ -1,7 +1,7 @@
 """What a step computes and touches, counted on fake tensors."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +10,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from emerging_optimizers.linalg.flops import flops_of
 
 WARM_STEPS = 3  # state, the first basis, the first of the later ones
 ALIGNED = 64
-# Operations of LAPACK's routines for a matrix (m, n) with m >= n; Golub and Van Loan, Matrix Computations.
-FACTORIZATIONS: Mapping[str, Callable[[int, int], float]] = {
-    "linalg_qr": lambda m, n: 4 * (m * n**2 - n**3 / 3),
-    "geqrf": lambda m, n: 2 * (m * n**2 - n**3 / 3),
-    "linalg_householder_product": lambda m, n: 2 * (m * n**2 - n**3 / 3),
-    "_linalg_eigh": lambda m, n: 9 * n**3,
-    "_linalg_svd": lambda m, n: 14 * m * n**2 + 8 * n**3,
-    "linalg_cholesky_ex": lambda m, n: n**3 / 3,
-}
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
@@ -46,7 +38,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
         for x in () if func.is_view else tree_leaves([args, kwargs]):
             if isinstance(x, Tensor):
                 self.touched.setdefault(x.untyped_storage()._cdata, set()).add(_extent(x))
-        self.flops += _flops(func, args, kwargs, out)
+        self.flops += flops_of(func, args, kwargs, out)
         self._alive = {k: held for k, held in self._alive.items() if not held[0].expired()}  # type: ignore[no-untyped-call]  # as above
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._there:
@@ -71,21 +63,6 @@ def _extent(x: Tensor) -> tuple[int, int]:
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements of memory from the first of a tensor to behind its last."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
-
-
-@register_flop_formula(torch.ops.emerging_optimizers.syrk)
-def _syrk_flops(a_shape: tuple[int, int, int], *_: Any, **__: Any) -> int:
-    B, M, K = a_shape
-    return B * M * (M + 1) * K  # half of a full product
-
-
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
-    name = func.overloadpacket.__name__
-    if name in FACTORIZATIONS:
-        *batch, m, n = args[0].shape
-        return torch.Size(batch).numel() * FACTORIZATIONS[name](max(m, n), min(m, n))
-    count = flop_registry.get(func.overloadpacket)
-    return count(*args, **kwargs, out_val=out) if count else 0.0
 
 
 @dataclass(frozen=True)

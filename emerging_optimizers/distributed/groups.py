@@ -1,5 +1,7 @@
 """A process group: how large it is, where this process stands in it, and what its processes hold together."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,3 +32,55 @@ def gather(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(get_pg_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=dim)
+
+
+class Peers:
+    """The processes of a mesh, which share parameters.
+
+    Attributes:
+        group: theirs.
+        ranks: their global ranks, in the order of the group.
+        rank: this process's.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.ranks: tuple[int, ...] = tuple(dist.get_process_group_ranks(group))
+        self.rank = dist.get_rank()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """A sum over the processes, the same bits on each."""
+        total = x.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of each number over the processes."""
+        found = x.clone()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return found
+
+    def everyone(self, x: Any) -> list[Any]:
+        """What each process says, in the order of `ranks`; slow, for errors."""
+        found: list[Any] = [None] * len(self.ranks)
+        dist.all_gather_object(found, x, group=self.group)
+        return found
+
+
+_known: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, Peers]] = {}
+
+
+def peers_of(mesh: Any) -> Peers:
+    """The processes of a `DeviceMesh` of any number of dimensions; all of them ask at the same time."""
+    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    world, peers = _known.get(ranks, (None, None))
+    if peers is None or world is not dist.group.WORLD:  # a later world has groups of its own
+        if ranks == tuple(range(dist.get_world_size())):
+            group = dist.distributed_c10d._get_default_group()
+        elif mesh.ndim == 1:
+            group = mesh.get_group()
+        else:
+            group = dist.new_group(list(ranks), use_local_synchronization=True)
+        peers = Peers(group)
+        _known[ranks] = (dist.group.WORLD, peers)
+    return peers

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # one call for many tensors, as DDP has it
 
+from emerging_optimizers.distributed.shares import Share
 from emerging_optimizers.engine.chunks import OUTBOX_PIECE, Chunk, Segment, cut
 from emerging_optimizers.engine.matrix_view import Block
 from emerging_optimizers.engine.parts import rounded_parts
@@ -25,7 +26,7 @@ _KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
 class Bucket(Units):
     """Units and the stacks of their state."""
 
-    def __init__(self, rows: Sequence[tuple[Tensor, Block]], rule: Rule, rounded: torch.dtype | None = None) -> None:
+    def __init__(self, rows: Sequence[tuple[Share, Block]], rule: Rule, rounded: torch.dtype | None = None) -> None:
         """`rounded` is the dtype in which the parts are kept that say `rounds`; None: that of the others."""
         super().__init__(rows, "step" in rule.reads)
         self.state = rule.init((self.offsets[-1], *self.item), self.dtype, self.device)
@@ -42,7 +43,10 @@ class Bucket(Units):
         shape = (1, 2, 3)[: 1 + len(self.item)]
         probe = rule.init(shape, self.dtype, torch.device("meta"))._asdict()
         like_grad = {name for name, x in probe.items() if x is not None and x.shape == shape}
-        self.published: list[dict[str, Tensor]] = [self._views(i, like_grad) for i in range(len(rows))]
+        self.views: list[dict[str, Tensor]] = [self._views(i, like_grad) for i in range(len(rows))]
+        self._sharded = [share for share in self.shares if share.work is not share.source]
+        # What `state` holds of them.
+        self.published = [*map(self._publish, self.shares, self.views)]
 
     def _views(self, i: int, like_grad: set[str]) -> dict[str, Tensor]:
         """The state of row i under its checkpoint keys, as views of the stacks."""
@@ -59,6 +63,10 @@ class Bucket(Units):
             )
         return views
 
+    @staticmethod
+    def _publish(share: Share, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: share.publish(view) for key, view in views.items()}
+
     def kind_of(self, rule: Rule) -> Any:
         """What makes a rule's state what it is, and its turns; as it compares."""
         parts = rule.init((1, *self.item), self.dtype, torch.device("meta"))._asdict()
@@ -71,21 +79,30 @@ class Bucket(Units):
             return
         names = ("guard_norm", "guard_weight")
         self.guard = {name: torch.zeros(self.units, dtype=self.dtype, device=self.device) for name in names}
-        for i, views in enumerate(self.published):
-            views |= {name + self.blocks[i].key: self.unit_view(i, stack) for name, stack in self.guard.items()}
+        for i, (views, published) in enumerate(zip(self.views, self.published, strict=True)):
+            new = {name + self.blocks[i].key: self.unit_view(i, stack) for name, stack in self.guard.items()}
+            views |= new
+            published |= self._publish(self.shares[i], new)
 
     def fits(self) -> bool:
         """Whether every parameter still is what its stacks were made for."""
         kinds = set(map(_KIND, self.parameters))
-        return kinds == {(self.param_dtype, self.device)} and list(map(_SHAPE, self.parameters)) == self.shapes
+        alike = kinds == {(self.param_dtype, self.device)} and list(map(_SHAPE, self.parameters)) == self.shapes
+        return alike and all(share.fits() for share in self._sharded)
 
     def turns_of(self, i: int, period: int) -> Iterator[tuple[Segment, int]]:
         """Row i in runs of items that share a turn of the period; a batch of matrices takes all turns."""
-        items = self.items(i)
+        here, of = self.shares[i].indices or (range(1), 1)
+        each = self.items(i) // max(1, len(here))  # matrices of an entry of the parameter's first axis
+        items = of * each
         runs = min(period, items)
-        for k in range(runs):
-            turn = (self.turns[i] + k * period // runs) % period
-            yield Segment(i, k * items // runs, (k + 1) * items // runs), turn
+        starts = [k * items // runs for k in range(runs)]
+        for first, last in _stretches(here):
+            at = (here.index(first)) * each - first * each
+            for k, start in enumerate(starts):
+                a, b = max(start, first * each), min(((k + 1) * items) // runs, last * each)
+                if a < b:
+                    yield Segment(i, a + at, b + at), (self.turns[i] + k * period // runs) % period
 
     def chunks(self, segments: Sequence[Segment], execution: str) -> list[Chunk]:
         """Cut some segments into the calls of the rule."""
@@ -211,7 +228,7 @@ class Bucket(Units):
 
     def wide(self, parts: list[Tensor]) -> list[Tensor]:
         """Parts of parameters or gradients in the dtype of the computation; themselves where that is theirs."""
-        return parts if set(map(_DTYPE, parts)) == {self.dtype} else [x.to(self.dtype) for x in parts]
+        return as_dtype(parts, self.dtype)
 
     def spread(self, chunk: Chunk, stack: Tensor) -> Tensor:
         """A stack over units as it broadcasts against a chunk: (B, 1, 1), or (K,), or 0-D for one vector."""
@@ -222,6 +239,20 @@ class Bucket(Units):
         # With its size known, the result is allocated without waiting for the device.
         total = sum(stop - start for _, start, stop in chunk)
         return stack[chunk.row_indices].repeat_interleave(chunk.lengths, output_size=total)
+
+
+def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Tensors in a dtype; themselves where that is theirs."""
+    return tensors if set(map(_DTYPE, tensors)) == {dtype} else [x.to(dtype) for x in tensors]
+
+
+def _stretches(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as half-open ranges."""
+    start = 0
+    for k in range(1, len(indices) + 1):
+        if k == len(indices) or indices[k] != indices[k - 1] + 1:
+            yield indices[start], indices[k - 1] + 1
+            start = k
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:

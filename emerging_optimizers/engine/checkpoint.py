@@ -217,9 +217,10 @@ class Loading:
     def _fill(self, index: int, group: dict[str, Any], saved: Mapping[Tensor, Any], others: set[str]) -> None:
         """The stacks of a group, and what the checkpoint has beside them."""
         members = [(i, p) for i, p in enumerate(group["params"]) if p in saved]
-        rule = self._optimizer._make_rule(group)
+        optimizer = self._optimizer
+        rule = optimizer._make_rule(group)
         states = {p: rule.translate(saved[p]) for _, p in members}
-        self._staged[index] = fill_buckets(members, group, rule, states, others)
+        self._staged[index] = fill_buckets(members, group, rule, states, optimizer._places.layout, others)
         keys = keys_of(self._staged[index])
         for _, p in members:
             left = states[p].keys() - keys[p]

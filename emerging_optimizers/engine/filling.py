@@ -1,15 +1,20 @@
 """Buckets for the parameters of a group, with the state that there is for them."""
 
 from collections.abc import Iterable, Mapping, Set
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.layout import Layout, Needs
+from emerging_optimizers.distributed.shares import Share
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.chunks import Chunk, keep_pages
+from emerging_optimizers.engine.flops import step_flops
+from emerging_optimizers.engine.hooks import make_hook
 from emerging_optimizers.engine.matrix_view import Block, blocks
-from emerging_optimizers.engine.rule import Rule
+from emerging_optimizers.engine.rule import Rule, starts
 from emerging_optimizers.engine.units import count_of
 from emerging_optimizers.engine.validate import label
 
@@ -19,24 +24,28 @@ def fill_buckets(
     group: Mapping[str, Any],
     rule: Rule,
     saved: Mapping[Tensor, Mapping[str, Any]],
+    layout: Layout,
     others: Set[str] | None = None,
 ) -> list[Bucket]:
     """Buckets for some parameters of a group, with the state that is saved for them.
 
-    `others` are the only keys that a checkpoint may have beside the rule's; None: any, it is the live state.
+    `layout` says what of them is worked on here. `others` are the only keys that a checkpoint may have beside the
+    rule's; None: any, it is the live state.
     """
     keep_pages()
-    kinds: dict[Any, list[tuple[int, Tensor, Block]]] = {}
-    for i, p in members:
-        for block in blocks(p, rule.elementwise, group["matrix_view"]):
-            kinds.setdefault((block.item, p.dtype, p.device), []).append((i, p, block))
+    kinds: dict[Any, list[tuple[int, Share, Block]]] = {}
+    shares = layout.shares([p for _, p in members], needs(rule, group))
+    for (i, _), share in zip(members, shares, strict=True):
+        for block in blocks(share.work, rule.elementwise, group["matrix_view"]):
+            kind = (block.item, share.work.dtype, share.work.device, share.kind)
+            kinds.setdefault(kind, []).append((i, share, block))
     turns = _turns(group, rule)
     buckets = []
     for rows in kinds.values():
-        bucket = Bucket([(p, block) for _, p, block in rows], rule, group["state_dtype"])
+        bucket = Bucket([(share, block) for _, share, block in rows], rule, group["state_dtype"])
         bucket.turns = [turns.get((i, block.key), 0) for i, _, block in rows]
         if group["spike_guard"] is not None or any(
-            "guard_norm" + block.key in saved.get(p, {}) for _, p, block in rows
+            "guard_norm" + block.key in saved.get(share.source, {}) for _, share, block in rows
         ):
             bucket.start_guard()
         buckets.append(bucket)
@@ -48,17 +57,48 @@ def fill_buckets(
         if unknown or (missing and (others is not None or keys[p] & state.keys())):
             raise _misfit(names[p], missing, unknown)
     for bucket in buckets:
-        for row, p in enumerate(bucket.parameters):
+        for row, p in enumerate(bucket.sources):
             if bucket.published[row].keys() & saved.get(p, {}).keys():
                 adopt(bucket, row, saved[p], names[p])
     return buckets
+
+
+def needs(rule: Rule, group: Mapping[str, Any]) -> Needs:
+    """What the rule and the options of a group ask of a parameter that is spread over processes."""
+    law = rule.weight_law or make_hook(group["weight_update_hook"])
+    of_wholes = law is not None or group["cautious"] or "parameters" in rule.reads
+    reads_weights = bool({"weight", "parameters"} & {*rule.reads}) or starts(rule)
+
+    def cut(p: Tensor) -> list[Block]:
+        return blocks(p, rule.elementwise, group["matrix_view"])
+
+    def matrices(p: Tensor) -> int:
+        like = torch.empty(p.shape, device="meta")
+        return sum(block.of(like).numel() // max(1, prod(block.item)) for block in cut(p)) // max(1, p.shape[0])
+
+    def cost(p: Tensor) -> float:
+        if rule.elementwise:
+            return float(p.numel())
+        like = torch.empty(p.shape, device="meta")
+        return sum(
+            block.of(like).numel() // max(1, prod(block.item)) * step_flops(rule, (block.item[0], block.item[1]), group)
+            for block in cut(p)
+        )
+
+    return Needs(
+        elementwise=rule.elementwise and not of_wholes,
+        batches=not rule.elementwise and group["matrix_view"] not in ("flatten", "joined"),
+        matrices=matrices,
+        weights=law is not None or reads_weights or group["weight_decay_method"] == "l2",
+        cost=cost,
+    )
 
 
 def keys_of(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:
     """The keys of the state of each parameter in some buckets."""
     keys: dict[Tensor, set[str]] = {}
     for bucket in buckets:
-        for p, views in zip(bucket.parameters, bucket.published, strict=True):
+        for p, views in zip(bucket.sources, bucket.published, strict=True):
             keys.setdefault(p, set()).update(views)
     return keys
 
@@ -86,22 +126,29 @@ def adopt(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> None:
     Raises:
         ValueError: a key is missing, a shape differs, or a value is none; nothing was copied.
     """
-    views, end = bucket.published[i], bucket.blocks[i].key
+    views, end = bucket.views[i], bucket.blocks[i].key
     missing = views.keys() - saved.keys() - {key + end for key in bucket.guard}
     if missing:
         raise _misfit(name, missing, ())
-    values = {key: _fitting(key, saved[key], view, name) for key, view in views.items() if key in saved}
-    count = count_of(values["step" + end], name) if bucket.step.numel() else 0
+    share = bucket.shares[i]
+    if share.elsewhere:
+        return
+    values = {key: _fitting(key, share, saved[key], view, name) for key, view in views.items() if key in saved}
+    if bucket.step.numel():
+        count_of(values["step" + end], name)
     for key, value in values.items():  # the guard's may be missing: it was turned on since
         if value is not views[key]:
             views[key].copy_(value)
-    bucket.counts[i] = count
+    if bucket.step.numel():
+        bucket.set_count(i, name)
+    else:
+        bucket.counts[i] = 0
     bucket.step_version = bucket.step._version
 
 
-def _fitting(key: str, value: Any, view: Tensor, name: str) -> Tensor:
+def _fitting(key: str, share: Share, value: Any, view: Tensor, name: str) -> Tensor:
     try:
-        value = torch.as_tensor(value)
+        value = share.localize(torch.as_tensor(value), view)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"the optimizer state {key!r} of {name} is {value!r}; a tensor of shape {tuple(view.shape)} is needed"
@@ -135,7 +182,7 @@ def start(bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
         return
     chunk = Chunk(bucket, (bucket.whole[i] for i in new))
     order = {p: i for i, p in enumerate(group["params"])}
-    labels = [label(group, order[p], p) for i, p in new.items() for _ in range(bucket.items(i))]
+    labels = [label(group, order[p], p) for i in new for p in (bucket.sources[i],) for _ in range(bucket.items(i))]
     state = rule.start(bucket.stack(chunk, new), labels)
     bucket.write(chunk, state)
     bucket.counts = counts

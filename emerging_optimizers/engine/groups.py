@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.dtensor import is_dtensor, local_of, spread_of
 from emerging_optimizers.engine.hooks import REPLACE, InPlaceLaw, Law, make_hook
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.options import Execution
@@ -85,8 +86,8 @@ def check_parameter(p: Tensor, rule: Rule, label: str, owner: str) -> None:
         raise ValueError(f"{owner}: {label} has dtype {p.dtype}; allowed are {', '.join(map(str, DTYPES))}")
     if p.layout != torch.strided:
         raise ValueError(f"{owner}: {label} has layout {p.layout}; only dense tensors can be updated")
-    if hasattr(p, "placements"):
-        raise ValueError(f"{owner}: {label} is a DTensor; sharded parameters are not supported yet")
+    if is_dtensor(p):
+        spread_of(f"{owner}: {label}", p)
     if p.ndim < 2 and reason(rule, Where(p.dtype, p.device), ndim=p.ndim):
         raise ValueError(
             f"{owner} updates matrices, and {label} is not one. Give vectors and scalars to an "
@@ -121,9 +122,10 @@ def check_gradients(group: Mapping[str, Any], rule: Rule, owner: str) -> None:
         if not raises:
             continue
         dtype = state_dtype(p)
-        norm, limit = torch.linalg.vector_norm(grad, dtype=dtype), rule.largest_norm(dtype)
+        part = local_of(grad) if is_dtensor(grad) else grad  # each process looks at its own
+        norm, limit = torch.linalg.vector_norm(part, dtype=dtype), rule.largest_norm(dtype)
         if not bool(norm <= limit):
-            what = f"has a norm above {limit:.1e}" if bool(grad.isfinite().all()) else "is not finite"
+            what = f"has a norm above {limit:.1e}" if bool(part.isfinite().all()) else "is not finite"
             raise ValueError(
                 f"{owner}: the gradient of {label(group, i, p)} {what}, and its group says "
                 "nonfinite='raise'; nothing has moved. nonfinite='skip' lets it sit the step out"

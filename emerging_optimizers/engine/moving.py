@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine.buckets import Bucket
+from emerging_optimizers.engine.buckets import Bucket, as_dtype
 from emerging_optimizers.engine.chunks import Chunk
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import accepts, subtract_
@@ -27,31 +27,28 @@ class Movement:
         hook: the law; None: the ordinary one.
     """
 
-    def __init__(self, bucket: Bucket, hook: Law | None, group: Mapping[str, Any]) -> None:
-        self.bucket, self.hook = bucket, hook
+    def __init__(self, hook: Law | None, group: Mapping[str, Any]) -> None:
+        self.hook = hook
         self.lr: Any = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         self.moves = isinstance(self.lr, Tensor) or self.lr != 0
         self.keep = keep_factor(group["weight_decay_method"], self.lr, group["weight_decay"])
         self.masks_decay = group["weight_decay_method"] == "cautious"
 
-    def writes(self, chunk: Chunk, members: Container[int], live: Tensor | None, direction: Tensor) -> list[Write]:
+    def writes(
+        self, bucket: Bucket, chunk: Chunk, members: Container[int], live: Tensor | None, direction: Tensor
+    ) -> list[Write]:
         """W <- keep W - lr direction, or as the hook says; rounded once to the parameter's dtype.
 
         A law that modifies parameters in place moves here already, and takes its step back if it raises.
         """
-        bucket, hook, lr, keep = self.bucket, self.hook, self.lr, self.keep
+        hook, lr = self.hook, self.lr
         if not self.moves:
             return []
-        if hook is None and live is None and not isinstance(lr, Tensor) and not self.masks_decay:
-            parts, directions = bucket.targets(chunk, direction, members)
-            wide = bucket.wide(parts)
-            if not accepts(bucket.device, chain(wide, directions)):  # copies, so that it is rounded alike
-                wide, directions = ([x.contiguous() for x in xs] for xs in (wide, directions))
-            if wide is parts:
-                return subtract_(wide, directions, lr, keep)
-            for write in subtract_(wide, directions, lr, keep):
-                write()
-            return [partial(torch._foreach_copy_, parts, wide)]
+        if bucket.hands_out:
+            out = direction if live is None else torch.where(live, direction, stays(direction))
+            return [partial(torch._foreach_copy_, *bucket.targets(chunk, out, members))]
+        if live is None and self.is_plain:
+            return self._subtract(bucket.dtype, *bucket.targets(chunk, direction, members))
         if isinstance(hook, InPlaceLaw):
             if live is None or bool(live.any()):  # one parameter, or one matrix of it
                 self._follow_law(hook, bucket.parameters[chunk[0].row], *bucket.targets(chunk, direction, members))
@@ -66,6 +63,44 @@ class Movement:
         new = new if live is None else torch.where(live, new, old)
         return [partial(torch._foreach_copy_, *bucket.targets(chunk, new, members))]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is W <- keep W - lr direction with numbers."""
+        return self.hook is None and not isinstance(self.lr, Tensor) and not self.masks_decay
+
+    def _subtract(self, dtype: torch.dtype, parts: list[Tensor], directions: list[Tensor]) -> list[Write]:
+        """W <- keep W - lr direction of parts of weights, computed in `dtype`."""
+        if not parts:
+            return []
+        wide = as_dtype(parts, dtype)
+        if not accepts(parts[0].device, chain(wide, directions)):  # copies, so that it is rounded alike
+            wide, directions = ([x.contiguous() for x in xs] for xs in (wide, directions))
+        if wide is parts:
+            return subtract_(wide, directions, self.lr, self.keep)
+        for write in subtract_(wide, directions, self.lr, self.keep):
+            write()
+        return [partial(torch._foreach_copy_, parts, wide)]
+
+    def land(self, parts: list[Tensor], directions: list[Tensor], some_stay: bool) -> list[Write]:
+        """The same for parts of weights whose directions were computed elsewhere, and handed out.
+
+        Args:
+            parts: of the weights.
+            directions: shaped like them, in the dtype of the computation.
+            some_stay: whether there may be elements among them that stay where they are.
+        """
+        if not self.moves or not parts:
+            return []
+        if self.is_plain and not some_stay:
+            return self._subtract(directions[0].dtype, parts, directions)
+        new = []
+        for part, direction in zip(parts, directions, strict=True):
+            old = part.to(direction.dtype)
+            moved = old * self._keep_for(old, direction) - direction * self.lr
+            live = ~are_marked(direction)
+            new.append(torch.where(live & (self.lr != 0) if isinstance(self.lr, Tensor) else live, moved, old))
+        return [partial(torch._foreach_copy_, parts, new)]
+
     def _keep_for(self, weight: Tensor, direction: Tensor) -> Any:
         """What the weight is multiplied by: a number, or with cautious decay one for each element."""
         return cautious_keep(self.keep, weight, direction) if self.masks_decay else self.keep
@@ -79,3 +114,19 @@ class Movement:
         except BaseException:
             torch._foreach_copy_(parts, before)
             raise
+
+
+# What stands in a direction that is handed out, where the guard lets the weight stay: a NaN that no computation makes.
+_MARKS = {torch.float32: (torch.int32, 0x7FC05EED), torch.float64: (torch.int64, 0x7FF8000000005EED)}
+
+
+def stays(like: Tensor) -> Tensor:
+    """The mark, 0-D."""
+    integers, mark = _MARKS[like.dtype]
+    return torch.tensor(mark, dtype=integers, device=like.device).view(like.dtype)
+
+
+def are_marked(direction: Tensor) -> Tensor:
+    """Where it stands."""
+    integers, mark = _MARKS[direction.dtype]
+    return direction.contiguous().view(integers) == mark

@@ -5,7 +5,6 @@ then, bucket by bucket and chunk by chunk: rows that have gradients -> stack in 
 and state written together. What `step` promises when something raises stands in its docstring.
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.capture import check_capture, is_capturing, make_capturable
 from emerging_optimizers.engine.checkpoint import RenameT
 from emerging_optimizers.engine.declaring import DeclaredOptimizer
+from emerging_optimizers.engine.exchange import Exchange
 from emerging_optimizers.engine.executors import many_graphs
 from emerging_optimizers.engine.filling import start
 from emerging_optimizers.engine.groups import (
@@ -37,12 +37,12 @@ from emerging_optimizers.engine.groups import (
 )
 from emerging_optimizers.engine.guard import TotalT
 from emerging_optimizers.engine.hooks import Law, make_hook
+from emerging_optimizers.engine.notices import warn_of_rounding, warn_of_skips
 from emerging_optimizers.engine.options import Check, Execution
 from emerging_optimizers.engine.placing import Places, Wanted
 from emerging_optimizers.engine.rounding import MOST
 from emerging_optimizers.engine.rule import Rule, rule_of, starts
 from emerging_optimizers.engine.run import BucketStep
-from emerging_optimizers.engine.units import LONG_STREAK
 from emerging_optimizers.engine.validate import check_group, label, label_of, misspelled, place, plain_options, suggest
 
 
@@ -339,38 +339,50 @@ class RuleOptimizer(DeclaredOptimizer):
 
     @undisturbed
     def _step(self) -> None:
+        places = self._places
+        try:
+            rules = self._checked()
+        except Exception as problem:
+            Exchange.refuse(self._name, self.param_groups, problem)
+            raise
+        if places.exchange is not None:
+            places.exchange.agree(self.param_groups)
+        places.start_guards(self.param_groups, self.state)
+
+        def begin(index: int, bucket: Bucket) -> None:
+            if starts(rules[index]):
+                start(bucket, rules[index], self.param_groups[index])
+
+        with many_graphs(self.execution):
+            if places.exchange is not None:
+                places.exchange.step(self.param_groups, begin, partial(self._take, rules))
+                return
+            for index, bucket in places.buckets:
+                begin(index, bucket)
+            for index, bucket in places.buckets:
+                self._take(rules, index, bucket)
+
+    def _checked(self) -> list[Rule]:
+        """The rules of the groups, once everything is checked that the user may have changed, and has its place."""
         rules = [self._checked_rule(index) for index in range(len(self.param_groups))]
         for group, rule in zip(self.param_groups, rules, strict=True):
             check_gradients(group, rule, self._name)
-        places = self._places
-        places.place(self._wanted(rules), self.state)
+        self._places.place(self._wanted(rules), self.state)
         if is_capturing():
-            check_capture(self._name, self.param_groups, rules, places.homes)
-        places.start_guards(self.param_groups, self.state)
-        for index, bucket in places.buckets:
-            if starts(rules[index]):
-                start(bucket, rules[index], self.param_groups[index])
-        with many_graphs(self.execution):
-            for index, bucket in places.buckets:
-                rule, group = rules[index], self.param_groups[index]
-                BucketStep(
-                    bucket, rule, self._law(rule, group), group, self.execution, self._ahead, self._total(rule)
-                ).take()
-                for row in bucket.skipped_for_long():
-                    self._warn_of_skips(bucket.parameters[row], rule)
-                if (share := bucket.unmoved_share()) > MOST and index not in self._told:
-                    self._told.add(index)
-                    self._warn_of_rounding(index, bucket, share)
+            check_capture(self._name, self.param_groups, rules, self._places.homes)
+        return rules
 
-    def _warn_of_skips(self, p: Tensor, rule: Rule) -> None:
-        warnings.warn(
-            f"{self._name}: the gradient of {label_of(self.param_groups, p)} was not finite, or its norm above "
-            f"{rule.largest_norm(p.dtype if p.dtype == torch.float64 else torch.float32):.1e}, in each of the last "
-            f"{LONG_STREAK} steps, and the weight has not moved since. guard_events() counts the skipped steps of all "
-            "parameters; nonfinite='raise' stops at the first one",
-            UserWarning,
-            stacklevel=2,
-        )
+    def _take(self, rules: Sequence[Rule], index: int, bucket: Bucket) -> Tensor | None:
+        """The step of a bucket; the guard's factors of its units, None: all of them 1."""
+        rule, group = rules[index], self.param_groups[index]
+        step = BucketStep(bucket, rule, self._law(rule, group), group, self.execution, self._ahead, self._total(rule))
+        step.take()
+        for row in bucket.skipped_for_long():
+            warn_of_skips(self._name, label_of(self.param_groups, bucket.sources[row]), rule.largest_norm(bucket.dtype))
+        if (share := bucket.unmoved_share()) > MOST and index not in self._told:
+            self._told.add(index)
+            warn_of_rounding(self._name, index, group["lr"], bucket.param_dtype, share)
+        return step.factor
 
     def guard_events(self) -> dict[str, tuple[int, int]]:
         """How often each parameter's gradient was scaled down as a spike, and skipped as non-finite.
@@ -385,13 +397,3 @@ class RuleOptimizer(DeclaredOptimizer):
                 if scaled or skipped:
                     events[place(group, index, i)] = (scaled, skipped)
         return events
-
-    def _warn_of_rounding(self, index: int, bucket: Bucket, share: float) -> None:
-        warnings.warn(
-            f"{self._name}: {share:.0%} of the weights in param_groups[{index}] that were looked at stayed where they "
-            f"were at lr={float(self.param_groups[index]['lr']):.3g}: in {bucket.param_dtype} an update below half a "
-            "unit in the last place is rounded away. Keep the weights in float32 and compute in low precision "
-            "(torch.autocast, or FSDP's mixed precision), or raise lr",
-            UserWarning,
-            stacklevel=2,
-        )

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.dtensor import is_dtensor
+from emerging_optimizers.distributed.layout import Layout
 from emerging_optimizers.engine.buckets import Bucket
+from emerging_optimizers.engine.exchange import Exchange
 from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.validate import label, label_of
 
 # Options that shape the state of whatever rule.
-_SHAPING = ("matrix_view", "state_dtype")
+_SHAPING = ("matrix_view", "state_dtype", "weight_update_hook", "weight_decay_method", "cautious")
 _StatesT = MutableMapping[Any, Any]
 
 
@@ -50,6 +53,7 @@ class Places:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self.layout = Layout()
         self.events: dict[Tensor, Tensor] = {}
         self.forget()
 
@@ -57,6 +61,7 @@ class Places:
         """Drop the stacks; the next step builds them again from `state`."""
         self.buckets: list[tuple[int, Bucket]] = []
         self.homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
+        self.exchange: Exchange | None = None
         self._placed: list[_Placed] = []  # of each group
         self._seen: tuple[list[int], list[str], list[int]] | None = None
 
@@ -124,7 +129,7 @@ class Places:
     def _written(self, states: _StatesT, stale: set[int]) -> list[tuple[int, Tensor]]:
         """The parameters with entries that somebody has replaced, and their groups; those deleted make theirs stale."""
         written = []
-        home_of = {id(p): index for index, bucket in self.buckets for p in bucket.parameters}
+        home_of = {id(p): index for index, bucket in self.buckets for p in bucket.sources}
         for p in self.homes:
             if home_of[id(p)] in stale:
                 continue
@@ -142,7 +147,7 @@ class Places:
         joined = {p: i for i, p in enumerate(group["params"]) if _joins(p, states, frozen_too)}
         saved = {p: rule.translate(state) for p in joined if isinstance(state := states.get(p), dict)}
         try:
-            buckets = fill_buckets([(i, p) for p, i in joined.items()], group, rule, saved)
+            buckets = fill_buckets([(i, p) for p, i in joined.items()], group, rule, saved, self.layout)
             keys = keys_of(buckets)
             for p in joined.keys() & self.homes.keys():
                 left = self.views(p).keys() & saved.get(p, {}).keys() - keys[p]
@@ -169,11 +174,11 @@ class Places:
         buckets = sorted((*kept, *new), key=itemgetter(0))
         homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
         for _, bucket in buckets:
-            for row, p in enumerate(bucket.parameters):
+            for row, p in enumerate(bucket.sources):
                 homes.setdefault(p, []).append((bucket, row))
         events = {**self.events}
         entries: dict[Tensor, dict[str, Any]] = {}
-        for p in {p: None for _, bucket in (*self.buckets, *new) for p in bucket.parameters}:
+        for p in {p: None for _, bucket in (*self.buckets, *new) for p in bucket.sources}:
             if p in self.homes:
                 if self.homes[p] == homes.get(p):
                     continue
@@ -186,17 +191,20 @@ class Places:
             for w in wanted
         ]
         for _, bucket in new:  # which matrices have lost their state stands in it
-            if (flags := lost(bucket.state)) is not None:
+            if not bucket.elsewhere and (flags := lost(bucket.state)) is not None:
                 bucket.post(flags)
         states.update(entries)
         self.buckets, self.homes, self._placed, self.events = buckets, homes, placed, events
+        self.exchange = Exchange.of(self._name, buckets, chain.from_iterable(w.group["params"] for w in wanted))
 
     def _entry(self, p: Tensor, state: Any, home: list[tuple[Bucket, int]] | None) -> dict[str, Any]:
         """What `state` has for a parameter whose place is `home` from now on; None: it has none."""
         state = state if isinstance(state, dict) else {}
         mine: Mapping[str, Tensor] = self.views(p) if p in self.homes else {}
         if home is None:  # its entry keeps no stack alive
-            return {key: mine[key].clone() if mine.get(key) is x else x for key, x in state.items()}
+            return {
+                key: mine[key].clone() if mine.get(key) is x and not is_dtensor(x) else x for key, x in state.items()
+            }
         views = {key: view for bucket, row in home for key, view in bucket.published[row].items()}
         return {**views, **{key: x for key, x in state.items() if key not in views and key not in mine}}
 
@@ -205,7 +213,7 @@ class Places:
         for index, bucket in self.buckets:
             if groups[index]["spike_guard"] is not None and not bucket.guard:
                 bucket.start_guard()
-                for p in bucket.parameters:
+                for p in bucket.sources:
                     states[p].update(self.views(p))
                 self._seen = None
 
@@ -221,6 +229,8 @@ class Places:
         """(2,): how often a parameter was scaled down, and skipped."""
         total = self.events.get(p, torch.zeros(2, dtype=torch.int64, device="cpu"))
         for bucket, row in self.homes.get(p, ()):
+            if bucket.elsewhere:
+                continue
             total = total + torch.stack([bucket.unit_view(row, n).sum() for n in (bucket.scaled, bucket.skipped)]).cpu()
         return total
 

@@ -53,7 +53,7 @@ class BucketStep:
         group: the hyper-parameters.
         execution: what the user asked for.
         ahead: where work for the next step goes.
-        total: a sum over the processes among which each matrix is spread; None: each has whole matrices.
+        total: a sum over the processes among which each unit is spread; None: that of the bucket.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class BucketStep:
         ahead: Ahead,
         total: TotalT | None,
     ) -> None:
-        self.total = total
+        self.total = bucket.total if total is None else total
         self.bucket, self.rule, self.hook, self.group, self.ahead = bucket, rule, hook, group, ahead
         bucket.capturable = group["capturable"]
         # A hook needs the norm of a whole parameter, and so does the share of `cautious`: chunks of elements cut it.
@@ -75,7 +75,7 @@ class BucketStep:
         alone = "parameters" in rule.reads or isinstance(hook, InPlaceLaw) or cuts
         self.execution: Execution = "per_matrix" if alone else execution
         method, decay = group["weight_decay_method"], group["weight_decay"]
-        self.move = Movement(bucket, hook, group)
+        self.move = Movement(hook, group)
         # What the guard has decided, and the chunks that have moved.
         self.factor: Tensor | None = None
         self.news: Mapping[str, Tensor] = {}
@@ -94,7 +94,7 @@ class BucketStep:
         if not gradients:
             return
         self.done.clear()
-        watched = watch(bucket, gradients) if self.move.moves else None
+        watched = watch(bucket, gradients) if self.move.moves and not bucket.hands_out else None
         try:
             self._take_chunks(gradients)
         except BaseException:
@@ -189,17 +189,18 @@ class BucketStep:
             rule.schedule.period == 1
             and len(gradients) == len(bucket.parameters)
             and min(bucket.counts) == max(bucket.counts)
+            and not bucket.lags
         ):
             count = bucket.counts[0] + 1
             return {(rule.schedule.phase(count), count if shared else 0): bucket.whole}
         found: dict[tuple[Phase, int], list[Segment]] = {}
         for i in gradients:
-            count = bucket.counts[i] + 1
-            for segment, turn in bucket.turns_of(i, rule.schedule.period):
-                segments = found.setdefault((rule.schedule.phase(count, turn), count if shared else 0), [])
-                if segments and segments[-1].row == i and segments[-1].stop == segment.start:
-                    segment = Segment(i, segments.pop().start, segment.stop)
-                segments.append(segment)
+            for run, turn in bucket.turns_of(i, rule.schedule.period):
+                for segment, count in bucket.counted(run):
+                    segments = found.setdefault((rule.schedule.phase(count, turn), count if shared else 0), [])
+                    if segments and segments[-1].row == i and segments[-1].stop == segment.start:
+                        segment = Segment(i, segments.pop().start, segment.stop)
+                    segments.append(segment)
         return {**found}
 
     def _run(
@@ -230,7 +231,7 @@ class BucketStep:
             with self.ahead.beside(x for x in (*bucket.state, *ready, live) if x is not None) as behind:
                 new = refresh(rule, ready, phase, execution)
                 new = new if live is None else _keep(live, new, ready)
-        writes = self.move.writes(chunk, gradients, live, out.direction)
+        writes = self.move.writes(bucket, chunk, gradients, live, out.direction)
 
         def write_state() -> None:
             with behind():

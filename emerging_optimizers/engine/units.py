@@ -1,12 +1,13 @@
 """What is counted and guarded by itself: a matrix, or a parameter of an element-wise rule."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.shares import Owned, Share
 from emerging_optimizers.engine.chunks import Segment
 from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.matrix_view import Block
@@ -28,19 +29,29 @@ class Units:
     shape has a row for each.
     """
 
-    def __init__(self, rows: Sequence[tuple[Tensor, Block]], counts_steps: bool) -> None:
-        self.parameters = parameters = [p for p, _ in rows]
+    def __init__(self, rows: Sequence[tuple[Share, Block]], counts_steps: bool) -> None:
+        self.shares = [share for share, _ in rows]
+        # The user's parameters, and what is worked on of them here: in one process the same.
+        self.sources = [share.source for share in self.shares]
+        self.parameters = parameters = [share.work for share in self.shares]
         self.blocks = [block for _, block in rows]
         self.item = item = self.blocks[0].item
+        first = self.shares[0]
+        self.elsewhere = first.elsewhere
+        self.total = first.total
+        # Whether a direction is handed out instead of weights being moved.
+        self.hands_out = isinstance(first, Owned) and not first.weights
         self.dtype = state_dtype(parameters[0])
         self.device = parameters[0].device
         self.param_dtype = parameters[0].dtype
         self.shapes = [p.shape for p in parameters]
         size = max(1, torch.Size(item).numel())
         self.offsets = [0]
-        for p, block in rows:
+        for p, block in zip(parameters, self.blocks, strict=True):
             self.offsets.append(self.offsets[-1] + block.of(p).numel() // size)
         self.counts = [0] * len(parameters)
+        # Of batches: how many updates fewer each matrix has taken than the one that has taken most.
+        self.lags: dict[int, list[int]] = {}
         # When each row's turn comes, for a rule with a period.
         self.turns = [0] * len(parameters)
         self.capturable = False
@@ -115,10 +126,12 @@ class Units:
             news = {name: torch.where(moved, new, stacks[name]) for name, new in news.items()}
             factor = moved.to(self.dtype) if factor is None else factor * moved
         writes: list[Write] = [partial(self.guard_stacks[name].copy_, new) for name, new in news.items()]
+        lags = self.lags
         if factor is not None:
             live = factor > 0
             if self.looks:
                 members = [i for i in members if self.unit_view(i, live).any()]
+                lags = self._lags_after(members, live)
             if self.step.numel():
                 writes.append(partial(self.step.add_, live))
         elif self.step.numel() and members:
@@ -131,11 +144,43 @@ class Units:
         counts = self.counts.copy()
         for i in members:
             counts[i] += 1
-        commit([*writes, partial(self._take, counts, "streak" in news or self._skips_in_a_row)])
+        commit([*writes, partial(self._take, counts, lags, "streak" in news or self._skips_in_a_row)])
 
-    def _take(self, counts: list[int], skips: bool) -> None:
-        self.counts, self.step_version = counts, self.step._version
+    def _take(self, counts: list[int], lags: dict[int, list[int]], skips: bool) -> None:
+        self.counts, self.lags, self.step_version = counts, lags, self.step._version
         self._skips_in_a_row = skips and (not self.looks or bool(self.streak.any()))
+
+    def _lags_after(self, members: Sequence[int], live: Tensor) -> dict[int, list[int]]:
+        lags = {**self.lags}
+        for i in members:
+            if self.blocks[i].batched and not bool((moved := self.unit_view(i, live)).all()):
+                known = lags.get(i, [0] * len(moved))
+                lags[i] = [lag + (not x) for lag, x in zip(known, moved.tolist(), strict=True)]
+        return lags
+
+    def set_count(self, i: int, name: str) -> None:
+        """Take over the counts of row i that stand in `step`.
+
+        Raises:
+            ValueError: one is none; the message calls the parameter `name`.
+        """
+        steps = self.unit_view(i, self.step)
+        self.counts[i] = most = count_of(steps, name)
+        self.lags.pop(i, None)
+        if steps.ndim and (lags := [most - int(step) for step in steps.tolist()]) and any(lags):
+            self.lags[i] = lags
+
+    def counted(self, segment: Segment) -> Iterator[tuple[Segment, int]]:
+        """A segment in pieces whose items are at the same update, the one that comes, and its number from 1."""
+        i, start, stop = segment
+        lags = self.lags.get(i)
+        if lags is None:
+            yield segment, self.counts[i] + 1
+            return
+        for k in range(start, stop):
+            if k + 1 == stop or lags[k + 1] != lags[k]:
+                yield Segment(i, start, k + 1), self.counts[i] - lags[k] + 1
+                start = k + 1
 
     def _ones(self, members: Sequence[int]) -> Tensor:
         return torch.ones(len(self.units_of(members)), dtype=self.step.dtype, device=self.device)
@@ -159,8 +204,8 @@ class Units:
         """
         if self.step._version == self.step_version:
             return
-        for i, p in enumerate(self.parameters):
-            self.counts[i] = count_of(self.unit_view(i, self.step), f"a parameter of shape {tuple(p.shape)}")
+        for i, p in enumerate(self.sources):
+            self.set_count(i, f"a parameter of shape {tuple(p.shape)}")
         self.step_version = self.step._version
 
     def unmoved_share(self) -> float:

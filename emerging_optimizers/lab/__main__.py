@@ -235,9 +235,12 @@ class Recipes:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Say what a step of an optimizer will cost: bytes of state, bytes for a moment, operations, time."""
+    """Say what a step of an optimizer will cost: bytes of state, bytes for a moment, operations, time.
 
-    optimizer: tyro.conf.Positional[str]
+    With --model and --mesh: what it costs each rank, where each whole matrix is worked on by one of them.
+    """
+
+    optimizer: tyro.conf.Positional[str] = "muon"
     """A name from `eopt list`."""
     shapes: str = "12*4*768x768,12*3072x768,12*768x3072"
     """The parameters, as in COUNT*ROWSxCOLUMNS,...; by default the hidden matrices of GPT-2 small."""
@@ -245,23 +248,60 @@ class Estimate:
     """Where the step would run."""
     seconds: bool = True
     """Time the operations."""
+    model: str | None = None
+    """In place of --shapes: gpt2-small, llama-7b, llama-70b, moe-256, or a .json or .toml file with layers, width,
+    heads, vocabulary (and hidden, kv_heads, experts, ...)."""
+    mesh: str | None = None
+    """SHARDSxTENSOR, as in 64x8: shards of FSDP2 times the degree of tensor parallelism; or SHARDS alone."""
+    expert_parallel: int = 1
+    """Ranks over which the experts of a layer are spread."""
+    dtype: str = "float32"
+    """Of parameters and gradients on the mesh: float32 or bfloat16."""
+    tokens: int = 4 * 2**20
+    """Tokens of a step, all ranks together."""
+    link: float = 50.0
+    """GB/s that a rank sends, and at the same time receives."""
+    tflops: float = 400.0
+    """TFLOP/s of the model's products on a rank."""
+    optimizer_tflops: float | None = None
+    """TFLOP/s of the optimizer's operations on a rank; by default as --tflops."""
 
     def run(self, args: Sequence[str]) -> None:
         """Counts, times and shows."""
+        if (self.model is None) != (self.mesh is None):
+            raise UsageError("--model and --mesh belong together, as in --model llama-7b --mesh 8x8; give both or none")
+        try:
+            print(self._on_one() if self.mesh is None else self._on_a_mesh())
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+
+    def _on_one(self) -> object:
         import torch
 
         from emerging_optimizers.cost import estimate
 
         parameters: list[tuple[str, torch.nn.Parameter]] = []
-        try:
-            for text in self.shapes.split(","):
-                *counts, shape = text.split("*")
-                for i in range(math.prod(map(int, counts))):
-                    size = [int(side) for side in shape.split("x")]
-                    parameters.append((f"{shape} {i}", torch.nn.Parameter(torch.empty(size, device="meta"))))
-            print(estimate(parameters, self.optimizer, self.device, seconds=self.seconds))
-        except (ValueError, TypeError) as error:
-            raise UsageError(str(error)) from error
+        for text in self.shapes.split(","):
+            *counts, shape = text.split("*")
+            for i in range(math.prod(map(int, counts))):
+                size = [int(side) for side in shape.split("x")]
+                parameters.append((f"{shape} {i}", torch.nn.Parameter(torch.empty(size, device="meta"))))
+        return estimate(parameters, self.optimizer, self.device, seconds=self.seconds)
+
+    def _on_a_mesh(self) -> object:
+        from emerging_optimizers.cost.scale import Machine, at_scale
+
+        machine = Machine(
+            link=self.link, tflops=self.tflops, optimizer_tflops=self.optimizer_tflops, tokens=self.tokens
+        )
+        return at_scale(
+            str(self.model),
+            self.optimizer,
+            str(self.mesh),
+            expert_parallel=self.expert_parallel,
+            dtype=self.dtype,
+            machine=machine,
+        )
 
 
 Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report | Estimate | List | Recipes

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from emerging_optimizers.distributed.layout import Layout
+from emerging_optimizers.distributed.shares import Here
 from emerging_optimizers.engine import chunks
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.chunks import Segment
@@ -22,7 +24,7 @@ from emerging_optimizers.soap.soap import SOAP, SOAPRule
 
 
 def bucket_of(parameters: list[Tensor], rule: Rule) -> Bucket:
-    return Bucket([(p, block) for p in parameters for block in blocks(p, rule.elementwise)], rule)
+    return Bucket([(Here(p), block) for p in parameters for block in blocks(p, rule.elementwise)], rule)
 
 
 def vectors(sizes: list[int]) -> Bucket:
@@ -126,11 +128,14 @@ def test_turns_spread_each_shape_over_the_period_and_batches_over_all_of_it() ->
         "matrix_view": "auto",
         "spike_guard": None,
         "state_dtype": None,
+        "weight_update_hook": None,
+        "weight_decay_method": "decoupled",
+        "cautious": False,
     }
     members = list(enumerate(group["params"]))
-    found = fill_buckets(members, group, rule, {})
+    found = fill_buckets(members, group, rule, {}, Layout())
     assert [bucket.turns for bucket in found] == [[0, 1], [2, 3], [0]]
-    assert fill_buckets(members[2:4], group, rule, {})[1].turns == [3]  # whoever else is there
+    assert fill_buckets(members[2:4], group, rule, {}, Layout())[1].turns == [3]  # whoever else is there
     batch = found[2]
     assert list(batch.turns_of(0, 4)) == [((0, 0, 1), 0), ((0, 1, 3), 1), ((0, 3, 4), 2), ((0, 4, 6), 3)]
 

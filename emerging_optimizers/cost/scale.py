@@ -1,0 +1,321 @@
+"""What a step costs each process of a mesh where each whole matrix is worked on by one of them, for up to thousands.
+
+What each process has, sends and receives is added up in `ledger`; here stand the request, the rates and the tables.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from emerging_optimizers.cost.ledger import Job, Ledger, Update, held_of, is_local, sharding_of_weight
+from emerging_optimizers.cost.models import Decoder, read_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DIRECTION_BYTES = 4  # directions travel in the dtype in which they are computed
+COMPANION = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Rates of a process, and what is computed in a step.
+
+    Attributes:
+        link: GB/s that a process sends, and at the same time receives.
+        tflops: 10^12 operations a second of the model's products.
+        optimizer_tflops: the same of the optimizer's; None: as the model's.
+        tokens: of a step, all processes together.
+    """
+
+    link: float = 50.0
+    tflops: float = 400.0
+    optimizer_tflops: float | None = None
+    tokens: int = 4 * 2**20
+
+    def __post_init__(self) -> None:
+        for name in ("link", "tflops", "optimizer_tflops", "tokens"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} is not allowed; give a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Parameters of one shape that are treated alike.
+
+    Attributes:
+        names: what they are.
+        shape: of each.
+        count: how many.
+        work: "owned": whole, by one process, or a stack by several; "local": where it lies; "elements": its companion.
+        flops: operations of a step of each.
+        state_bytes: of each, all processes together; copies once.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    count: int
+    work: str
+    flops: float
+    state_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A step on a mesh. Bytes, state and operations are those of the process that has most.
+
+    Attributes:
+        optimizer: its name.
+        model: its name.
+        mesh: shards of FSDP2, degree of tensor parallelism.
+        expert_parallel: over how many processes the experts of a layer are spread; 1: they are cut like the others.
+        dtype: of parameters and gradients.
+        machine: the rates.
+        parameters: elements of the model.
+        rows: by shape.
+        state_bytes: of optimizer state.
+        flops: of the optimizer.
+        mean_flops: the mean over the processes.
+        balance: the most operations over the mean, or over the largest matrix where that is more; 1 is the best.
+        fetch_bytes: of gradients, sent or received, on the way to owners.
+        delivery_bytes: of directions, on the way back.
+        exchange_seconds: of both.
+        compute_seconds: of the operations.
+        model_seconds: of the model's own step, 6 operations for each token and weight that it uses.
+    """
+
+    optimizer: str
+    model: str
+    mesh: tuple[int, int]
+    expert_parallel: int
+    dtype: str
+    machine: Machine
+    parameters: int
+    rows: tuple[Row, ...]
+    state_bytes: int
+    flops: float
+    mean_flops: float
+    balance: float
+    fetch_bytes: int
+    delivery_bytes: int
+    exchange_seconds: float
+    compute_seconds: float
+    model_seconds: float
+
+    @property
+    def share(self) -> float:
+        """Of the model's own step: what the optimizer adds to it if nothing overlaps."""
+        return (self.exchange_seconds + self.compute_seconds) / self.model_seconds
+
+    def __str__(self) -> str:
+        header = ("parameters", "shape", "count", "worked on", "GFLOP each", "state MiB each")
+        table = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        sides = ("<", "<", ">", "<", ">", ">")
+        layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+        lines = [layout.format(*cells).rstrip() for cells in table]
+        machine = self.machine
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"{self.optimizer} on {self.model}, {self.parameters / 1e9:.4g} G parameters, "
+                f"{prod(self.mesh)} ranks: {self.mesh[0]} shards x {self.mesh[1]} tensor parallel"
+                + (f", experts over {self.expert_parallel}" if self.expert_parallel > 1 else ""),
+                "Of the rank with the most, a step:",
+                f"  state      {self.state_bytes / 2**30:10.4g} GiB",
+                f"  operations {self.flops / 1e12:10.4g} TFLOP (mean {self.mean_flops / 1e12:.4g}; "
+                f"balance of owners {self.balance:.2f})",
+                f"  fetch      {self.fetch_bytes / 2**20:10.4g} MiB of {self.dtype} gradients",
+                f"  delivery   {self.delivery_bytes / 2**20:10.4g} MiB of directions",
+                f"Predicted: exchange {self.exchange_seconds * 1e3:.3g} ms at {machine.link:g} GB/s, operations "
+                f"{self.compute_seconds * 1e3:.3g} ms at {machine.optimizer_tflops or machine.tflops:g} TFLOP/s; "
+                f"{self.share:.1%} of the model's own {self.model_seconds * 1e3:.4g} ms "
+                f"({machine.tokens:,} tokens at {machine.tflops:g} TFLOP/s)",
+            ]
+        )
+
+
+def at_scale(
+    model: str | Decoder,
+    optimizer: str,
+    mesh: str | tuple[int, ...],
+    *,
+    expert_parallel: int = 1,
+    dtype: str = "float32",
+    machine: Machine | None = None,
+) -> Scale:
+    """What a step of an optimizer costs a process of a mesh.
+
+    Embeddings, heads, vectors and biases go to AdamW, where they lie. A matrix that is cut is owned by one process. Of
+    a stack of experts that is cut between its matrices each process works on those that it has.
+
+    Args:
+        model: see `read_model`; or a model itself.
+        optimizer: a registry name, with its defaults.
+        mesh: "SHARDSxTENSOR", such as "64x8": so many shards of FSDP2 times so many of tensor parallelism; "SHARDS"
+            alone, without tensor parallelism; or the numbers.
+        expert_parallel: over how many processes the experts of a layer are spread, instead of tensor parallelism. FSDP2
+            cuts the experts between matrices if that gives every process one, else their rows.
+        dtype: of parameters and gradients, "float32" or "bfloat16".
+        machine: rates; None: those of `Machine`.
+
+    Raises:
+        ValueError: an unknown name, a mesh or a degree that does not fit, or shards that do not divide
+            (`Sharding.check`).
+
+    Example:
+        >>> tiny = Decoder(layers=2, width=64, heads=4, vocabulary=512)
+        >>> found = at_scale(tiny, "muon", "4x2")
+        >>> found.fetch_bytes, round(found.balance, 2)
+        (71680, 1.23)
+    """
+    shards, tensor = _mesh(mesh)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    decoder, name = (model, "own") if isinstance(model, Decoder) else (read_model(model), model)
+    _check_experts(decoder, shards * tensor, expert_parallel)
+    machine = machine or Machine()
+    hidden, companion = Update(optimizer), Update(COMPANION)
+    weights = decoder.weights()
+    ledger = Ledger(shards * tensor)
+    jobs: list[Job] = []
+    rows: list[Row] = []
+    for weight in weights:
+        update = hidden if weight.is_hidden else companion
+        sharding = sharding_of_weight(weight, shards, tensor, expert_parallel)
+        sharding.check(weight.name)
+        held = held_of(sharding)
+        if update.elementwise:
+            work = "elements"
+            ledger.add_elements(held, update, weight)
+        elif is_local(weight, sharding):
+            work = "local"
+            ledger.add_local(held, update, weight)
+        else:
+            work = "owned"
+            jobs += [Job(update.flops(weight.shape), held, weight)] * weight.number
+        rows.append(
+            Row(
+                names=(weight.name,),
+                shape=weight.shape,
+                count=weight.number,
+                work=work,
+                flops=update.flops(weight.shape),
+                state_bytes=update.state_bytes(weight.shape),
+            )
+        )
+    ledger.add_owned(jobs, hidden)
+    return _summary(
+        ledger,
+        optimizer=optimizer,
+        model=name,
+        mesh=(shards, tensor),
+        expert_parallel=expert_parallel,
+        dtype=dtype,
+        machine=machine,
+        parameters=sum(w.numel * w.number for w in weights),
+        rows=_grouped(rows),
+        fetched_bytes=DTYPES[dtype].itemsize * (1 + hidden.reads_weights),
+        delivered_bytes=DTYPES[dtype].itemsize if hidden.reads_weights else DIRECTION_BYTES,
+        used=sum(w.numel * w.number * w.used for w in weights if len(w.shape) > 1),
+    )
+
+
+def markdown(found: Iterable[Scale]) -> str:
+    """A table of several, a line each."""
+    header = (
+        *("model", "optimizer", "ranks (shards x tensor)", "state", "operations", "balance", "fetch", "delivery"),
+        *("exchange", "compute", "of the model's step"),
+    )
+    lines = [" | ".join(header), " | ".join(["---"] * 3 + ["---:"] * (len(header) - 3))]
+    for s in found:
+        experts = f", experts over {s.expert_parallel}" if s.expert_parallel > 1 else ""
+        cells = (
+            s.model,
+            s.optimizer,
+            f"{prod(s.mesh)} ({s.mesh[0]} x {s.mesh[1]}{experts})",
+            f"{s.state_bytes / 2**30:.3g} GiB",
+            f"{s.flops / 1e12:.3g} TFLOP",
+            f"{s.balance:.2f}",
+            f"{s.fetch_bytes / 2**20:.0f} MiB",
+            f"{s.delivery_bytes / 2**20:.0f} MiB",
+            f"{s.exchange_seconds * 1e3:.1f} ms",
+            f"{s.compute_seconds * 1e3:.1f} ms",
+            f"{s.share:.1%}",
+        )
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+# --- how the parameters lie -------------------------------------------------------------------------------------------
+
+
+def _mesh(mesh: str | tuple[int, ...]) -> tuple[int, int]:
+    sides = mesh.split("x") if isinstance(mesh, str) else [*map(str, mesh)]
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"mesh={mesh!r} is not SHARDSxTENSOR, as in 64x8, nor SHARDS alone, as in 64")
+    shards, *rest = map(int, sides)
+    return shards, rest[0] if rest else 1
+
+
+def _check_experts(model: Decoder, ranks: int, degree: int) -> None:
+    if degree == 1:
+        return
+    if degree < 1 or ranks % degree or not model.experts or model.experts % degree:
+        raise ValueError(
+            f"expert_parallel={degree} is not possible for {model.experts} experts on {ranks} ranks; it must divide "
+            "both"
+        )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        ", ".join(row.names),
+        "x".join(map(str, row.shape)),
+        str(row.count),
+        row.work,
+        f"{row.flops / 1e9:.2f}",
+        f"{row.state_bytes / 2**20:.2f}",
+    )
+
+
+def _grouped(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows that differ by their names alone are one."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.shape, row.work), []).append(row)
+    return tuple(
+        Row(
+            names=tuple(name for row in some for name in row.names),
+            shape=some[0].shape,
+            count=sum(row.count for row in some),
+            work=some[0].work,
+            flops=some[0].flops,
+            state_bytes=some[0].state_bytes,
+        )
+        for some in found.values()
+    )
+
+
+def _summary(ledger: Ledger, *, fetched_bytes: int, delivered_bytes: int, used: float, **said: Any) -> Scale:
+    machine: Machine = said["machine"]
+    ranks = len(ledger.flops)
+    flops, mean = float(ledger.flops.max()), float(ledger.flops.mean())
+    fetch = fetched_bytes * int(torch.maximum(ledger.fetch_out, ledger.fetch_in).max())
+    delivery = delivered_bytes * int(torch.maximum(ledger.back_out, ledger.back_in).max())
+    least = max(mean, ledger.largest)
+    return Scale(
+        **said,
+        state_bytes=int(ledger.state.max()),
+        flops=flops,
+        mean_flops=mean,
+        balance=flops / least if least else 1.0,
+        fetch_bytes=fetch,
+        delivery_bytes=delivery,
+        exchange_seconds=(fetch + delivery) / (machine.link * 1e9),
+        compute_seconds=flops / ((machine.optimizer_tflops or machine.tflops) * 1e12),
+        model_seconds=6 * used * machine.tokens / (ranks * machine.tflops * 1e12),
+    )

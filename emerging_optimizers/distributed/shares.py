@@ -1,0 +1,241 @@
+"""What a process works on of a parameter: all of it, the part that lies here, or a whole that it owns.
+
+In one process a parameter is `Here`, and nothing moves. A sharded one (a DTensor) is `Local` where the part that lies
+on this process can be worked on by itself: elements, or matrices none of which is cut. Otherwise it is `Owned`: one of
+the processes that share it puts the whole together, works on it, and hands out what becomes of its parts. A batch of
+matrices is spread over several owners.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.distributed.dtensor import Spread, as_sharded, is_sharded, local_of, on_owners, whole_of
+from emerging_optimizers.distributed.groups import Peers
+from emerging_optimizers.distributed.plan import Box
+
+
+@dataclass(frozen=True)
+class Total:
+    """A sum over the processes among which a unit is spread; `copies` of each hold the same."""
+
+    peers: Peers
+    copies: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.peers.sum(x / self.copies)
+
+
+class Share:
+    """What the engine knows of a parameter's place.
+
+    Attributes:
+        source: the user's parameter.
+        work: what is worked on, with its gradient in `grad`; of what is elsewhere a tensor without data.
+        elsewhere: nothing of it is worked on here.
+        indices: which entries of the parameter's first axis are worked on here, and of how many; None: all.
+        total: see `Total`; None: a unit is not spread.
+        kind: shares of one kind may stand in one stack.
+    """
+
+    source: Tensor
+    work: Tensor
+    elsewhere: bool = False
+    indices: tuple[Sequence[int], int] | None = None
+    total: Total | None = None
+    kind: Any = None
+
+    def fits(self) -> bool:
+        """Whether the parameter still lies as it did."""
+        return True
+
+    def publish(self, view: Tensor) -> Tensor:
+        """What `state` holds of a view of a stack."""
+        return view
+
+    def localize(self, value: Tensor, view: Tensor) -> Tensor:
+        """What of a saved tensor belongs into a view of a stack; the processes ask for the same at the same time."""
+        return whole_of(value)
+
+
+class Here(Share):
+    """A parameter of one process: worked on where it is."""
+
+    def __init__(self, p: Tensor) -> None:
+        self.source = self.work = p
+
+
+class Part(Share):
+    """What a process has of a sharded parameter.
+
+    Attributes:
+        peers: the processes of its mesh.
+        local: what is stored here.
+    """
+
+    def __init__(self, p: Any, spread: Spread, peers: Peers) -> None:
+        self.source, self.peers, self._spread = p, peers, spread
+        self.local: Tensor = p._local_tensor
+
+    def fits(self) -> bool:
+        """Whether what is stored is what was there."""
+        return local_of(self.source) is self.local
+
+
+class Local(Part):
+    """The part of a sharded parameter that lies here, worked on by itself.
+
+    Args:
+        p: the parameter.
+        spread: how it lies.
+        peers: the processes of its mesh.
+        by_element: whether its elements are worked on by themselves; otherwise the entries of its first axis.
+    """
+
+    def __init__(self, p: Tensor, spread: Spread, peers: Peers, by_element: bool) -> None:
+        super().__init__(p, spread, peers)
+        self._by_element = by_element
+        self.work = self.local.detach()
+        self.work.grad_dtype = None  # the user's gradient may have another
+        self._boxes = spread.boxes(peers.rank)
+        cut = by_element and spread.is_cut
+        self.total = Total(peers, spread.copies) if cut else None
+        here = [k for box in self._boxes for k in range(box.starts[0], box.stops[0])] if p.ndim else []
+        self.indices = (here, p.shape[0]) if spread.is_cut and not by_element else None
+        self.kind = ("local", peers, spread.copies) if cut else ("local",)
+
+    def publish(self, view: Tensor) -> Tensor:
+        """Sharded like the parameter."""
+        if not view.ndim or not self._spread.is_cut:
+            return view
+        return as_sharded(view, self.source, self._shape(view))
+
+    def _shape(self, view: Tensor) -> tuple[int, ...]:
+        """Of the whole of which the state of this part is one."""
+        if self._by_element:
+            return tuple(self.source.shape)
+        assert self.indices is not None
+        here, of = self.indices
+        return view.shape[0] * of // max(1, len(here)) if here else of, *view.shape[1:]
+
+    def localize(self, value: Tensor, view: Tensor) -> Tensor:
+        """Its own part of it."""
+        if is_sharded(value, like=self.source):
+            return local_of(value)
+        value = whole_of(value)
+        if not view.ndim or not self._spread.is_cut or value.shape != self._shape(view):
+            return value
+        if self._by_element:
+            found = torch.empty(self.local.shape, dtype=value.dtype, device=value.device)
+            for box in self._boxes:
+                found[box.local_slices] = value[box.slices]
+            return found
+        assert self.indices is not None
+        here, of = self.indices
+        each = value.shape[0] // of
+        return value.view(of, each, *value.shape[1:])[list(here)].flatten(0, 1)
+
+
+class Span(NamedTuple):
+    """Which entries of a parameter's first axis a process owns."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+class Route(NamedTuple):
+    """A box that goes between a process that stores it and its owner: where it lies on both."""
+
+    at_owner: tuple[slice, ...]
+    in_storage: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+
+class Owned(Part):
+    """A sharded parameter that is worked on as a whole.
+
+    Args:
+        p: the parameter.
+        spread: how it lies.
+        peers: the processes of its mesh.
+        spans: its owners, in the order of the entries that they own; one owner has all.
+        weights: whether the owner needs the weights, and hands out new ones; otherwise it hands out a direction.
+    """
+
+    def __init__(self, p: Tensor, spread: Spread, peers: Peers, spans: Sequence[Span], weights: bool) -> None:
+        super().__init__(p, spread, peers)
+        self.weights = weights
+        self.spans = {span.rank: span for span in spans}
+        self.is_batch = len(spans) > 1
+        mine = self.spans.get(peers.rank)
+        if mine is not None and mine.start == mine.stop:
+            mine = None
+        self.elsewhere = mine is None
+        # The direction is handed out in the dtype in which it was computed.
+        dtype = p.dtype if weights or p.dtype == torch.float64 else torch.float32
+        shape = (mine.stop - mine.start, *p.shape[1:]) if mine is not None and self.is_batch else tuple(p.shape)
+        self.work = torch.zeros(shape, dtype=dtype, device="meta" if self.elsewhere else self.local.device)
+        self.work.grad_dtype = None
+        self.indices = (range(mine.start, mine.stop), p.shape[0]) if self.is_batch and mine is not None else None
+        self.kind = ("elsewhere" if self.elsewhere else "owned", peers, weights)
+
+    def owns(self, rank: int) -> bool:
+        """Whether a process works on some of it."""
+        span = self.spans.get(rank)
+        return span is not None and span.start < span.stop
+
+    def publish(self, view: Tensor) -> Tensor:
+        """A DTensor on the owners alone, of which other processes hold nothing."""
+        return on_owners(view, self.local.device, self.peers, tuple(self.spans), self._shape(view))
+
+    def _shape(self, view: Tensor) -> tuple[int, ...]:
+        if not self.is_batch or self.indices is None or not view.ndim:
+            return tuple(view.shape)
+        here, of = self.indices
+        return (view.shape[0] * of // len(here) if here else of, *view.shape[1:])
+
+    def localize(self, value: Tensor, view: Tensor) -> Tensor:
+        """What this process owns of it."""
+        published = self.publish(view)
+        if is_sharded(value, like=published):
+            return local_of(value)
+        value = whole_of(value)
+        if self.elsewhere:
+            return view
+        if self.indices is None or not view.ndim or value.shape != published.shape:
+            return value
+        here, of = self.indices
+        each = value.shape[0] // of
+        return value.view(of, each, *value.shape[1:])[here[0] : here[-1] + 1].flatten(0, 1)
+
+    def routes(self, owner: int, storage: int) -> list[Route]:
+        """What lies on a process and belongs to an owner."""
+        span = self.spans.get(owner)
+        if span is None:
+            return []
+        cut = (_within(box, span) if self.is_batch else box for box in self._spread.boxes(storage))
+        first = span.start if self.is_batch else 0
+        return [_route(box, first) for box in cut if box is not None and box.numel]
+
+    def is_near(self, owner: int, storage: int) -> bool:
+        """Whether a process is the one that brings its part to the owner: the copy that is in the owner's replica."""
+        return self._spread.copy_of(owner) == self._spread.copy_of(storage)
+
+
+def _within(box: Box, span: Span) -> Box | None:
+    """The part of a box that is in a span of the first axis."""
+    start, stop = max(box.starts[0], span.start), min(box.stops[0], span.stop)
+    if start >= stop:
+        return None
+    moved = start - box.starts[0]
+    return Box((start, *box.starts[1:]), (stop, *box.stops[1:]), (box.local[0] + moved, *box.local[1:]))
+
+
+def _route(box: Box, first: int) -> Route:
+    starts = (box.starts[0] - first, *box.starts[1:])
+    at_owner = tuple(slice(a, a + n) for a, n in zip(starts, box.shape, strict=True))
+    return Route(at_owner, box.local_slices, box.shape)

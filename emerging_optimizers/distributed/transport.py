@@ -1,0 +1,195 @@
+"""What travels in a step: gradients to the owners of whole matrices, and back what becomes of their parts.
+
+One exchange each way moves everything of a shipment: the pieces for each process are packed behind each other.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from emerging_optimizers.distributed.dtensor import local_gradient
+from emerging_optimizers.distributed.groups import Peers
+from emerging_optimizers.distributed.shares import Owned, Route
+
+MOVES, STAYS, FAILED = 0.0, 1.0, 2.0
+
+
+class Arrival(NamedTuple):
+    """What has come back for a parameter.
+
+    Attributes:
+        share: of it.
+        part: of the direction, or of the new weight, shaped like what lies here.
+        words: of each owner: `MOVES`, `STAYS` where some of it stays where it is, or `FAILED`.
+    """
+
+    share: Owned
+    part: Tensor
+    words: dict[int, Tensor]
+
+
+class _Parcel(NamedTuple):
+    """Pieces of a share that go from an owner to a process, or the other way."""
+
+    share: Owned
+    routes: list[Route]
+
+
+class Shipment:
+    """Shares that travel together; every process of `peers` makes the same one, in the same order of shares."""
+
+    def __init__(self, peers: Peers, shares: Sequence[Owned]) -> None:
+        self.peers, self.shares = peers, shares
+        self.mine = [share for share in shares if not share.elsewhere]
+        me = peers.rank
+        self._to_owners = [self._parcels(shares, rank, me, near=True) for rank in peers.ranks]
+        self._from_storage = [self._parcels(self.mine, me, rank, near=True) for rank in peers.ranks]
+        self._to_storage = [self._parcels(self.mine, me, rank) for rank in peers.ranks]
+        self._from_owners = [self._parcels(shares, rank, me) for rank in peers.ranks]
+        self._words: dict[int, Tensor] = {}
+
+    @staticmethod
+    def _parcels(shares: Iterable[Owned], owner: int, storage: int, near: bool = False) -> list[_Parcel]:
+        """What goes between an owner and a process; with `near` only what is taken from that process."""
+        owned = (share for share in shares if share.owns(owner))
+        return [
+            _Parcel(share, [] if near and not share.is_near(owner, storage) else share.routes(owner, storage))
+            for share in owned
+        ]
+
+    # ---- to the owners ------------------------------------------------------------------------------------------
+
+    def fetch(self) -> None:
+        """Send gradients, and weights where they are read, to their owners; does not wait."""
+        gradients = {share.source: local_gradient(share.source) for share in self.shares}
+        dtypes = {g.dtype for g in gradients.values() if g is not None}
+        dtypes |= {share.source.dtype for share in self.shares if share.weights or not dtypes}
+        dtype = _widest(dtypes)
+        pieces: list[Tensor] = []
+        sizes = []
+        for parcels in self._to_owners:
+            mine = [x for parcel in parcels for x in self._packed(parcel, gradients)]
+            sizes.append(sum(x.numel() for x in mine))
+            pieces += mine
+        counts = [
+            sum(_size(route) * (1 + parcel.share.weights) for parcel in parcels for route in parcel.routes)
+            for parcels in self._from_storage
+        ]
+        self._begin(pieces, sizes, counts, dtype)
+
+    @staticmethod
+    def _packed(parcel: _Parcel, gradients: Mapping[Tensor, Tensor | None]) -> list[Tensor]:
+        """Pieces of the gradient, zeros where there is none, and of the weight."""
+        share, routes = parcel
+        local, grad = share.local, gradients[share.source]
+        found = [
+            torch.zeros(_size(route), dtype=local.dtype, device=local.device)
+            if grad is None
+            else grad[route.in_storage].reshape(-1)
+            for route in routes
+        ]
+        return found + [local[route.in_storage].reshape(-1) for route in routes if share.weights]
+
+    def arrive(self) -> None:
+        """Wait for what was sent to this process, and put gradients and weights together."""
+        buffers = self._end()
+        whole = {
+            id(share): torch.empty(share.work.shape, dtype=self._received.dtype, device=self._received.device)
+            for share in self.mine
+            if share.source.grad is not None
+        }
+        for parcels, buffer in zip(self._from_storage, buffers, strict=True):
+            start = 0
+            for share, routes in parcels:
+                targets = [whole.get(id(share))] + [share.work] * share.weights
+                for target in targets:
+                    for route in routes:
+                        stop = start + _size(route)
+                        if target is not None:
+                            target[route.at_owner] = buffer[start:stop].view(route.shape)
+                        start = stop
+        for share in self.mine:
+            share.work.grad = whole.get(id(share))
+
+    # ---- back ---------------------------------------------------------------------------------------------------
+
+    def say(self, share: Owned, word: Tensor) -> None:
+        """What the others are told of a share of this process: `MOVES`, if nothing is said, `STAYS` or `FAILED`."""
+        known = self._words.get(id(share))
+        self._words[id(share)] = word if known is None else torch.maximum(known, word)
+
+    def deliver(self) -> None:
+        """Send directions or new weights back to where the parts lie; does not wait."""
+        for share in self.mine:
+            share.work.grad = None
+        dtype = _widest({share.work.dtype for share in self.shares})
+        device = self._received.device
+        moves = torch.full((1,), MOVES, dtype=dtype, device=device)
+        pieces: list[Tensor] = []
+        sizes = []
+        for parcels in self._to_storage:
+            mine = [self._words.get(id(share), moves).to(dtype).reshape(1) for share, _ in parcels]
+            mine += [share.work[route.at_owner].reshape(-1) for share, routes in parcels for route in routes]
+            sizes.append(sum(x.numel() for x in mine))
+            pieces += mine
+        counts = [
+            len(parcels) + sum(_size(route) for _, routes in parcels for route in routes)
+            for parcels in self._from_owners
+        ]
+        self._begin(pieces, sizes, counts, dtype)
+        self._words.clear()
+
+    def land(self) -> list[Arrival]:
+        """Wait for what has come back."""
+        buffers = self._end()
+        parts: dict[int, Tensor] = {}
+        words: dict[int, dict[int, Tensor]] = {id(share): {} for share in self.shares}
+        for rank, parcels, buffer in zip(self.peers.ranks, self._from_owners, buffers, strict=True):
+            start = len(parcels)
+            for k, (share, routes) in enumerate(parcels):
+                words[id(share)][rank] = buffer[k]
+                for route in routes:
+                    stop = start + _size(route)
+                    piece = buffer[start:stop].view(route.shape)
+                    start = stop
+                    if route.shape == share.local.shape:
+                        parts[id(share)] = piece
+                        continue
+                    part = parts.get(id(share))
+                    if part is None:
+                        part = parts[id(share)] = piece.new_empty(share.local.shape)
+                    part[route.in_storage] = piece
+        return [
+            Arrival(share, parts[id(share)] if id(share) in parts else torch.empty_like(share.local), words[id(share)])
+            for share in self.shares
+        ]
+
+    # ---- the exchange -------------------------------------------------------------------------------------------
+
+    def _begin(self, pieces: list[Tensor], sizes: list[int], counts: list[int], dtype: torch.dtype) -> None:
+        device = self.shares[0].local.device
+        self._sent = torch.cat([x.to(dtype) for x in pieces]) if pieces else torch.empty(0, dtype=dtype, device=device)
+        self._received = torch.empty(sum(counts), dtype=dtype, device=device)
+        self._counts = counts
+        self._work: Any = dist.all_to_all_single(
+            self._received, self._sent, counts, sizes, group=self.peers.group, async_op=True
+        )
+
+    def _end(self) -> Sequence[Tensor]:
+        self._work.wait()
+        del self._sent, self._work
+        return torch.split(self._received, self._counts)
+
+
+def _size(route: Route) -> int:
+    return torch.Size(route.shape).numel()
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    first, *rest = dtypes
+    for dtype in rest:
+        first = torch.promote_types(first, dtype)
+    return first

@@ -1,0 +1,30 @@
+"""What a user is told once, since nothing else would show it."""
+
+import warnings
+from typing import Any
+
+import torch
+
+from emerging_optimizers.engine.units import LONG_STREAK
+
+
+def warn_of_skips(owner: str, label: str, limit: float) -> None:
+    """That a weight has not moved for a long time, as its gradients were not finite."""
+    warnings.warn(
+        f"{owner}: the gradient of {label} was not finite, or its norm above {limit:.1e}, in each of the last "
+        f"{LONG_STREAK} steps, and the weight has not moved since. guard_events() counts the skipped steps of all "
+        "parameters; nonfinite='raise' stops at the first one",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def warn_of_rounding(owner: str, index: int, lr: Any, dtype: torch.dtype, share: float) -> None:
+    """That a low precision rounds the updates of a group away."""
+    warnings.warn(
+        f"{owner}: {share:.0%} of the weights in param_groups[{index}] that were looked at stayed where they were at "
+        f"lr={float(lr):.3g}: in {dtype} an update below half a unit in the last place is rounded away. Keep the "
+        "weights in float32 and compute in low precision (torch.autocast, or FSDP's mixed precision), or raise lr",
+        UserWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,5 @@
+"""Checks that users run on their own models and optimizers."""
+
+from emerging_optimizers.testing.one_process import assert_same_as_one_process
+
+__all__ = ["assert_same_as_one_process"]
