@@ -1,0 +1,178 @@
+"""Processes decide alike, and whatever is wrong on one of them is an error on all of them."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from emerging_optimizers import create_optimizer
+from emerging_optimizers.distributed.dtensor import local_of
+from emerging_optimizers.testing.one_process import part_of
+from tests.distributed.processes import fsdp, gradients, make_net, run
+
+
+def sharded(name: str = "muon", **options: Any) -> tuple[nn.Module, Any]:
+    """A model under FSDP2 and its optimizer."""
+    model = make_net()
+    fsdp(model)
+    return model, create_optimizer(name, model, lr=0.01, **options)
+
+
+def give_gradients(model: nn.Module, step: int = 0) -> None:
+    given = gradients(step, {name: p.shape for name, p in model.named_parameters()})
+    for name, p in model.named_parameters():
+        p.grad = part_of(given[name], p) if name in given else None
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [local_of(p).clone() for p in model.parameters()]
+
+
+def error_of(model: nn.Module, optimizer: Any, spoil: Callable[[], None]) -> tuple[str, bool, str]:
+    """What a step raises after one that went well, whether weights stayed, and what the step after it raises."""
+    give_gradients(model)
+    optimizer.step()
+    give_gradients(model)
+    before = weights(model)
+    undo = spoil()
+    try:
+        optimizer.step()
+        message = "nothing"
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    stayed = all(map(torch.equal, before, weights(model)))
+    if undo is not None:
+        undo()
+    give_gradients(model)
+    try:
+        optimizer.step()
+        after = "nothing"
+    except Exception as error:
+        after = f"{type(error).__name__}: {error}"
+    return message, stayed, after
+
+
+def missing() -> Any:
+    model, optimizer = sharded()
+
+    def spoil() -> None:
+        if dist.get_rank() == 1:
+            model.up.weight.grad = None
+
+    return error_of(model, optimizer, spoil)
+
+
+def other_rate() -> Any:
+    model, optimizer = sharded("soap")
+
+    def spoil() -> Callable[[], None]:
+        before = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = before * (1 + dist.get_rank())
+        return lambda: optimizer.param_groups[0].update(lr=before)
+
+    return error_of(model, optimizer, spoil)
+
+
+def bad_option() -> Any:
+    model, optimizer = sharded()
+
+    def spoil() -> Callable[[], None]:
+        before = optimizer.param_groups[0]["momentum"]
+        if dist.get_rank() == 1:
+            optimizer.param_groups[0]["momentum"] = 2.0
+        return lambda: optimizer.param_groups[0].update(momentum=before)
+
+    return error_of(model, optimizer, spoil)
+
+
+def not_finite() -> Any:
+    model, optimizer = sharded(nonfinite="raise")
+
+    def spoil() -> None:
+        if dist.get_rank() == 0:
+            local_of(model.down.weight.grad).view(-1)[0] = torch.inf
+
+    return error_of(model, optimizer, spoil)
+
+
+def failing_owner() -> Any:
+    """The rule of one process raises for what it owns."""
+    from emerging_optimizers.engine import run as engine_run
+
+    model, optimizer = sharded()
+
+    def spoil() -> Callable[[], None]:
+        call = engine_run.call
+
+        def fail(*args: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory left")
+
+        if dist.get_rank() == 1:
+            engine_run.call = fail
+        return lambda: setattr(engine_run, "call", call)
+
+    return error_of(model, optimizer, spoil)
+
+
+def other_model() -> Any:
+    """Processes that made different optimizers."""
+    model = make_net()
+    fsdp(model)
+    names = {"overrides": {"up.weight": "adamw"}} if dist.get_rank() == 1 else {}
+    optimizer = create_optimizer("muon", model, lr=0.01, **names)
+    give_gradients(model)
+    try:
+        optimizer.step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+SCENARIOS = {f.__name__: f for f in (missing, other_rate, bad_option, not_finite, failing_owner, other_model)}
+
+
+def everything() -> dict[str, Any]:
+    """All scenarios, in each process."""
+    return {name: scenario() for name, scenario in SCENARIOS.items()}
+
+
+@pytest.fixture(scope="module")
+def happened() -> list[dict[str, Any]]:
+    return run(2, everything)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "here", "there"),
+    [
+        ("missing", r"the gradient of .*up.weight.* is there on rank 0 and missing on rank 1", None),
+        ("other_rate", r"param_groups\[0\]\['lr'\] is 0.01 on rank 0 and 0.02 on rank 1", None),
+        ("bad_option", r"rank 1 cannot take this step.*momentum", r"momentum=2.0"),
+        ("not_finite", r"the gradient of .*down.weight.* is not finite", r"rank 0 cannot take.*down.weight"),
+    ],
+)
+def test_what_is_wrong_on_one_process_is_an_error_on_all_and_nothing_moves(
+    happened: list[dict[str, Any]], scenario: str, here: str, there: str | None
+) -> None:
+    for rank, pattern in enumerate((here, there or here)):
+        message, stayed, after = happened[rank][scenario]
+        assert re.search(pattern, message), message
+        assert stayed
+        assert after == "nothing"
+
+
+def test_what_an_owner_could_not_work_on_stays_and_everyone_hears_of_it(happened: list[dict[str, Any]]) -> None:
+    ours, _, after = happened[1]["failing_owner"]
+    theirs, _, after_there = happened[0]["failing_owner"]
+    assert "no memory left" in ours
+    assert re.search(r"rank 1 could not work on what it owns, .*weight", theirs), theirs
+    assert after == after_there == "nothing"
+
+
+def test_other_routes_are_an_error(happened: list[dict[str, Any]]) -> None:
+    for rank in (0, 1):
+        assert "rank 0" in happened[rank]["other_model"] and "rank 1" in happened[rank]["other_model"]
