@@ -98,34 +98,40 @@ class Local(Part):
     def __init__(self, p: Tensor, spread: Spread, peers: Peers, by_element: bool) -> None:
         super().__init__(p, spread, peers)
         self._by_element = by_element
-        self.work = self.local.detach()
-        self.work.grad_dtype = None  # the user's gradient may have another
         self._boxes = spread.boxes(peers.rank)
+        # A rule is not asked to work on no matrix; elements are counted, since their norms are summed.
+        self.elsewhere = not by_element and not self._boxes
+        self.work = torch.empty(p.shape, dtype=p.dtype, device="meta") if self.elsewhere else self.local.detach()
+        self.work.grad_dtype = None  # the user's gradient may have another
         cut = by_element and spread.is_cut
         self.total = Total(peers, spread.copies) if cut else None
         here = [k for box in self._boxes for k in range(box.starts[0], box.stops[0])] if p.ndim else []
-        self.indices = (here, p.shape[0]) if spread.is_cut and not by_element else None
-        self.kind = ("local", peers, spread.copies) if cut else ("local",)
+        self.indices = (here, p.shape[0]) if spread.is_cut and not by_element and here else None
+        self.kind = ("local", peers, spread.copies) if cut else ("local", self.elsewhere)
 
     def publish(self, view: Tensor) -> Tensor:
         """Sharded like the parameter."""
         if not view.ndim or not self._spread.is_cut:
             return view
-        return as_sharded(view, self.source, self._shape(view))
+        here = torch.empty((0, *view.shape[1:]), dtype=view.dtype, device=self.local.device) if self.elsewhere else view
+        return as_sharded(here, self.source, self._shape(view))
 
     def _shape(self, view: Tensor) -> tuple[int, ...]:
         """Of the whole of which the state of this part is one."""
         if self._by_element:
             return tuple(self.source.shape)
-        assert self.indices is not None
+        if self.indices is None:
+            return tuple(view.shape)
         here, of = self.indices
-        return view.shape[0] * of // max(1, len(here)) if here else of, *view.shape[1:]
+        return view.shape[0] * of // len(here), *view.shape[1:]
 
     def localize(self, value: Tensor, view: Tensor) -> Tensor:
         """Its own part of it."""
         if is_sharded(value, like=self.source):
             return local_of(value)
         value = whole_of(value)
+        if self.elsewhere:
+            return view
         if not view.ndim or not self._spread.is_cut or value.shape != self._shape(view):
             return value
         if self._by_element:
@@ -196,7 +202,7 @@ class Owned(Part):
         if not self.is_batch or self.indices is None or not view.ndim:
             return tuple(view.shape)
         here, of = self.indices
-        return (view.shape[0] * of // len(here) if here else of, *view.shape[1:])
+        return (view.shape[0] * of // len(here), *view.shape[1:])
 
     def localize(self, value: Tensor, view: Tensor) -> Tensor:
         """What this process owns of it."""

@@ -83,7 +83,9 @@ class Exchange:
             take: the step of a bucket; returns the guard's factors.
         """
         for share in self._local:
-            share.work.grad = local_gradient(share.source)
+            grad = local_gradient(share.source)  # where there is nothing of it, too: it may take an exchange
+            if not share.elsewhere:
+                share.work.grad = grad
         try:
             for shipment in self._shipments:
                 shipment.fetch()

@@ -176,9 +176,12 @@ class Places:
         for _, bucket in buckets:
             for row, p in enumerate(bucket.sources):
                 homes.setdefault(p, []).append((bucket, row))
+        for home in homes.values():  # a state in one order, whatever is owned here: torch gathers it entry by entry
+            home.sort(key=lambda place: place[0].blocks[place[1]].key)
+        order = {p: None for w in wanted for p in w.group["params"] if p in homes}
         events = {**self.events}
         entries: dict[Tensor, dict[str, Any]] = {}
-        for p in {p: None for _, bucket in (*self.buckets, *new) for p in bucket.sources}:
+        for p in {**order, **self.homes}:
             if p in self.homes:
                 if self.homes[p] == homes.get(p):
                     continue

@@ -1,7 +1,6 @@
 """Processes decide alike, and whatever is wrong on one of them is an error on all of them."""
 
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 

@@ -1,0 +1,183 @@
+"""Three steps on some processes, save, three more on others under another layout: as six steps in one process."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from emerging_optimizers.distributed.dtensor import is_dtensor, local_of, spread_of
+from emerging_optimizers.testing.one_process import part_of
+from tests.distributed.processes import LAYOUTS, gradients, make_net, run
+from tests.distributed.test_layouts import optimizer_of
+
+NAMES = ("adamw", "muon", "soap", "rekls", "shampoo", "psgd_pro", "spectron")
+GATHERED = ("adamw", "soap")  # also as one whole state on rank 0
+MOVES = [
+    (2, "fsdp", 4, "fsdp_and_tensor_parallel"),
+    (4, "hsdp", 2, "tensor_parallel"),
+    (2, "mixed", 3, "fsdp"),
+    (3, "fsdp", 1, "replicated"),
+    (1, "replicated", 2, "cut_experts"),
+]
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def made(name: str, layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = make_net()
+    LAYOUTS[layout](model)
+    return model, optimizer_of(name, model)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        given = gradients(step, {name: p.shape for name, p in model.named_parameters()})
+        for name, p in model.named_parameters():
+            p.grad = part_of(given[name], p) if name in given else None
+        optimizer.step()
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> dict[str, Any]:
+    options = FLAT if flat else StateDictOptions()
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+def save(layout: str, folder: str) -> None:
+    for name in NAMES:
+        model, optimizer = made(name, layout)
+        steps(model, optimizer, 0, 3)
+        for flat in (False, True):
+            dcp.save(state_of(model, optimizer, flat), checkpoint_id=f"{folder}/{name}-{flat}")
+        if name not in GATHERED:
+            continue
+        full = get_optimizer_state_dict(model, optimizer, options=FULL)
+        weights = get_model_state_dict(model, options=FULL)
+        if dist.get_rank() == 0:
+            torch.save({"model": weights, "optimizer": full}, f"{folder}/{name}.pt")
+
+
+def load(layout: str, folder: str) -> dict[str, float]:
+    """How far weights are from those of one process, for each way to load."""
+    found = {}
+    for name in NAMES:
+        alone, reference = made(name, "replicated")
+        steps(alone, reference, 0, 6)
+        for how in ("flat", "nested", "full", "broadcast")[: 4 if name in GATHERED else 2]:
+            model, optimizer = made(name, layout)
+            if how in ("flat", "nested"):
+                state = state_of(model, optimizer, how == "flat")
+                dcp.load(state, checkpoint_id=f"{folder}/{name}-{how == 'flat'}")
+                options = FLAT if how == "flat" else StateDictOptions()
+                set_model_state_dict(model, state["model"])
+            else:
+                options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=how == "broadcast")
+                reads = how == "full" or dist.get_rank() == 0
+                state = torch.load(f"{folder}/{name}.pt", weights_only=True) if reads else dict(model={}, optimizer={})
+                set_model_state_dict(model, state["model"], options=options)
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+            steps(model, optimizer, 3, 6)
+            found[f"{name}, {how}"] = max(
+                distance(p, whole) for p, whole in zip(model.parameters(), alone.parameters(), strict=True)
+            )
+    return found
+
+
+def distance(p: Tensor, whole: Tensor) -> float:
+    if not is_dtensor(p):
+        return float((p - whole).detach().abs().max())
+    pairs = [(local_of(p)[box.local_slices], whole[box.slices]) for box in spread_of("p", p).boxes(dist.get_rank())]
+    return max((float((a - b).detach().abs().max()) for a, b in pairs), default=0.0)
+
+
+@pytest.mark.parametrize(("before", "layout", "after", "other"), MOVES)
+def test_a_run_goes_on_with_other_processes(tmp_path: Path, before: int, layout: str, after: int, other: str) -> None:
+    run(before, save, layout, str(tmp_path))
+    for found in run(after, load, other, str(tmp_path)):
+        assert {key: far for key, far in found.items() if not far <= 1e-10} == {}
+
+
+def save_asynchronously(folder: str) -> float:
+    model, optimizer = made("soap", "fsdp")
+    steps(model, optimizer, 0, 3)
+    group = dist.new_group(backend="gloo")  # training goes on with the other one
+    future = dcp.async_save(state_of(model, optimizer, False), checkpoint_id=folder, process_group=group)
+    steps(model, optimizer, 3, 4)
+    future.result()
+    again, other = made("soap", "fsdp")
+    state = state_of(again, other, False)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(again, state["model"])
+    set_optimizer_state_dict(again, other, state["optimizer"])
+    steps(again, other, 3, 4)
+    return max(
+        float((local_of(a) - local_of(b)).detach().abs().max()) if local_of(a).numel() else 0.0
+        for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path) -> None:
+    assert run(2, save_asynchronously, str(tmp_path)) == [0.0, 0.0]
+
+
+def die_while_saving(folder: str) -> None:
+    """Rank 1 is killed in the middle of the second save."""
+    model, optimizer = made("soap", "fsdp")
+    steps(model, optimizer, 0, 3)
+    dcp.save(state_of(model, optimizer, False), checkpoint_id=f"{folder}/1")
+    steps(model, optimizer, 3, 4)
+    state = state_of(model, optimizer, False)
+    if dist.get_rank() == 1:
+        write = dcp.FileSystemWriter.write_data
+
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            write(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        dcp.FileSystemWriter.write_data = killed  # type: ignore[method-assign]
+    dcp.save(state, checkpoint_id=f"{folder}/2")
+
+
+def go_on(folder: str) -> float:
+    model, optimizer = made("soap", "fsdp")
+    state = state_of(model, optimizer, False)
+    dcp.load(state, checkpoint_id=f"{folder}/1")
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    steps(model, optimizer, 3, 6)
+    alone, reference = made("soap", "replicated")
+    steps(alone, reference, 0, 6)
+    return max(distance(p, whole) for p, whole in zip(model.parameters(), alone.parameters(), strict=True))
+
+
+def test_a_killed_process_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"rank 1 died"):
+        run(2, die_while_saving, str(tmp_path))
+    assert all(far <= 1e-10 for far in run(2, go_on, str(tmp_path)))
+
+
+def first_state_of_zero_gradients() -> list[float]:
+    """How far weights have moved while torch asks for the state."""
+    model, optimizer = made("soap", "fsdp")
+    before = [local_of(p).clone() for p in model.parameters()]
+    get_optimizer_state_dict(model, optimizer)
+    return [float((a - local_of(b)).abs().sum()) for a, b in zip(before, model.parameters(), strict=True)]
+
+
+def test_asking_for_the_state_moves_nothing() -> None:
+    assert not any(map(any, run(2, first_state_of_zero_gradients)))
