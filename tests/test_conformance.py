@@ -335,7 +335,7 @@ def test_schedulers_hooks_tensor_lr_and_names(case: OptimizerCase) -> None:
     for p, q in zip(ps, ref, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert calls == ["pre", "post"] * 3
-    assert a.state_dict()["param_groups"][0]["param_names"] == [name for name, _ in named]
+    assert a.state_dict()["names"][0] == [name for name, _ in named]
 
 
 @every_optimizer

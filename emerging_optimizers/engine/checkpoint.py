@@ -18,6 +18,9 @@ from emerging_optimizers.engine.validate import check_group, label, names_of, pl
 # From the name of a parameter to another; or from beginnings of names to other beginnings.
 RenameT = Callable[[str], str] | Mapping[str, str]
 
+# Entries of a group with a value for each parameter.
+_LISTS = {"param_names", "reasons"}
+
 # Written into every state_dict under "format"; raised when the layout of the state changes.
 FORMAT = 1
 
@@ -163,8 +166,14 @@ def state_by_parameter(
 def packed(
     state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]], places: Places, others: Iterable[str]
 ) -> dict[str, Any]:
-    """A checkpoint of torch's, with what is ours beside it."""
+    """A checkpoint of torch's, with what is ours beside it.
+
+    Names stand beside the groups, and reasons nowhere: a flattened one repeats what is in a group for each of its
+    parameters, and would grow with their square. The keys stay, since torch looks for those that groups have here.
+    """
+    names = [group.get("param_names") for group in state_dict["param_groups"]]
     for group in state_dict["param_groups"]:
+        group.update(dict.fromkeys(_LISTS & group.keys()))
         hook = group["weight_update_hook"]
         if not (hook is None or isinstance(hook, (str, tuple))):  # code, which whoever resumes brings along
             del group["weight_update_hook"]
@@ -174,9 +183,19 @@ def packed(
     return {
         **state_dict,
         "format": FORMAT,
+        "names": names,
         "events": {i: counts for i, counts in events.items() if any(counts)},
         "others": sorted(others),
     }
+
+
+def _with_names(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the names of parameters in its groups, where torch has them."""
+    saved = [{k: x for k, x in group.items() if x is not None or k not in _LISTS} for group in state_dict["param_groups"]]
+    names = state_dict.get("names")
+    if names is not None and len(names) == len(saved):
+        saved = [g if n is None else {"param_names": n, **g} for g, n in zip(saved, names, strict=True)]
+    return {**state_dict, "param_groups": saved}
 
 
 class Loading:
@@ -194,7 +213,7 @@ class Loading:
         optimizer = self._optimizer
         mine, name = optimizer.param_groups, type(optimizer).__name__
         check_format(incoming)
-        incoming = optimizer._as_here(renamed(incoming, self._rename))
+        incoming = optimizer._as_here(renamed(_with_names(incoming), self._rename))
         optimizer._check_route(incoming["param_groups"])
         incoming = arranged(name, mine, incoming)
         saved = state_by_parameter(name, mine, incoming)
@@ -245,7 +264,7 @@ class Loading:
 def _completed(index: int, mine: Mapping[str, Any], theirs: Mapping[str, Any], algorithm: Any) -> dict[str, Any]:
     """A group of a checkpoint, completed by the one that is here; it is checked like that."""
     owner, ranges, fixed = algorithm.__name__, algorithm.ranges, algorithm.fixed
-    own = {key: mine[key] for key in ("param_names",) if key in mine}
+    own = {key: mine[key] for key in _LISTS if key in mine}
     for name in theirs.keys() & fixed.keys():  # written when it was an option
         if theirs[name] != fixed[name]:
             raise ValueError(

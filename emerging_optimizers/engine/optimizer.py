@@ -261,8 +261,9 @@ class RuleOptimizer(DeclaredOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch, loadable with `weights_only=True`. The state's tensors are views of the live stacks.
 
-        State of parameters that are in no group is left out. Beside torch's entries there are "format"; "events", the
-        counts of `guard_events`; and "others", the keys of entries that somebody keeps beside the optimizer's own.
+        State of parameters that are in no group is left out. Beside torch's entries there are "format"; "names",
+        those of each group's parameters; "events", the counts of `guard_events`; and "others", the keys of entries that
+        somebody keeps beside the optimizer's own.
         """
         inside = {p for group in self.param_groups for p in group["params"]}
         everything = self.state

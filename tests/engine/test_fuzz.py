@@ -165,8 +165,7 @@ class Machine(RuleBasedStateMachine):
             groups = self.optimizer.param_groups
             other = self.case.make([{"params": [twin[p] for p in group["params"]]} for group in groups], **self.options)
             saved = copy.deepcopy(self.optimizer.state_dict())
-            for group in saved["param_groups"]:
-                group.pop("param_names", None)  # which edited groups do not keep up with
+            del saved["names"]  # which edited groups do not keep up with
             other.load_state_dict(saved)
         self.set_gradients(set(), set(), 1.0)
         for p, q in zip(self.everyone, everyone, strict=True):

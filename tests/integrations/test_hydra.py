@@ -20,7 +20,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(overrides, tmp_path):
 def test_the_config_is_followed_and_leaves_no_types_of_its_own_in_the_checkpoint(tmp_path):
     example.main(tmp_path)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]
-    groups = {group["param_names"][0]: group for group in saved["param_groups"]}
+    groups = {names[0]: group for names, group in zip(saved["names"], saved["param_groups"], strict=True)}
     assert groups["1.weight"]["betas"] == (0.9, 0.95)
     assert type(groups["1.weight"]["betas"]) is tuple
     assert groups["3.weight"]["initial_lr"] == 2e-3
