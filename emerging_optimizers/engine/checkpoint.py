@@ -191,7 +191,9 @@ def packed(
 
 def _with_names(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint with the names of parameters in its groups, where torch has them."""
-    saved = [{k: x for k, x in group.items() if x is not None or k not in _LISTS} for group in state_dict["param_groups"]]
+    saved = [
+        {k: x for k, x in group.items() if x is not None or k not in _LISTS} for group in state_dict["param_groups"]
+    ]
     names = state_dict.get("names")
     if names is not None and len(names) == len(saved):
         saved = [g if n is None else {"param_names": n, **g} for g, n in zip(saved, names, strict=True)]

@@ -44,6 +44,11 @@ class Router:
         self._options, self._rest = options, rest
         self._order = {name: k for k, name in enumerate(order)}
 
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's parameters as they are now; none where it is gone."""
+        model = self._model()
+        return {} if model is None else dict(model.named_parameters())
+
     def groups(
         self, routes: Iterable[Route], taken: Collection[str] = ()
     ) -> tuple[list[dict[str, Any]], list[Waiting]]:

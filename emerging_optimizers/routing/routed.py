@@ -13,6 +13,8 @@ from emerging_optimizers.routing.choice import default_lr
 from emerging_optimizers.routing.groups import Router, Waiting, group_options
 from emerging_optimizers.routing.plan import RoutePlan
 
+LOOK_EVERY = 100  # steps, at the model itself
+
 
 class RoutedOptimizer(RuleOptimizer):
     """What `create_optimizer(name, model)` returns; a group's entry "algorithm" names its rule.
@@ -26,6 +28,7 @@ class RoutedOptimizer(RuleOptimizer):
 
     _kept = ("execution", "plan", "_waiting")
     _router: Router | None = None  # a copy has none
+    _steps = 0
 
     def __init__(
         self,
@@ -93,7 +96,27 @@ class RoutedOptimizer(RuleOptimizer):
 
     def _step(self) -> None:
         self._take_in()
+        if self._steps % LOOK_EVERY == 0:
+            self._check_alive()
+        self._steps += 1
         super()._step()
+
+    def _check_alive(self) -> None:
+        """Raise where the model has other parameters by now: those that are here would never get a gradient again."""
+        mine = [p for group in self.param_groups for p in group["params"]]
+        if self._router is None or all(p.grad is not None for p in mine):
+            return
+        known = {id(p) for p in mine}
+        theirs = self._router.parameters()
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        dead = [name for name in names if name in theirs and id(theirs[name]) not in known]
+        if dead:
+            raise ValueError(
+                f"{self._name}: the model has other parameters by now under {', '.join(dead[:3])}"
+                f"{', ...' if len(dead) > 3 else ''} than the optimizer, and those here would never move. fully_shard, "
+                "parallelize_module and to_empty replace parameters: make the optimizer after them, or put the new "
+                "ones into param_groups"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any], rename: RenameT | None = None) -> None:
         """See `RuleOptimizer`; what requires a gradient by now belongs to it."""

@@ -132,7 +132,28 @@ def other_model() -> Any:
     return "nothing"
 
 
-SCENARIOS = {f.__name__: f for f in (missing, other_rate, bad_option, not_finite, failing_owner, other_model)}
+def late() -> Any:
+    """The optimizer is made before the model is sharded; then its groups are pointed at the new parameters."""
+    model = make_net()
+    optimizer = create_optimizer("muon", model, lr=0.01)
+    fsdp(model)
+    give_gradients(model)
+    try:
+        optimizer.step()
+        message = "nothing"
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    new = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [new[name] for name in group["param_names"]]
+    optimizer.step()
+    other, early = sharded()
+    give_gradients(other)
+    early.step()
+    return message, all(map(torch.equal, weights(model), weights(other)))
+
+
+SCENARIOS = {f.__name__: f for f in (missing, other_rate, bad_option, not_finite, failing_owner, other_model, late)}
 
 
 def everything() -> dict[str, Any]:
@@ -172,6 +193,14 @@ def test_what_an_owner_could_not_work_on_stays_and_everyone_hears_of_it(happened
     assert after == after_there == "nothing"
 
 
+def test_parameters_that_were_replaced_are_an_error_and_the_new_ones_work(happened: list[dict[str, Any]]) -> None:
+    for rank in (0, 1):
+        message, alike = happened[rank]["late"]
+        assert "fully_shard" in message
+        assert alike
+
+
 def test_other_routes_are_an_error(happened: list[dict[str, Any]]) -> None:
     for rank in (0, 1):
-        assert "rank 0" in happened[rank]["other_model"] and "rank 1" in happened[rank]["other_model"]
+        assert "rank 0" in happened[rank]["other_model"]
+        assert "rank 1" in happened[rank]["other_model"]
