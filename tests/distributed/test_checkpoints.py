@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> 
     }
 
 
-def save(layout: str, folder: str) -> None:
-    for name in NAMES:
+def save(layout: str, folder: str, names: Sequence[str]) -> None:
+    for name in names:
         model, optimizer = made(name, layout)
         steps(model, optimizer, 0, 3)
         for flat in (False, True):
@@ -72,10 +73,10 @@ def save(layout: str, folder: str) -> None:
             torch.save({"model": weights, "optimizer": full}, f"{folder}/{name}.pt")
 
 
-def load(layout: str, folder: str) -> dict[str, float]:
+def load(layout: str, folder: str, names: Sequence[str]) -> dict[str, float]:
     """How far weights are from those of one process, for each way to load."""
     found = {}
-    for name in NAMES:
+    for name in names:
         alone, reference = made(name, "replicated")
         steps(alone, reference, 0, 6)
         for how in ("flat", "nested", "full", "broadcast")[: 4 if name in GATHERED else 2]:
@@ -88,7 +89,9 @@ def load(layout: str, folder: str) -> dict[str, float]:
             else:
                 options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=how == "broadcast")
                 reads = how == "full" or dist.get_rank() == 0
-                state = torch.load(f"{folder}/{name}.pt", weights_only=True) if reads else dict(model={}, optimizer={})
+                state = {"model": {}, "optimizer": {}}
+                if reads:
+                    state = torch.load(f"{folder}/{name}.pt", weights_only=True)
                 set_model_state_dict(model, state["model"], options=options)
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
             steps(model, optimizer, 3, 6)
@@ -105,11 +108,22 @@ def distance(p: Tensor, whole: Tensor) -> float:
     return max((float((a - b).detach().abs().max()) for a, b in pairs), default=0.0)
 
 
-@pytest.mark.parametrize(("before", "layout", "after", "other"), MOVES)
-def test_a_run_goes_on_with_other_processes(tmp_path: Path, before: int, layout: str, after: int, other: str) -> None:
-    run(before, save, layout, str(tmp_path))
-    for found in run(after, load, other, str(tmp_path)):
+def go_through(folder: str, move: tuple[int, str, int, str], names: Sequence[str]) -> None:
+    before, layout, after, other = move
+    run(before, save, layout, folder, names, timeout=600)
+    for found in run(after, load, other, folder, names, timeout=600):
         assert {key: far for key, far in found.items() if not far <= 1e-10} == {}
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: "-".join(map(str, move)))
+def test_a_run_goes_on_with_other_processes(tmp_path: Path, move: tuple[int, str, int, str]) -> None:
+    go_through(str(tmp_path), move, GATHERED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: "-".join(map(str, move)))
+def test_a_run_of_every_kind_goes_on(tmp_path: Path, move: tuple[int, str, int, str]) -> None:
+    go_through(str(tmp_path), move, NAMES)
 
 
 def save_asynchronously(folder: str) -> float:
