@@ -23,19 +23,9 @@ RANK = 64  # Spectron's default for such a matrix
 OPTIONS = {"spectron": {"truncation_tolerance": 1.0}}  # without it half of a random matrix is refused
 
 
-# Lines that the docstring of a class does not have yet.
-MISSING = {
-    "TpRekls": """
-    Update: `rekls` on the whole of a matrix of which each process has a shard
-    When to use it: tensor-parallel weights
-    """
-}
-
-
 def said(cls: type, label: str) -> str:
     """What the docstring of a class says behind a label at the beginning of a line."""
-    text = MISSING.get(cls.__name__, cls.__doc__ or "")
-    found = re.search(rf"^    {label}: (.+(?:\n {{8}}.+)*)", text, re.MULTILINE)
+    found = re.search(rf"^    {label}: (.+(?:\n {{8}}.+)*)", cls.__doc__ or "", re.MULTILINE)
     if found is None:
         raise ValueError(f"the docstring of {cls.__name__} has no line {label!r}, as scalar_optimizers/lion.py has")
     return " ".join(found[1].split())

@@ -17,6 +17,7 @@ from emerging_optimizers.psgd.psgd_kron_contractions import (
     partial_contraction,
 )
 from emerging_optimizers.psgd.psgd_utils import norm_lower_bound_skew, norm_lower_bound_spd, uniformize_q_in_place
+from tests.distributed.processes import run as run_processes
 from tests.reference.psgd import normal
 
 
@@ -84,6 +85,18 @@ def test_noise_follows_the_seed_and_moves_no_generator() -> None:
     assert not torch.equal(run(3), run(4))
     assert torch.equal(run(3, seed=5), run(4, seed=5))
     assert torch.equal(run(5), run(0, seed=5))
+
+
+def seed_on_each_process() -> list[int]:
+    """What seed=None and seed=7 come to, where torch's own seed is each process's."""
+    torch.manual_seed(10 + torch.distributed.get_rank())
+    return [PSGDPro([fresh()], seed=seed).param_groups[0]["seed"] for seed in (None, 7)]
+
+
+def test_the_processes_of_a_run_have_the_same_noise() -> None:
+    assert run_processes(2, seed_on_each_process) == [[0, 7]] * 2
+    torch.manual_seed(10)
+    assert PSGDPro([fresh()]).param_groups[0]["seed"] == 10
 
 
 def test_a_checkpoint_goes_on_with_the_noise_of_its_run() -> None:

@@ -91,9 +91,10 @@ def sharding_of(name: str, x: "DTensor") -> Sharding:
 
 
 class Spread:
-    """How a DTensor lies on the processes of its mesh, by their ranks.
+    """How a tensor lies on processes, by their ranks; a DTensor, on those of its mesh.
 
     Attributes:
+        shape: of the whole tensor.
         ranks: of the mesh, in the order of `plan.coordinates`.
         cut_axes: the axes along which it is cut.
         copies: how often the whole is there.
@@ -101,6 +102,7 @@ class Spread:
 
     def __init__(self, sharding: Sharding, ranks: Sequence[int]) -> None:
         self._sharding, self.ranks = sharding, tuple(ranks)
+        self.shape = sharding.shape
         self._coordinates = dict(zip(ranks, coordinates(sharding.mesh), strict=True))
         pairs = [*zip(sharding.mesh, sharding.placements, strict=True)]
         self.cut_axes = {shard.dim for size, shard in pairs if shard is not None and size > 1}
@@ -232,8 +234,8 @@ def is_sharded(x: Any, like: Any) -> bool:
 
 
 def local_of(x: Any) -> Tensor:
-    """What lies here of a DTensor."""
-    local: Tensor = x._local_tensor
+    """What lies here of a DTensor; all of another tensor."""
+    local: Tensor = x._local_tensor if is_dtensor(x) else x
     return local
 
 

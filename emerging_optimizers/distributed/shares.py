@@ -3,7 +3,7 @@
 In one process a parameter is `Here`, and nothing moves. A sharded one (a DTensor) is `Local` where the part that lies
 on this process can be worked on by itself: elements, or matrices none of which is cut. Otherwise it is `Owned`: one of
 the processes that share it puts the whole together, works on it, and hands out what becomes of its parts. A batch of
-matrices is spread over several owners.
+matrices is spread over several owners. Where plain tensors are shards, it is an `OwnedShard`.
 """
 
 from collections.abc import Sequence
@@ -72,13 +72,15 @@ class Part(Share):
     """What a process has of a sharded parameter.
 
     Attributes:
+        shape: of all of it.
         peers: the processes of its mesh.
         local: what is stored here.
     """
 
     def __init__(self, p: Any, spread: Spread, peers: Peers) -> None:
         self.source, self.peers, self._spread = p, peers, spread
-        self.local: Tensor = p._local_tensor
+        self.shape = spread.shape
+        self.local: Tensor = local_of(p)
 
     def fits(self) -> bool:
         """Whether what is stored is what was there."""
@@ -183,10 +185,10 @@ class Owned(Part):
         self.elsewhere = mine is None
         # The direction is handed out in the dtype in which it was computed.
         dtype = p.dtype if weights or p.dtype == torch.float64 else torch.float32
-        shape = (mine.stop - mine.start, *p.shape[1:]) if mine is not None and self.is_batch else tuple(p.shape)
+        shape = (mine.stop - mine.start, *self.shape[1:]) if mine is not None and self.is_batch else self.shape
         self.work = torch.zeros(shape, dtype=dtype, device="meta" if self.elsewhere else self.local.device)
         self.work.grad_dtype = None
-        self.indices = (range(mine.start, mine.stop), p.shape[0]) if self.is_batch and mine is not None else None
+        self.indices = (range(mine.start, mine.stop), self.shape[0]) if self.is_batch and mine is not None else None
         self.kind = ("elsewhere" if self.elsewhere else "owned", peers, weights)
 
     def owns(self, rank: int) -> bool:
@@ -230,6 +232,27 @@ class Owned(Part):
     def is_near(self, owner: int, storage: int) -> bool:
         """Whether a process is the one that brings its part to the owner: the copy that is in the owner's replica."""
         return self._spread.copy_of(owner) == self._spread.copy_of(storage)
+
+
+class OwnedShard(Owned):
+    """A parameter of which every process has a shard that is a plain tensor; it has one owner."""
+
+    def __init__(self, p: Tensor, spread: Spread, peers: Peers, spans: Sequence[Span], weights: bool) -> None:
+        super().__init__(p, spread, peers, spans, weights)
+        (self.owner,) = self.spans
+        self._was = p.shape, p.dtype, p.device
+
+    def fits(self) -> bool:
+        """Whether the shard is what it was; in its place users may have put other numbers."""
+        return (self.source.shape, self.source.dtype, self.source.device) == self._was
+
+    def publish(self, view: Tensor) -> Tensor:
+        """The state of all of it on its owner, and tensors without elements elsewhere."""
+        return torch.empty(0, dtype=view.dtype, device=self.local.device) if self.elsewhere else view
+
+    def localize(self, value: Tensor, view: Tensor) -> Tensor:
+        """It is what belongs here."""
+        return value
 
 
 def _within(box: Box, span: Span) -> Box | None:

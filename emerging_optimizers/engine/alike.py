@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.dtensor import is_dtensor
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.engine.transit import Transit
 from emerging_optimizers.engine.validate import place
@@ -29,7 +30,8 @@ def facts_of(groups: Sequence[Mapping[str, Any]], shared: Iterable[Tensor]) -> d
                 facts[f"param_groups[{index}][{key!r}]"] = value
         for i, p in members:
             name = place(group, index, i)
-            facts[f"the shape of {name}"] = tuple(p.shape)
+            if is_dtensor(p):  # plain shards may have any
+                facts[f"the shape of {name}"] = tuple(p.shape)
             facts[f"the gradient of {name}"] = MISSING if p.grad is None else p.grad.dtype
     return facts
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.dtensor import is_dtensor
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.rule import Rule, Where, reason
 from emerging_optimizers.engine.validate import label
@@ -24,6 +25,11 @@ def make_capturable(rule: Rule, group: dict[str, Any], owner: str) -> None:
         raise ValueError(
             f"{owner}: capturable=True is not possible with nonfinite='raise', which reads the gradients on the "
             "host; give nonfinite='skip'"
+        )
+    if any(map(is_dtensor, group["params"])):
+        raise ValueError(
+            f"{owner}: capturable=True is not possible for sharded parameters: their processes compare on the "
+            "host what they are about to do; leave it out"
         )
     devices = {p.device for p in group["params"] if p.numel()}
     if len(devices) > 1:

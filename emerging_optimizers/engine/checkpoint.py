@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.layout import Layout
 from emerging_optimizers.engine.buckets import Bucket
-from emerging_optimizers.engine.filling import fill_buckets, keys_of
+from emerging_optimizers.engine.filling import fill_buckets, keys_of, needs
 from emerging_optimizers.engine.hooks import WeightUpdateHookT
 from emerging_optimizers.engine.placing import Places
 from emerging_optimizers.engine.validate import check_group, label, names_of, plain_options
@@ -240,8 +241,10 @@ class Loading:
         members = [(i, p) for i, p in enumerate(group["params"]) if p in saved]
         optimizer = self._optimizer
         rule = optimizer._make_rule(group)
-        states = {p: rule.translate(saved[p]) for _, p in members}
-        self._staged[index] = fill_buckets(members, group, rule, states, optimizer._places.layout, others)
+        layout: Layout = optimizer._places.layout
+        found = layout.collected(group, {p: saved[p] for _, p in members}, needs(rule, group))
+        states = {p: rule.translate(found[p]) for _, p in members}
+        self._staged[index] = fill_buckets(members, group, rule, states, layout, others)
         keys = keys_of(self._staged[index])
         for _, p in members:
             left = states[p].keys() - keys[p]

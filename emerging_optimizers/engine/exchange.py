@@ -1,13 +1,15 @@
 """One step of parameters that are spread over processes: what is owned here is worked on while the next travels."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.distributed.dtensor import is_dtensor, local_gradient
-from emerging_optimizers.distributed.groups import Peers, peers_of
+from emerging_optimizers.distributed.dtensor import local_gradient
+from emerging_optimizers.distributed.groups import Peers
+from emerging_optimizers.distributed.layout import Layout
 from emerging_optimizers.distributed.shares import Local, Owned
 from emerging_optimizers.distributed.transport import FAILED, STAYS, Arrival, Shipment
 from emerging_optimizers.engine.alike import Agreement, facts_of
@@ -61,10 +63,10 @@ class Exchange:
             agreement.check(self._name, facts_of(groups, members))
 
     @staticmethod
-    def refuse(name: str, groups: GroupsT, problem: Exception) -> None:
+    def refuse(name: str, groups: GroupsT, layout: Layout, problem: Exception) -> None:
         """Tell the processes that share parameters why this one cannot take the step; they raise, too."""
-        sharded = [p for group in groups for p in group["params"] if is_dtensor(p)]
-        for agreement, _ in _agreements((p, peers_of(p.device_mesh)) for p in sharded):
+        members = ((p, layout.peers(p, group)) for group in groups for p in group["params"])
+        for agreement, _ in _agreements((p, peers) for p, peers in members if peers is not None):
             agreement.check(name, {}, problem)
 
     def step(
@@ -186,13 +188,13 @@ def _shipments(owned: Sequence[Owned]) -> list[Shipment]:
 
 
 def _bounded(shares: Sequence[Owned]) -> list[list[Owned]]:
-    by_shape: dict[torch.Size, list[Owned]] = {}
+    by_shape: dict[tuple[int, ...], list[Owned]] = {}
     for share in shares:
-        by_shape.setdefault(share.source.shape, []).append(share)
+        by_shape.setdefault(share.shape, []).append(share)
     found: list[list[Owned]] = [[]]
     room = SHIPMENT_BYTES
     for some in by_shape.values():
-        size = sum(share.source.numel() * share.work.dtype.itemsize for share in some)
+        size = sum(prod(share.shape) * share.work.dtype.itemsize for share in some)
         if found[-1] and size > room and not _looks(some[0]):
             found.append([])
             room = SHIPMENT_BYTES

@@ -1,6 +1,6 @@
 """Buckets for the parameters of a group, with the state that there is for them."""
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from math import prod
 from typing import Any
 
@@ -34,12 +34,12 @@ def fill_buckets(
     """
     keep_pages()
     kinds: dict[Any, list[tuple[int, Share, Block]]] = {}
-    shares = layout.shares([p for _, p in members], needs(rule, group))
+    shares = layout.shares([p for _, p in members], group, needs(rule, group))
     for (i, _), share in zip(members, shares, strict=True):
         for block in blocks(share.work, rule.elementwise, group["matrix_view"]):
             kind = (block.item, share.work.dtype, share.work.device, share.kind)
             kinds.setdefault(kind, []).append((i, share, block))
-    turns = _turns(group, rule)
+    turns = _turns(group, rule, layout)
     buckets = []
     for rows in kinds.values():
         bucket = Bucket([(share, block) for _, share, block in rows], rule, group["state_dtype"])
@@ -69,21 +69,19 @@ def needs(rule: Rule, group: Mapping[str, Any]) -> Needs:
     of_wholes = law is not None or group["cautious"] or "parameters" in rule.reads
     reads_weights = bool({"weight", "parameters"} & {*rule.reads}) or starts(rule)
 
-    def cut(p: Tensor) -> list[Block]:
-        return blocks(p, rule.elementwise, group["matrix_view"])
+    def cut(shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+        """The shapes of matrices, and how many there are of each."""
+        like = torch.empty(shape, device="meta")
+        for block in blocks(like, rule.elementwise, group["matrix_view"]):
+            yield block.item, block.of(like).numel() // max(1, prod(block.item))
 
-    def matrices(p: Tensor) -> int:
-        like = torch.empty(p.shape, device="meta")
-        return sum(block.of(like).numel() // max(1, prod(block.item)) for block in cut(p)) // max(1, p.shape[0])
+    def matrices(shape: Sequence[int]) -> int:
+        return sum(count for _, count in cut(shape)) // max(1, shape[0])
 
-    def cost(p: Tensor) -> float:
+    def cost(shape: Sequence[int]) -> float:
         if rule.elementwise:
-            return float(p.numel())
-        like = torch.empty(p.shape, device="meta")
-        return sum(
-            block.of(like).numel() // max(1, prod(block.item)) * step_flops(rule, (block.item[0], block.item[1]), group)
-            for block in cut(p)
-        )
+            return float(prod(shape))
+        return sum(count * step_flops(rule, (item[0], item[1]), group) for item, count in cut(shape))
 
     return Needs(
         elementwise=rule.elementwise and not of_wholes,
@@ -103,7 +101,7 @@ def keys_of(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:
     return keys
 
 
-def _turns(group: Mapping[str, Any], rule: Rule) -> dict[tuple[int, str], int]:
+def _turns(group: Mapping[str, Any], rule: Rule, layout: Layout) -> dict[tuple[int, str], int]:
     """When the turn of each block comes: blocks of one shape are spread evenly over the rule's period.
 
     A function of the group's parameters alone, so that it is the same after a checkpoint, and for those who join later.
@@ -111,7 +109,7 @@ def _turns(group: Mapping[str, Any], rule: Rule) -> dict[tuple[int, str], int]:
     if rule.schedule.period == 1:
         return {}
     by_shape: dict[tuple[int, ...], list[tuple[int, str]]] = {}
-    for i, p in enumerate(group["params"]):
+    for i, p in enumerate(layout.wholes(group)):
         for block in blocks(p, rule.elementwise, group["matrix_view"]) if p.numel() else ():
             by_shape.setdefault(block.item, []).append((i, block.key))
     everyone = [row for rows in by_shape.values() for row in rows]

@@ -12,7 +12,7 @@ step would overflow (`Rule.largest_norm`), is skipped: its weight and every part
 stay as they are. All of it is decided on the device.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,6 @@ from torch import Tensor
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.rule import Rule
 
-# A sum over the processes among which each matrix is spread.
-TotalT = Callable[[Tensor], Tensor]
 DECAY = 0.95
 
 
@@ -38,19 +36,17 @@ class Decision(NamedTuple):
     news: Mapping[str, Tensor]
 
 
-def decide(
-    bucket: Bucket, members: Sequence[int], group: Mapping[str, Any], rule: Rule, total: TotalT | None = None
-) -> Decision | None:
+def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any], rule: Rule) -> Decision | None:
     """A decision for the gradients of `members`, which changes nothing yet; None: there is nothing to do.
 
-    `total` sums over the processes among which each matrix is spread, so that all of them decide the same.
+    Processes among which units are spread decide the same.
     """
     threshold, skips = group["spike_guard"], group["nonfinite"] == "skip"
     if threshold is None and not skips:
         return None
     norm = _unit_norms(bucket, members)
-    if total is not None:
-        norm = total(norm.double().square()).sqrt().to(norm.dtype)
+    if bucket.total is not None:
+        norm = bucket.total(norm.double().square()).sqrt().to(norm.dtype)
     sound = norm <= rule.largest_norm(bucket.dtype)  # which no NaN is
     everywhere = len(members) == len(bucket.parameters)
     if threshold is None and everywhere and bucket.looks and bool(sound.all()):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers import registry
+from emerging_optimizers.distributed.layout import Layout
 from emerging_optimizers.engine import checkpoint
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.ambient import eager, undisturbed
@@ -35,7 +36,6 @@ from emerging_optimizers.engine.groups import (
     check_view,
     identities,
 )
-from emerging_optimizers.engine.guard import TotalT
 from emerging_optimizers.engine.hooks import Law, make_hook
 from emerging_optimizers.engine.notices import warn_of_rounding, warn_of_skips
 from emerging_optimizers.engine.options import Check, Execution
@@ -75,7 +75,7 @@ class RuleOptimizer(DeclaredOptimizer):
             raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, self.ranges)}")
         defaults = {**self.preset, **(defaults or {}), **options}
         self._ahead = Ahead()
-        self._places = Places(self._name)
+        self._places = Places(self._name, self._layout())
         self._foreign: frozenset[str] = frozenset()
         self._told: set[int] = set()  # groups whose updates are rounded away
         self._forget_stacks()
@@ -100,9 +100,9 @@ class RuleOptimizer(DeclaredOptimizer):
         """The rule of a group that follows this class, wherever it is."""
         return rule_of(cls.rule, {**group, **cls.fixed})
 
-    def _total(self, rule: Rule) -> TotalT | None:
-        """A sum over the processes among which each matrix of a group is spread; None: each has whole matrices."""
-        return None
+    def _layout(self) -> Layout:
+        """How parameters lie on processes."""
+        return Layout()
 
     @classmethod
     def _check_choice(cls, group: Mapping[str, Any]) -> None:
@@ -191,14 +191,13 @@ class RuleOptimizer(DeclaredOptimizer):
         group = self.param_groups[index]
         owner = self._algorithm(group).__name__
         for i, p in enumerate(group["params"]):
-            self._check_parameter(p, rule, label(group, i, p), owner)
-            check_view(p, rule, group["matrix_view"], label(group, i, p), owner)
+            check_parameter(p, rule, label(group, i, p), owner)
+        for i, whole in enumerate(self._places.layout.wholes(group)):
+            check_view(whole, rule, group["matrix_view"], label(group, i, whole), owner)
 
     def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
         """The law by which the weights of a group move, if it is not the ordinary one."""
         return rule.weight_law or make_hook(group["weight_update_hook"])
-
-    _check_parameter = staticmethod(check_parameter)
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -242,8 +241,8 @@ class RuleOptimizer(DeclaredOptimizer):
             self.__dict__.setdefault(name, value)
         state = {**state}
         events = state.pop("_events", {})
-        self._places = Places(self._name)
         super().__setstate__(state)
+        self._places = Places(self._name, self._layout())
         self._forget_stacks()
         self._places.events = events
         for group in self.param_groups:  # a checkpoint from before an option existed
@@ -344,7 +343,7 @@ class RuleOptimizer(DeclaredOptimizer):
         try:
             rules = self._checked()
         except Exception as problem:
-            Exchange.refuse(self._name, self.param_groups, problem)
+            Exchange.refuse(self._name, self.param_groups, places.layout, problem)
             raise
         if places.exchange is not None:
             places.exchange.agree(self.param_groups)
@@ -376,7 +375,7 @@ class RuleOptimizer(DeclaredOptimizer):
     def _take(self, rules: Sequence[Rule], index: int, bucket: Bucket) -> Tensor | None:
         """The step of a bucket; the guard's factors of its units, None: all of them 1."""
         rule, group = rules[index], self.param_groups[index]
-        step = BucketStep(bucket, rule, self._law(rule, group), group, self.execution, self._ahead, self._total(rule))
+        step = BucketStep(bucket, rule, self._law(rule, group), group, self.execution, self._ahead)
         step.take()
         for row in bucket.skipped_for_long():
             warn_of_skips(self._name, label_of(self.param_groups, bucket.sources[row]), rule.largest_norm(bucket.dtype))
@@ -388,8 +387,8 @@ class RuleOptimizer(DeclaredOptimizer):
     def guard_events(self) -> dict[str, tuple[int, int]]:
         """How often each parameter's gradient was scaled down as a spike, and skipped as non-finite.
 
-        Parameters without an event are left out; a batch of matrices counts each matrix. Waits for the device. The
-        counts go into copies and checkpoints.
+        Parameters without an event are left out; a batch of matrices counts each matrix, and of a sharded one the
+        process that owns it. Waits for the device. The counts go into copies and checkpoints.
         """
         events: dict[str, tuple[int, int]] = {}
         for index, group in enumerate(self.param_groups):

@@ -51,9 +51,8 @@ class Places:
         events: how often parameters were scaled down and skipped in buckets that are gone.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.layout = Layout()
+    def __init__(self, name: str, layout: Layout) -> None:
+        self._name, self.layout = name, layout
         self.events: dict[Tensor, Tensor] = {}
         self.forget()
 

@@ -15,7 +15,7 @@ from emerging_optimizers.engine.chunks import Chunk, Segment
 from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.executors import call, refresh, step_elements
 from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_
-from emerging_optimizers.engine.guard import TotalT, decide
+from emerging_optimizers.engine.guard import decide
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.moving import Movement
 from emerging_optimizers.engine.options import Execution
@@ -53,7 +53,6 @@ class BucketStep:
         group: the hyper-parameters.
         execution: what the user asked for.
         ahead: where work for the next step goes.
-        total: a sum over the processes among which each unit is spread; None: that of the bucket.
     """
 
     def __init__(
@@ -64,9 +63,7 @@ class BucketStep:
         group: Mapping[str, Any],
         execution: Execution,
         ahead: Ahead,
-        total: TotalT | None,
     ) -> None:
-        self.total = bucket.total if total is None else total
         self.bucket, self.rule, self.hook, self.group, self.ahead = bucket, rule, hook, group, ahead
         bucket.capturable = group["capturable"]
         # A hook needs the norm of a whole parameter, and so does the share of `cautious`: chunks of elements cut it.
@@ -115,7 +112,7 @@ class BucketStep:
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: its norm is taken, and the
         # guard is called when that is too large. Until then every factor was one.
         lazy = bucket.looks and self.group["spike_guard"] is None and self.group["nonfinite"] == "skip"
-        self.lazy = lazy and self.total is None
+        self.lazy = lazy and bucket.total is None
         if not self.lazy:
             self._decide(gradients)
         for (phase, count), segments in self._by_phase(gradients).items():
@@ -177,7 +174,7 @@ class BucketStep:
         return are_below([*wholes, *(members[i] for i in chunk.opens)], limit)
 
     def _decide(self, gradients: Mapping[int, Tensor]) -> None:
-        decision = decide(self.bucket, list(gradients), self.group, self.rule, self.total)
+        decision = decide(self.bucket, list(gradients), self.group, self.rule)
         if decision is not None:
             self.factor, self.news = decision
 

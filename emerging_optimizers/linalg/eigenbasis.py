@@ -72,6 +72,12 @@ def eigenvalues(factor: Tensor | None, basis: Tensor | None) -> Tensor | None:
         return conjugate_diagonal(factor, basis)
 
 
+def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., N) in descending order and basis of one factor or a stack, (..., N, N), by eigh."""
+    values, basis = eigh_descending(factor.reshape(-1, *factor.shape[-2:]))
+    return values.view(factor.shape[:-1]), basis.view(factor.shape)
+
+
 class Followed(NamedTuple):
     """One side of a refresh; all None where a side is not preconditioned."""
 

@@ -44,8 +44,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from emerging_optimizers.distributed.groups import get_pg_size
 from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.options import (
     COUNT,
@@ -180,8 +182,18 @@ WarmupSteps = Annotated[
     int, Option(COUNT, "T; after 3 T steps the step size of the factors is half of the first, >= 1.")
 ]
 Seed = Annotated[
-    int | None, Option(WHOLE, "of the noise, >= 0; None: the seed of `torch.manual_seed`. The checkpoint holds it.")
+    int | None,
+    Option(
+        WHOLE,
+        "of the noise, >= 0. None: the seed of `torch.manual_seed`; 0 where torch.distributed has several processes: "
+        "copies of a weight need the same noise. The checkpoint holds it.",
+    ),
 ]
+
+
+def _default_seed() -> int:
+    """One that the processes of a run share: they may hold copies of a weight, and torch's seed is each one's own."""
+    return 0 if get_pg_size(dist.group.WORLD) > 1 else torch.initial_seed()
 
 
 DiagonalFrom = Annotated[MaxPrecondDim, "a side that is longer has a diagonal factor. None: no limit."]
@@ -229,5 +241,5 @@ class PSGDPro(RuleOptimizer):
     ) -> None:
         options = given(locals())
         # Read here and kept, so that a run that goes on in another process goes on with the same noise.
-        options["seed"] = torch.initial_seed() if seed is None else seed
+        options["seed"] = _default_seed() if seed is None else seed
         super().__init__(**options)

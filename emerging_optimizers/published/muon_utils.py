@@ -111,24 +111,25 @@ def newton_schulz_tp(
     tp_mode: TPModeT = "duplicated",
     use_syrk: bool = False,
 ) -> Tensor:
-    """Orthogonalize a matrix of which every process of a group holds an equal part of the rows or columns.
+    """Orthogonalize a matrix, or each of a stack, of which every process holds an equal part of the rows or columns.
 
     Args:
-        x: this process's part, (M / P, N) or (M, N / P), float32.
+        x: this process's part, (M / P, N) or (M, N / P), or (B, M / P, N) or (B, M, N / P); float32.
         steps: >= 1.
         coefficient_type: as in `Muon`.
         tp_group: the P processes. None, or a group of one: `newton_schulz`.
-        partition_dim: 0, the rows are spread over the processes, or 1, the columns. None: x is the whole matrix.
+        partition_dim: 0, the rows are spread over the processes, or 1, the columns, counted within a matrix: of a
+            stack, too. None: x is whole.
         tp_mode: "duplicated": every process gathers the matrix and orthogonalizes all of it, one exchange in all;
             "distributed": every process iterates on its part, an exchange a step of a square matrix as long as the
             side that is not spread, which is wasteful where that is the longer side.
         use_syrk: as in `newton_schulz`.
 
     Returns:
-        This process's part of the orthogonalized matrix.
+        This process's part of what is orthogonalized, in the shape of x.
 
     Raises:
-        TypeError: not float32, or with a group of several not 2-D.
+        TypeError: not 2-D or 3-D, or not float32.
         ValueError: another `partition_dim` or `tp_mode`, and as `newton_schulz`.
 
     Example:
@@ -143,14 +144,17 @@ def newton_schulz_tp(
     size = get_pg_size(tp_group)
     if partition_dim is None or size == 1:
         return newton_schulz(x, steps, coefficient_type, use_syrk=use_syrk)
-    if x.ndim != 2:
-        raise TypeError(f"newton_schulz_tp takes a part of one matrix; given is {tuple(x.shape)}")
+    if x.ndim not in (2, 3):
+        raise TypeError(
+            f"newton_schulz_tp takes a part of one matrix, (M, N), or of a stack, (B, M, N); given is {tuple(x.shape)}"
+        )
     if tp_mode == "distributed":
         return newton_schulz(
             x, steps, coefficient_type, transpose=partition_dim == 0, tp_group=tp_group, use_syrk=use_syrk
         )
-    whole = newton_schulz(gather(x, partition_dim, tp_group), steps, coefficient_type, use_syrk=use_syrk)
-    return whole.chunk(size, dim=partition_dim)[get_pg_rank(tp_group)]
+    dim = partition_dim - 2  # of a stack, too
+    whole = newton_schulz(gather(x, dim, tp_group), steps, coefficient_type, use_syrk=use_syrk)
+    return whole.chunk(size, dim)[get_pg_rank(tp_group)]
 
 
 def newton_schulz_step(X: Tensor, a: float, b: float, c: float, tp_group: dist.ProcessGroup | None = None) -> Tensor:

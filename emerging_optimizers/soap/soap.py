@@ -88,7 +88,7 @@ from emerging_optimizers.engine.parts import (
 )
 from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.engine.schedule import Schedule
-from emerging_optimizers.linalg.eigenbasis import Followed, eigenvalues, floored, follow, in_order, kl_sides
+from emerging_optimizers.linalg.eigenbasis import Followed, eigenbasis, eigenvalues, floored, follow, in_order, kl_sides
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
@@ -210,21 +210,18 @@ class EigenbasisRule(Rule):
         return before_first_step(self.State, shape, dtype, device, without=without)
 
     def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Eigenvalues that a checkpoint lacks are made of factors and bases with KL, and left out without it."""
+        """Eigenvalues are left out without KL; with it what is lacking is made of factors, by eigh bases as well."""
         if not self.whitens_factors:
             return {key: value for key, value in saved.items() if not key.startswith("eigvals_")}
-        made = {}
-        for key, factor in saved.items():
-            basis = saved.get(f"Q_{key}")
-            if f"eigvals_{key}" in saved or basis is None or basis.shape != factor.shape:
-                continue  # what does not fit is named later
-            whole = self.whole_side(factor)
-            made[f"eigvals_{key}"] = eigenvalues(whole, self.whole_side(basis).to(whole))
+        made: dict[str, Tensor | None] = {}
+        anew = self.use_eigh and not saved.keys() & {"Q_L", "Q_R"}  # as TpRekls is published
+        for key in [key for key in ("L", "R") if key in saved]:
+            factor, basis = saved[key], saved.get(f"Q_{key}")
+            if anew and factor.ndim > 1 and factor.size(-2) == factor.size(-1):  # what does not fit is named later
+                made[f"eigvals_{key}"], made[f"Q_{key}"] = eigenbasis(factor)
+            elif f"eigvals_{key}" not in saved and basis is not None and basis.shape == factor.shape:
+                made[f"eigvals_{key}"] = eigenvalues(factor, basis.to(factor))
         return {**saved, **made}
-
-    def whole_side(self, x: Any) -> Any:
-        """A factor or a basis of which the state may keep a part."""
-        return x
 
     def accumulate(self, grad: Tensor, state: Any, t: Scalars) -> Any:
         """The Kronecker factors with this gradient taken in; for KL both from the old ones."""

@@ -112,7 +112,7 @@ class Measures:
             found[measure] = torch.stack([side[measure] for side in sides if measure in side]).amax(dim=0)
         if isinstance(self.optimizer, RuleOptimizer):
             homes = [self._home(m) for m in stack]
-            for measure in ("scaled", "skipped"):
+            for measure in ("scaled", "skipped") if not homes[0][0].elsewhere else ():
                 counts = [bucket.unit_view(row, getattr(bucket, measure)).sum() for bucket, row in homes]
                 found[f"guard_{measure}"] = torch.stack(counts)
         return found
@@ -133,9 +133,10 @@ class Measures:
         key, part = self._average(stack[0])
         if part.averages is None or key not in kept:
             return {}
-        states = [m.block.restack(self._state(m)[key]) for m in stack]
-        if states[0].numel() != grad[0].numel():  # a shard, whose state is that of the whole matrix
+        kept_here = [self._state(m)[key] for m in stack]
+        if kept_here[0].numel() != grad[0].numel():  # a shard, whose state is that of the whole matrix, or elsewhere
             return {}
+        states = [m.block.restack(x) for m, x in zip(stack, kept_here, strict=True)]
         heard = stacks.guarded(grad, [m.limit for m in stack])
         if part.rotated:
             heard = project_in(heard, bases.get("Q_L"), bases.get("Q_R"))

@@ -25,8 +25,8 @@ def matrix(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("partition_dim", [None, 0, 1])
 @pytest.mark.parametrize("tp_mode", ["duplicated", "distributed"])
 def test_without_a_group_it_is_newton_schulz(partition_dim, tp_mode):
-    x = matrix(6, 4)
-    assert torch.equal(newton_schulz_tp(x, 5, "quintic", None, partition_dim, tp_mode), newton_schulz(x, 5))
+    for x in (matrix(6, 4), matrix(3, 6, 4)):
+        assert torch.equal(newton_schulz_tp(x, 5, "quintic", None, partition_dim, tp_mode), newton_schulz(x, 5))
 
 
 def test_steps_are_the_steps_of_the_iteration():
@@ -60,12 +60,12 @@ def test_wrong_arguments_are_named(arguments, match):
 
 
 def _shards_equal_the_whole(group: dist.ProcessGroup, rank: int, tolerance: float) -> None:
-    for shape in ((8, 6), (6, 8)):
+    for shape in ((8, 6), (6, 8), (3, 8, 6), (3, 6, 8)):  # a stack is cut within its matrices
         x = matrix(*shape)
         whole = newton_schulz(x, 5)
         assert torch.equal(newton_schulz_tp(x, 5, "quintic", group), whole)
         for dim in (0, 1):
-            part, expected = (t.chunk(2, dim=dim)[rank] for t in (x, whole))
+            part, expected = (t.chunk(2, dim=dim - 2)[rank] for t in (x, whole))
             for mode in ("duplicated", "distributed"):
                 out = newton_schulz_tp(part, 5, "quintic", group, dim, mode)
                 assert out.shape == part.shape
@@ -79,6 +79,8 @@ def _on_two_ranks(rank: int, store: str) -> None:
     try:
         group = dist.new_group([0, 1])
         assert (get_pg_size(group), get_pg_rank(group), get_pg_size(), get_pg_rank()) == (2, rank, 1, 0)
+        with pytest.raises(TypeError, match=r"given is \(2, 2, 2, 2\)"):
+            newton_schulz_tp(matrix(2, 2, 2, 2), 5, "quintic", group, 0)
         for precision, words, tolerance in (
             ("highest", ("auto", "auto"), 1e-4),
             ("medium", ("bfloat16", "bfloat16"), 0.05),

@@ -153,7 +153,18 @@ def late() -> Any:
     return message, all(map(torch.equal, weights(model), weights(other)))
 
 
-SCENARIOS = {f.__name__: f for f in (missing, other_rate, bad_option, not_finite, failing_owner, other_model, late)}
+def captured() -> Any:
+    """Steps that a graph is to repeat."""
+    try:
+        sharded(capturable=True)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+SCENARIOS = {
+    f.__name__: f for f in (missing, other_rate, bad_option, not_finite, failing_owner, other_model, late, captured)
+}
 
 
 def everything() -> dict[str, Any]:
@@ -198,6 +209,10 @@ def test_parameters_that_were_replaced_are_an_error_and_the_new_ones_work(happen
         message, alike = happened[rank]["late"]
         assert "fully_shard" in message
         assert alike
+
+
+def test_a_graph_of_sharded_parameters_is_refused(happened: list[dict[str, Any]]) -> None:
+    assert "capturable=True is not possible for sharded parameters" in happened[0]["captured"]
 
 
 def test_other_routes_are_an_error(happened: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from emerging_optimizers import REKLS, SOAP, SOAPMuon, SpikeWatch, TpRekls, estimate
+from emerging_optimizers import REKLS, SOAP, SOAPMuon, SpikeWatch, estimate
 from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.rule import Where
 from emerging_optimizers.soap.kl_soap import KlSoapV3
@@ -108,8 +108,6 @@ def test_what_is_not_possible_is_said() -> None:
         found = rule._checked_rule(0).obstacle(Where(torch.float32, torch.device("cuda")))
         assert found is not None
         assert "use_eigh=False" in found
-    with pytest.raises(ValueError, match="overlap=True"):
-        TpRekls([{"params": [weight()], "overlap": True}], lr=0.1)
 
     class Own(KlSoapPreconditioner):
         pass
