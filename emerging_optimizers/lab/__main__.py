@@ -46,14 +46,22 @@ class Train:
     """Folder of the run; by default a new one under runs/."""
     resume: ResumeFolder = None
     """Continue an interrupted run: the newest under runs/, or the one in DIR."""
+    nproc: int | None = None
+    """Train on so many processes of this machine, under torchrun: FSDP2 shards the model, each process takes its rows
+    of a batch. Losses are shown, without tables and figures; --resume goes on with any number of processes."""
 
     def run(self, args: Sequence[str]) -> None:
         """Begins or continues a run."""
         from emerging_optimizers.lab.present import present_training
-        from emerging_optimizers.lab.train import newest_run, read_run, resume_train, run_train
+        from emerging_optimizers.lab.train import new_folder, newest_run, read_run, resume_train, run_train
 
         if self.resume is None:
-            present_training(run_train(self.config, self.out))
+            if self.nproc is None:
+                present_training(run_train(self.config, self.out))
+            else:
+                from emerging_optimizers.lab.sharded import begin
+
+                begin(self.config, self.out or new_folder(), self.nproc)
             return
         if self.out is not None:
             raise UsageError("--resume continues a run in its own folder; leave out --out")
@@ -64,7 +72,15 @@ class Train:
         if changed := [key for key in stored if asked[key] != stored[key]]:
             differences = "; ".join(f"--{key.replace('_', '-')} is {asked[key]}, was {stored[key]}" for key in changed)
             raise UsageError(f"{folder} was begun with other settings: {differences}")
-        present_training(resume_train(folder))
+        from emerging_optimizers.lab.sharded import go_on, is_sharded
+
+        if (self.nproc is not None) != is_sharded(folder):
+            how = "without --nproc; leave it out" if self.nproc else "with --nproc; say how many processes go on"
+            raise UsageError(f"{folder} was begun {how}")
+        if self.nproc is None:
+            present_training(resume_train(folder))
+        else:
+            go_on(folder, read_run(folder)[0], self.nproc)
 
 
 @dataclass(frozen=True, kw_only=True)

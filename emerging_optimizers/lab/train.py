@@ -56,7 +56,7 @@ def run_train(config: TrainConfig, out: Path | None = None, console: Console | N
         UsageError: The folder holds a run already, another process writes there, or the job cannot be run as it
             stands: nothing has been written then. Or the disk refuses.
     """
-    folder = out or RUNS / time.strftime("%Y-%m-%d-%H%M%S")
+    folder = out or new_folder()
     text = load_text(config.text, config.context)
     arms = {name: config.arm(name) for name in config.optimizers}
     for name, arm in arms.items():
@@ -112,6 +112,11 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Arm]]:
         return config, {name: checked(Arm(**stored["arms"][name])) for name in config.optimizers}
 
 
+def new_folder() -> Path:
+    """For a run that begins now."""
+    return RUNS / time.strftime("%Y-%m-%d-%H%M%S")
+
+
 def newest_run() -> Path:
     """The run under ``runs/`` that began last."""
     configs = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
@@ -148,7 +153,7 @@ def train_one(
         if arm.lr is None:
             own = next(group for group in optimizer.param_groups if group["algorithm"] == name)
             arm = replace(arm, lr=float(own["lr"]))
-        schedule = LambdaLR(optimizer, lambda done: _lr_factor(config, done))
+        schedule = LambdaLR(optimizer, lambda done: lr_factor(config, done))
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         job = {"optimizer": name, "arm": asdict(arm), **asdict(config)}
         steps = folder.restore(parts, job) if folder else []
@@ -180,7 +185,7 @@ def train_one(
             )
             past = replace(past, update_rms=_distance_rms(weights, list(model.parameters())))
             if step % config.eval_every == 0 or step == config.steps:
-                past = replace(past, validation_loss=_evaluate(model, *held_out))
+                past = replace(past, validation_loss=evaluate(model, *held_out))
             steps.append(past)
             if folder:
                 folder.append(past)
@@ -244,7 +249,7 @@ def _variants(config: TrainConfig, name: str, arm: Arm) -> dict[str, tuple[Train
     return dict(zip(titles(config, name), runs, strict=False))
 
 
-def _lr_factor(config: TrainConfig, done: int) -> float:
+def lr_factor(config: TrainConfig, done: int) -> float:
     """Linear warm-up, then a linear fall to zero, after a number of steps done."""
     return min((done + 1) / config.warmup, (config.steps - done) / (config.steps - config.warmup))
 
@@ -257,7 +262,7 @@ def _distance_rms(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _evaluate(model: GPT, ids_BT: Tensor, targets_BT: Tensor) -> float:
+def evaluate(model: GPT, ids_BT: Tensor, targets_BT: Tensor) -> float:
     """Mean loss, 64 windows at a time."""
     total = 0.0
     for start in range(0, len(ids_BT), 64):
