@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 
 import emerging_optimizers
 from emerging_optimizers.registry import OPTIMIZERS
@@ -16,8 +17,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("migrate", "optimizers", "routing", "spectron", "watching")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("distributed", "migrate", "optimizers", "routing", "spectron", "watching")
+    ),
 )
+# As under torchrun with one process, for the page about several.
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 # Without these the modules of a package cannot be imported, and need not be: what the `lab` extra installs, and triton.
 OPTIONAL = {**dict.fromkeys(("tyro", "rich", "matplotlib", "jinja2", "plotly"), ".lab"), "triton": ".linalg.kernels"}
 
@@ -48,8 +54,14 @@ def test_the_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, mon
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     assert blocks
     monkeypatch.chdir(tmp_path)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     namespace: dict[str, object] = {"__name__": "page"}
-    with patch.dict(OPTIMIZERS):  # a page may register one
-        for block in blocks:
-            line = text[: block.start(1)].count("\n")
-            exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+    try:
+        with patch.dict(OPTIMIZERS):  # a page may register one
+            for block in blocks:
+                line = text[: block.start(1)].count("\n")
+                exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,6 +1,7 @@
-"""The benchmark of several processes: tiny rows."""
+"""The benchmark of several processes: tiny rows, and the saved ones."""
 
 from benchmarks import distributed as benchmark
+from emerging_optimizers.lab.record import read_json
 
 
 def test_tiny_rows():
@@ -15,3 +16,10 @@ def test_tiny_rows():
     assert all(row.milliseconds[way] > 0 for way in benchmark.WAYS)
     lines = benchmark.markdown([row]).splitlines()
     assert "2 of 8 x 16, 1 of 16 x 8 | float32" in lines[2]
+
+
+def test_the_saved_rows_can_be_shown():
+    saved = [benchmark.restored(row) for row in read_json(benchmark.OUT)["rows"]]
+    assert {row.processes for row in saved} == {2, 4}
+    assert {row.precision for row in saved} == {"float32", "bfloat16"}
+    assert len(benchmark.markdown(saved).splitlines()) == 2 + len(saved)
