@@ -47,7 +47,8 @@ class Layout:
 
     def spreads(self, group: Mapping[str, Any]) -> dict[Tensor, Spread]:
         """How those of a group's parameters lie that processes share; all of them ask at the same time."""
-        return {p: spread_of(f"parameter {i}", p) for i, p in enumerate(group["params"]) if is_dtensor(p)}
+        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+        return {p: spread_of(name, p) for name, p in zip(names, group["params"], strict=False) if is_dtensor(p)}
 
     def wholes(self, group: Mapping[str, Any]) -> list[Tensor]:
         """A group's parameters in the shapes that they have on all processes together; shared ones without data."""
