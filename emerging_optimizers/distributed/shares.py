@@ -189,7 +189,8 @@ class Owned(Part):
         self.work = torch.zeros(shape, dtype=dtype, device="meta" if self.elsewhere else self.local.device)
         self.work.grad_dtype = None
         self.indices = (range(mine.start, mine.stop), self.shape[0]) if self.is_batch and mine is not None else None
-        self.kind = ("elsewhere" if self.elsewhere else "owned", peers, weights)
+        # What travels apart does not stand in one stack, which would wait for both.
+        self.kind = ("elsewhere" if self.elsewhere else "owned", peers, weights, p.dtype, self.shape)
 
     def owns(self, rank: int) -> bool:
         """Whether a process works on some of it."""

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emerging_optimizers.linalg.noise import run_seed
+
 
 class BalancedFactors(NamedTuple):
     """What `balanced_factors` returns."""
@@ -36,7 +38,7 @@ def balanced_factors(w_BMN: Tensor, rank: int) -> BalancedFactors:
     Where a singular value is zero both columns would be zero, and a product of two zeros has no gradient. There the
     column of B is zero and that of A is a random unit vector orthogonal to the others, as long as A's longest column
     (1 for a zero matrix): the product does not change, and B's gradient is not zero. A zero matrix is that case
-    everywhere. The random vectors follow `torch.initial_seed()` and the shape, and no generator moves.
+    everywhere. The random vectors follow `noise.run_seed()` and the shape, and no generator moves.
 
     Example:
         >>> f = balanced_factors(torch.diag(torch.tensor([4.0, 3.0]))[None], rank=1)
@@ -69,5 +71,5 @@ def leading_left(x_BMN: Tensor) -> Tensor:
 
 def _noise(rows: int, columns: int, like: Tensor) -> Tensor:
     """Normal numbers that follow the seed and the shape alone, and move no generator."""
-    generator = torch.Generator("cpu").manual_seed(torch.initial_seed() % 2**63)
+    generator = torch.Generator("cpu").manual_seed(run_seed() % 2**63)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu").to(like)

@@ -9,10 +9,20 @@ import math
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 WordT = TypeVar("WordT", int, Tensor)
 _MASK = 2**32 - 1
+
+
+def run_seed() -> int:
+    """A seed that the processes of a run share: they may hold copies of a weight, and torch's seed is each one's own.
+
+    That of `torch.manual_seed`; 0 where torch.distributed has several processes.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return 0 if several else torch.initial_seed()
 
 
 def counted_normal(like_BMN: Tensor, step_B11: Tensor, seed: int, stream: int) -> Tensor:

@@ -44,10 +44,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.distributed.groups import get_pg_size
 from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.options import (
     COUNT,
@@ -68,7 +66,7 @@ from emerging_optimizers.engine.options import (
 from emerging_optimizers.engine.parts import Momentum_BMN, Part, before_first_step
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import project_in, project_out
-from emerging_optimizers.linalg.noise import counted_normal
+from emerging_optimizers.linalg.noise import counted_normal, run_seed
 from emerging_optimizers.linalg.power_iteration import norm_lower_bound
 from emerging_optimizers.linalg.procrustes import procrustes_step
 from emerging_optimizers.linalg.scaling import clip_rms
@@ -191,11 +189,6 @@ Seed = Annotated[
 ]
 
 
-def _default_seed() -> int:
-    """One that the processes of a run share: they may hold copies of a weight, and torch's seed is each one's own."""
-    return 0 if get_pg_size(dist.group.WORLD) > 1 else torch.initial_seed()
-
-
 DiagonalFrom = Annotated[MaxPrecondDim, "a side that is longer has a diagonal factor. None: no limit."]
 
 
@@ -241,5 +234,5 @@ class PSGDPro(RuleOptimizer):
     ) -> None:
         options = given(locals())
         # Read here and kept, so that a run that goes on in another process goes on with the same noise.
-        options["seed"] = _default_seed() if seed is None else seed
+        options["seed"] = run_seed() if seed is None else seed
         super().__init__(**options)

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from emerging_optimizers.distributed.dtensor import local_of, spread_of
 from emerging_optimizers.testing import assert_same_as_one_process
+from emerging_optimizers.testing.one_process import part_of
 from tests.cases import CASES
 from tests.distributed.processes import LAYOUTS, gradients, make_net, run
 
@@ -59,3 +62,70 @@ def test_sharded_is_as_one_process(layout: str) -> None:
 def test_every_case_is_as_one_process(layout: str, world: int) -> None:
     names = [case.name for case in CASES if case.optimizer != "tp_rekls"]
     assert run(world, compare, layout, names, 20, timeout=1500) == [[]] * world
+
+
+def make_two_dtypes() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
+    model[0].double()
+    model[2].double()
+    return model
+
+
+def compare_two_dtypes() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def shard_each(model: nn.Module) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.children():
+            fully_shard(layer, mesh=mesh)
+
+    for name in ("muon", "soap", "spectron"):
+        assert_same_as_one_process(
+            make_two_dtypes, lambda model, name=name: optimizer_of(name, model), shard_each, steps=4, tolerance=1e-6
+        )
+
+
+def test_matrices_of_one_shape_and_two_dtypes() -> None:
+    run(2, compare_two_dtypes)
+
+
+def compare_on_a_part_of_the_world() -> None:
+    """As a stage of a pipeline has it: a mesh of two dimensions that is not all of the processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("stage", "replica", "shard"))
+    model, alone = make_net(), make_net()
+    fully_shard(model, mesh=mesh["replica", "shard"])
+    pairs = [(optimizer_of("soap", m), dict(m.named_parameters())) for m in (model, alone)]
+    for step in range(4):
+        given = gradients(step, {name: p.shape for name, p in alone.named_parameters()})
+        for optimizer, named in pairs:
+            for name, p in named.items():
+                p.grad = part_of(given[name], p)
+            optimizer.step()
+    for p, whole in zip(model.parameters(), alone.parameters(), strict=True):
+        for box in spread_of("p", p).boxes(dist.get_rank()):
+            assert torch.equal(local_of(p)[box.local_slices], whole[box.slices])
+
+
+def test_a_mesh_that_is_a_part_of_the_world() -> None:
+    run(4, compare_on_a_part_of_the_world)
+
+
+def compare_rounded_state() -> None:
+    for name in ("soap", "adamw"):
+        assert_same_as_one_process(
+            make_net,
+            lambda model, name=name: BY_NAME[name].make(
+                [p for p in model.parameters() if p.ndim == 2], state_dtype=torch.bfloat16
+            ),
+            LAYOUTS["fsdp"],
+            steps=4,
+        )
+
+
+def test_state_in_half_the_memory() -> None:
+    run(2, compare_rounded_state)
