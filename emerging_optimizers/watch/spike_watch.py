@@ -43,6 +43,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.dtensor import is_dtensor
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.options import COUNT, POSITIVE, WHOLE, optional
@@ -88,7 +89,7 @@ class SpikeWatch:
         latest: the newest observation: measures by parameter.
 
     Raises:
-        ValueError: a value out of its range, or an unknown measure.
+        ValueError: a value out of its range, an unknown measure, or a sharded parameter.
         ModuleNotFoundError: `tensorboard` is a folder and the package tensorboard is not installed.
 
     Example:
@@ -130,6 +131,8 @@ spike_guard=2.0 scales such gradients down.
         self._readings: deque[_Reading] = deque()
         self._due = False
         self._members: list[Member] = []  # of the step that is being observed
+        for _ in self._parameters():  # raises for what it cannot measure
+            pass
         self._closes = closes = ExitStack()
         self._writer = tensorboard
         if isinstance(tensorboard, str | Path):
@@ -193,6 +196,11 @@ spike_guard=2.0 scales such gradients down.
     def _parameters(self) -> Iterator[tuple[str, int, Tensor]]:
         for index, group in enumerate(self.optimizer.param_groups):
             for i, p in enumerate(group["params"]):
+                if is_dtensor(p):
+                    raise ValueError(
+                        f"SpikeWatch: {place(group, index, i)} is sharded, and what is measured are whole parameters; "
+                        "watch a run of one process. spike_guard, which scales spikes down, works for sharded ones too"
+                    )
                 if p.numel():
                     yield place(group, index, i), index, p
 

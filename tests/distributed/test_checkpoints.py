@@ -115,7 +115,7 @@ def go_through(folder: str, move: tuple[int, str, int, str], names: Sequence[str
         assert {key: far for key, far in found.items() if not far <= 1e-10} == {}
 
 
-@pytest.mark.parametrize("move", MOVES, ids=lambda move: "-".join(map(str, move)))
+@pytest.mark.parametrize("move", [MOVES[0], MOVES[3]], ids=lambda move: "-".join(map(str, move)))
 def test_a_run_goes_on_with_other_processes(tmp_path: Path, move: tuple[int, str, int, str]) -> None:
     go_through(str(tmp_path), move, GATHERED)
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from emerging_optimizers import create_optimizer
+from emerging_optimizers import SpikeWatch, create_optimizer
 from emerging_optimizers.distributed.dtensor import local_of
 from emerging_optimizers.testing.one_process import part_of
 from tests.distributed.processes import fsdp, gradients, make_net, run
@@ -162,9 +162,19 @@ def captured() -> Any:
     return "nothing"
 
 
-SCENARIOS = {
-    f.__name__: f for f in (missing, other_rate, bad_option, not_finite, failing_owner, other_model, late, captured)
-}
+def watched() -> Any:
+    """A watch over parameters that are not whole here."""
+    try:
+        SpikeWatch(sharded()[1])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+_ALL = (
+    missing, other_rate, bad_option, not_finite, failing_owner, other_model, late, captured, watched,
+)  # fmt: skip
+SCENARIOS = {f.__name__: f for f in _ALL}
 
 
 def everything() -> dict[str, Any]:
@@ -213,6 +223,10 @@ def test_parameters_that_were_replaced_are_an_error_and_the_new_ones_work(happen
 
 def test_a_graph_of_sharded_parameters_is_refused(happened: list[dict[str, Any]]) -> None:
     assert "capturable=True is not possible for sharded parameters" in happened[0]["captured"]
+
+
+def test_a_watch_over_sharded_parameters_is_refused(happened: list[dict[str, Any]]) -> None:
+    assert "is sharded" in happened[0]["watched"]
 
 
 def test_other_routes_are_an_error(happened: list[dict[str, Any]]) -> None:
