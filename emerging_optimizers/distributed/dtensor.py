@@ -239,6 +239,14 @@ def local_of(x: Any) -> Tensor:
     return local
 
 
+def cut_out(whole: Tensor, boxes: Sequence[Box], local: Tensor) -> Tensor:
+    """Of a whole tensor the boxes that lie here, shaped like what is stored here."""
+    found = torch.empty(local.shape, dtype=whole.dtype, device=local.device)
+    for box in boxes:
+        found[box.local_slices] = whole[box.slices]
+    return found
+
+
 def whole_of(x: Any) -> Tensor:
     """All of a tensor, on every process that asks; all of those that share it ask at the same time."""
     return x.full_tensor() if is_dtensor(x) else x

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.distributed.dtensor import Spread, as_sharded, is_sharded, local_of, on_owners, whole_of
+from emerging_optimizers.distributed.dtensor import (
+    Spread,
+    as_sharded,
+    cut_out,
+    is_sharded,
+    local_of,
+    on_owners,
+    whole_of,
+)
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.distributed.plan import Box
 
@@ -86,6 +94,20 @@ class Part(Share):
         """Whether what is stored is what was there."""
         return local_of(self.source) is self.local
 
+    def _shape(self, view: Tensor) -> tuple[int, ...]:
+        """Of the state of all entries of the first axis, of which a view has those that are worked on here."""
+        if self.indices is None or not view.ndim:
+            return tuple(view.shape)
+        here, of = self.indices
+        return view.shape[0] * of // len(here), *view.shape[1:]
+
+    def _entries(self, value: Tensor, view: Tensor) -> Tensor:
+        """Of such a state those that are worked on here; a value of another shape as it is."""
+        if self.indices is None or not view.ndim or value.shape != self._shape(view):
+            return value
+        here, of = self.indices
+        return value.view(of, value.shape[0] // of, *value.shape[1:])[list(here)].flatten(0, 1)
+
 
 class Local(Part):
     """The part of a sharded parameter that lies here, worked on by itself.
@@ -116,16 +138,7 @@ class Local(Part):
         if not view.ndim or not self._spread.is_cut:
             return view
         here = torch.empty((0, *view.shape[1:]), dtype=view.dtype, device=self.local.device) if self.elsewhere else view
-        return as_sharded(here, self.source, self._shape(view))
-
-    def _shape(self, view: Tensor) -> tuple[int, ...]:
-        """Of the whole of which the state of this part is one."""
-        if self._by_element:
-            return tuple(self.source.shape)
-        if self.indices is None:
-            return tuple(view.shape)
-        here, of = self.indices
-        return view.shape[0] * of // len(here), *view.shape[1:]
+        return as_sharded(here, self.source, self.shape if self._by_element else self._shape(view))
 
     def localize(self, value: Tensor, view: Tensor) -> Tensor:
         """Its own part of it."""
@@ -134,17 +147,9 @@ class Local(Part):
         value = whole_of(value)
         if self.elsewhere:
             return view
-        if not view.ndim or not self._spread.is_cut or value.shape != self._shape(view):
-            return value
-        if self._by_element:
-            found = torch.empty(self.local.shape, dtype=value.dtype, device=value.device)
-            for box in self._boxes:
-                found[box.local_slices] = value[box.slices]
-            return found
-        assert self.indices is not None
-        here, of = self.indices
-        each = value.shape[0] // of
-        return value.view(of, each, *value.shape[1:])[list(here)].flatten(0, 1)
+        if self._by_element and view.ndim and self._spread.is_cut and value.shape == self.shape:
+            return cut_out(value, self._boxes, self.local)
+        return self._entries(value, view)
 
 
 class Span(NamedTuple):
@@ -201,25 +206,12 @@ class Owned(Part):
         """A DTensor on the owners alone, of which other processes hold nothing."""
         return on_owners(view, self.local.device, self.peers, tuple(self.spans), self._shape(view))
 
-    def _shape(self, view: Tensor) -> tuple[int, ...]:
-        if not self.is_batch or self.indices is None or not view.ndim:
-            return tuple(view.shape)
-        here, of = self.indices
-        return (view.shape[0] * of // len(here), *view.shape[1:])
-
     def localize(self, value: Tensor, view: Tensor) -> Tensor:
         """What this process owns of it."""
-        published = self.publish(view)
-        if is_sharded(value, like=published):
+        if is_sharded(value, like=self.publish(view)):
             return local_of(value)
         value = whole_of(value)
-        if self.elsewhere:
-            return view
-        if self.indices is None or not view.ndim or value.shape != published.shape:
-            return value
-        here, of = self.indices
-        each = value.shape[0] // of
-        return value.view(of, each, *value.shape[1:])[here[0] : here[-1] + 1].flatten(0, 1)
+        return view if self.elsewhere else self._entries(value, view)
 
     def routes(self, owner: int, storage: int) -> list[Route]:
         """What lies on a process and belongs to an owner."""

@@ -39,7 +39,7 @@ class _Parcel(NamedTuple):
 
 
 class Shipment:
-    """Shares that travel together; every process of `peers` makes the same one, in the same order of shares."""
+    """Shares of one kind that travel together; every process of `peers` makes the same one, with them in one order."""
 
     def __init__(self, peers: Peers, shares: Sequence[Owned]) -> None:
         self.peers, self.shares = peers, shares
@@ -125,7 +125,7 @@ class Shipment:
         """Send directions or new weights back to where the parts lie; does not wait."""
         for share in self.mine:
             share.work.grad = None
-        dtype = _widest({share.work.dtype for share in self.shares})
+        dtype = self.shares[0].work.dtype  # of all of them: a mark in a direction bears no cast
         device = self._received.device
         moves = torch.full((1,), MOVES, dtype=dtype, device=device)
         pieces: list[Tensor] = []

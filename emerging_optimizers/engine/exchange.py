@@ -10,7 +10,7 @@ from torch import Tensor
 from emerging_optimizers.distributed.dtensor import local_gradient
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.distributed.layout import Layout
-from emerging_optimizers.distributed.shares import Local, Owned
+from emerging_optimizers.distributed.shares import Local, Owned, Part
 from emerging_optimizers.distributed.transport import FAILED, STAYS, Arrival, Shipment
 from emerging_optimizers.engine.alike import Agreement, facts_of
 from emerging_optimizers.engine.buckets import Bucket
@@ -47,8 +47,7 @@ class Exchange:
             at = home.get(id(bucket.shares[0]))
             if not bucket.elsewhere:
                 (self._at_home if at is None else self._owned[at]).append((index, bucket))
-        sharded = [s for s in shares if isinstance(s, (Local, Owned))]
-        self._agreements = _agreements((s.source, s.peers) for s in sharded)
+        self._agreements = _agreements((s.source, s.peers) for s in shares if isinstance(s, Part))
 
     @classmethod
     def of(cls, name: str, buckets: Sequence[tuple[int, Bucket]], parameters: Iterable[Tensor]) -> "Exchange | None":
@@ -126,7 +125,7 @@ class Exchange:
                     if shipment is not None and factor is not None:
                         _say_what_stays(shipment, bucket, factor)
                     continue
-                except Exception as error:
+                except Exception as error:  # of whatever kind: the others wait for what is owned here
                     problem = error
             if shipment is not None:
                 for share, before, now in zip(bucket.shares, counts, bucket.counts, strict=True):

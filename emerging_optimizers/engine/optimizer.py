@@ -342,7 +342,7 @@ class RuleOptimizer(DeclaredOptimizer):
         places = self._places
         try:
             rules = self._checked()
-        except Exception as problem:
+        except Exception as problem:  # of whatever kind: the others are about to take the step
             Exchange.refuse(self._name, self.param_groups, places.layout, problem)
             raise
         if places.exchange is not None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from emerging_optimizers.distributed.dtensor import as_sharded, is_dtensor, local_of, spread_of
+from emerging_optimizers.distributed.dtensor import as_sharded, cut_out, is_dtensor, local_of, spread_of
 from emerging_optimizers.distributed.plan import Box
 
 GradientsT = Callable[[int, Mapping[str, torch.Size]], Mapping[str, Tensor]]
@@ -78,10 +78,8 @@ def part_of(whole: Tensor, p: Tensor) -> Tensor:
     """A whole tensor as it lies where a parameter does; itself for one that is not sharded."""
     if not is_dtensor(p):
         return whole
-    local = torch.empty(local_of(p).shape, dtype=whole.dtype, device=local_of(p).device)
-    for box in spread_of("the parameter", p).boxes(dist.get_rank()):
-        local[box.local_slices] = whole[box.slices]
-    return as_sharded(local, p, whole.shape)
+    boxes = spread_of("the parameter", p).boxes(dist.get_rank())
+    return as_sharded(cut_out(whole, boxes, local_of(p)), p, whole.shape)
 
 
 def _compare(wholes: Mapping[str, Tensor], parts: Mapping[str, Tensor], steps: int, tolerance: float) -> None:
