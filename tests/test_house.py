@@ -13,7 +13,7 @@ from emerging_optimizers.registry import OPTIMIZERS, entry
 
 PACKAGE = Path(emerging_optimizers.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-MEMBERS = 15  # of a rule: what a newcomer has to know at most
+MEMBERS = 12  # of a rule: what a newcomer has to know at most
 
 
 def test_no_file_is_longer_than_four_hundred_lines() -> None:

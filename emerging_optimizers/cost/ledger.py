@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from emerging_optimizers.cost.models import Weight
 from emerging_optimizers.distributed.plan import Shard, Sharding, coordinates
 from emerging_optimizers.engine.flops import step_flops
-from emerging_optimizers.engine.rule import Rule, starts
+from emerging_optimizers.engine.rule import Rule, StartsFromWeight
 from emerging_optimizers.registry import entry
 
 
@@ -84,7 +84,9 @@ class Update:
         self._rule: Rule = made._checked_rule(0)
         self.elementwise = self._rule.elementwise
         reads = {"weight", "parameters"} & {*self._rule.reads}
-        self.reads_weights = bool(self._rule.weight_law is not None or reads or starts(self._rule))
+        self.reads_weights = bool(
+            self._rule.weight_law is not None or reads or isinstance(self._rule, StartsFromWeight)
+        )
 
     def flops(self, shape: tuple[int, ...]) -> float:
         """Of one parameter's step."""

@@ -14,6 +14,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.filling import fill_buckets, keys_of, needs
 from emerging_optimizers.engine.hooks import WeightUpdateHookT
 from emerging_optimizers.engine.placing import Places
+from emerging_optimizers.engine.rule import translated
 from emerging_optimizers.engine.validate import check_group, label, names_of, plain_options
 
 # From the name of a parameter to another; or from beginnings of names to other beginnings.
@@ -243,7 +244,7 @@ class Loading:
         rule = optimizer._make_rule(group)
         layout: Layout = optimizer._places.layout
         found = layout.collected(group, {p: saved[p] for _, p in members}, needs(rule, group))
-        states = {p: rule.translate(found[p]) for _, p in members}
+        states = {p: translated(rule, found[p]) for _, p in members}
         self._staged[index] = fill_buckets(members, group, rule, states, layout, others)
         keys = keys_of(self._staged[index])
         for _, p in members:

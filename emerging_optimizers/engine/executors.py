@@ -1,19 +1,63 @@
-"""How a rule is called. `stacked` and `per_matrix` differ in the chunks that buckets cut, not here."""
+"""How a rule is called: which way the chunks of a group take, and the calls. `stacked` and `per_matrix` differ in the
+chunks that buckets cut, not here.
+"""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.options import Execution
-from emerging_optimizers.engine.rule import Rule, Step, advance
+from emerging_optimizers.engine.rule import Kernel, Rule, Step, advance, kernel_of
 from emerging_optimizers.engine.scalars import as_tensors
 from emerging_optimizers.engine.schedule import Phase
-from emerging_optimizers.linalg.precision import fp32_matmul_precision
+from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
 
 BACKEND = "inductor"  # of torch.compile; most tests take one that generates no code
+
+
+class Way(NamedTuple):
+    """The way that the chunks of a group take; it is chosen when the group is checked.
+
+    Attributes:
+        execution: what the user asked for, or "per_matrix" where parameters are not to share a chunk.
+        plain: parameters may be taken as they are, where nothing is masked.
+        one_pass: one compiled pass over gradient, state and weight.
+        kernel: the step in torch's kernels, of parameters that are taken as they are.
+    """
+
+    execution: Execution
+    plain: bool = False
+    one_pass: bool = False
+    kernel: Kernel | None = None
+
+    @property
+    def cut(self) -> str:
+        """How chunks are cut."""
+        return "elements" if self.one_pass else self.execution if self.kernel is None else "fused"
+
+    def stacked(self) -> "Way":
+        """The same where parameters are not to be taken as they are."""
+        return self._replace(plain=False, kernel=None)
+
+
+def way_of(rule: Rule, law: Law | None, group: Mapping[str, Any], execution: Execution) -> Way:
+    """The way of a group's chunks, for its rule, law and options."""
+    whole_units = law is not None or group["cautious"]  # which see the norm or the share of a whole parameter
+    cuts = whole_units and rule.elementwise and execution == "stacked"
+    if "parameters" in rule.reads or isinstance(law, InPlaceLaw) or cuts:
+        return Way("per_matrix")
+    simple = rule.elementwise and not whole_units and group["weight_decay_method"] != "cautious"
+    if not simple or {"weight", "l2"} & {*rule.reads}:
+        return Way(execution)
+    if execution == "compiled":
+        return Way(execution, one_pass=not group["capturable"])
+    plain = not isinstance(group["lr"], Tensor)
+    return Way(execution, plain=plain, kernel=kernel_of(rule) if plain else None)
 
 
 def many_graphs(execution: Execution) -> AbstractContextManager[Any]:
@@ -25,7 +69,7 @@ def many_graphs(execution: Execution) -> AbstractContextManager[Any]:
 
 def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: Execution) -> Step:
     """One update of a chunk."""
-    with nullcontext() if rule.elementwise else fp32_matmul_precision(rule.matmul_precision):
+    with nullcontext() if rule.elementwise else fp32_matmul_precision(_precision(rule)):
         if execution != "compiled":
             return advance(rule, grad, state, t, phase)
         step: Step = _compiled(rule, phase, BACKEND)(grad, state, as_tensors(t, grad.device))
@@ -34,10 +78,14 @@ def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: 
 
 def refresh(rule: Rule, state: Any, phase: Phase, execution: Execution) -> Any:
     """The work of a phase behind the step."""
-    with fp32_matmul_precision(rule.matmul_precision):
+    with fp32_matmul_precision(_precision(rule)):
         if execution != "compiled":
             return rule.refresh(state, phase)
         return _compiled_refresh(rule, phase, BACKEND)(state)
+
+
+def _precision(rule: Rule) -> FP32MatmulPrecT:
+    return getattr(rule, "fp32_matmul_prec", "highest")
 
 
 def step_elements(

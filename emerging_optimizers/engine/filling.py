@@ -14,7 +14,7 @@ from emerging_optimizers.engine.chunks import Chunk, keep_pages
 from emerging_optimizers.engine.flops import step_flops
 from emerging_optimizers.engine.hooks import make_hook
 from emerging_optimizers.engine.matrix_view import Block, blocks
-from emerging_optimizers.engine.rule import Rule, starts
+from emerging_optimizers.engine.rule import Rule, StartsFromWeight
 from emerging_optimizers.engine.units import count_of
 from emerging_optimizers.engine.validate import label
 
@@ -67,7 +67,7 @@ def needs(rule: Rule, group: Mapping[str, Any]) -> Needs:
     """What the rule and the options of a group ask of a parameter that is spread over processes."""
     law = rule.weight_law or make_hook(group["weight_update_hook"])
     of_wholes = law is not None or group["cautious"] or "parameters" in rule.reads
-    reads_weights = bool({"weight", "parameters"} & {*rule.reads}) or starts(rule)
+    reads_weights = bool({"weight", "parameters"} & {*rule.reads}) or isinstance(rule, StartsFromWeight)
 
     def cut(shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
         """The shapes of matrices, and how many there are of each."""
@@ -169,7 +169,7 @@ def _misfit(name: str, missing: Iterable[str], unknown: Iterable[str]) -> ValueE
     )
 
 
-def start(bucket: Bucket, rule: Rule, group: Mapping[str, Any]) -> None:
+def start(bucket: Bucket, rule: StartsFromWeight, group: Mapping[str, Any]) -> None:
     """Make the state of matrices before their first step, and of those that have lost it."""
     again = bucket.flagged()
     new = {i: p for i, p in enumerate(bucket.parameters) if p.grad is not None and (i in again or not bucket.counts[i])}

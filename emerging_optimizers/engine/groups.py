@@ -8,30 +8,60 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.distributed.dtensor import is_dtensor, local_of, spread_of
+from emerging_optimizers.engine.executors import Way
 from emerging_optimizers.engine.hooks import REPLACE, InPlaceLaw, Law, make_hook
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule, Where, reason
 from emerging_optimizers.engine.units import state_dtype
-from emerging_optimizers.engine.validate import label
+from emerging_optimizers.engine.validate import label, misspelled
 
 _LAYOUT = attrgetter("layout")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Checked(NamedTuple):
-    """A group whose options have been checked: its values, how they compare, its entries, its rule."""
+    """A group whose options have been checked.
+
+    Attributes:
+        given: its values.
+        values: how they compare.
+        entries: how many it has.
+        execution: what the user asked for.
+        rule: its rule.
+        law: by which its weights move; None: W <- keep W - lr direction.
+        way: that its chunks take.
+    """
 
     given: list[Any]
     values: tuple[Any, ...]
     entries: int
+    execution: Execution
     rule: Rule
+    law: Law | None
+    way: Way
 
 
 def identities(group: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
     """Values of a group as they compare; a tensor, which is not read, by which one it is."""
     return tuple(id(v) if isinstance(v, Tensor) else v for v in map(group.__getitem__, names))
+
+
+def check_names(
+    group: Mapping[str, Any], known: Iterable[str], fixed: Mapping[str, Any], owner: str, algorithm: str
+) -> None:
+    """Raise for an entry that is a misspelled option, or another value than the algorithm fixes."""
+    for name, value in group.items():
+        if name in fixed and value != fixed[name]:
+            raise ValueError(
+                f"{owner}: a parameter group sets {name}={value!r}, which is {fixed[name]!r} for {algorithm}; leave it "
+                "out"
+            )
+        if meant := misspelled(name, known):
+            raise ValueError(
+                f"{owner}: a parameter group sets {name!r}, which is not an option; did you mean {meant!r}?"
+            )
 
 
 def check_rule(rule: Rule, law: Law | None, group: Mapping[str, Any], owner: str, execution: Execution) -> None:

@@ -25,11 +25,12 @@ from emerging_optimizers.engine.capture import check_capture, is_capturing, make
 from emerging_optimizers.engine.checkpoint import RenameT
 from emerging_optimizers.engine.declaring import DeclaredOptimizer
 from emerging_optimizers.engine.exchange import Exchange
-from emerging_optimizers.engine.executors import many_graphs
+from emerging_optimizers.engine.executors import many_graphs, way_of
 from emerging_optimizers.engine.filling import start
 from emerging_optimizers.engine.groups import (
     Checked,
     check_gradients,
+    check_names,
     check_obstacles,
     check_parameter,
     check_rule,
@@ -41,9 +42,9 @@ from emerging_optimizers.engine.notices import warn_of_rounding, warn_of_skips
 from emerging_optimizers.engine.options import Check, Execution
 from emerging_optimizers.engine.placing import Places, Wanted
 from emerging_optimizers.engine.rounding import MOST
-from emerging_optimizers.engine.rule import Rule, rule_of, starts
+from emerging_optimizers.engine.rule import Rule, StartsFromWeight, rule_of
 from emerging_optimizers.engine.run import BucketStep
-from emerging_optimizers.engine.validate import check_group, label, label_of, misspelled, place, plain_options, suggest
+from emerging_optimizers.engine.validate import check_group, label, label_of, place, plain_options, suggest
 
 
 class RuleOptimizer(DeclaredOptimizer):
@@ -135,17 +136,8 @@ class RuleOptimizer(DeclaredOptimizer):
 
     def _check_names(self, group: Mapping[str, Any]) -> None:
         """Raise for an entry that is a misspelled option; every other one is the user's."""
-        known, fixed = self._defaults_of(group), self._algorithm(group).fixed
-        for name in group:
-            if name in fixed and group[name] != fixed[name]:
-                raise ValueError(
-                    f"{self._name}: a parameter group sets {name}={group[name]!r}, which is {fixed[name]!r} for "
-                    f"{self._algorithm(group).__name__}; leave it out"
-                )
-            if meant := misspelled(name, known):
-                raise ValueError(
-                    f"{self._name}: a parameter group sets {name!r}, which is not an option; did you mean {meant!r}?"
-                )
+        algorithm = self._algorithm(group)
+        check_names(group, self._defaults_of(group), algorithm.fixed, self._name, algorithm.__name__)
 
     def _checked_rule(self, index: int) -> Rule:
         """The rule of a group; built and checked again only where a value of the group has changed."""
@@ -153,6 +145,8 @@ class RuleOptimizer(DeclaredOptimizer):
         algorithm = self._algorithm(group)
         ranges = algorithm.ranges
         known = self._rules.get(index)
+        if known is not None and known.execution != self.execution:
+            known = None
         if known is None or len(group) != known.entries:
             self._complete(group, ranges)
         given = [*map(group.__getitem__, ranges)]
@@ -176,7 +170,9 @@ class RuleOptimizer(DeclaredOptimizer):
         if known is not None and known.rule == rule:
             rule = known.rule
         given = [*map(group.__getitem__, ranges)]
-        self._rules[index] = Checked(given, identities(group, ranges), len(group), rule)
+        law = self._law(rule, group)
+        way = way_of(rule, law, group, self.execution)
+        self._rules[index] = Checked(given, identities(group, ranges), len(group), self.execution, rule, law, way)
         return rule
 
     def _complete(self, group: dict[str, Any], ranges: Mapping[str, Check]) -> None:
@@ -350,17 +346,17 @@ class RuleOptimizer(DeclaredOptimizer):
         places.start_guards(self.param_groups, self.state)
 
         def begin(index: int, bucket: Bucket) -> None:
-            if starts(rules[index]):
-                start(bucket, rules[index], self.param_groups[index])
+            if isinstance(rule := rules[index], StartsFromWeight):
+                start(bucket, rule, self.param_groups[index])
 
         with many_graphs(self.execution):
             if places.exchange is not None:
-                places.exchange.step(self.param_groups, begin, partial(self._take, rules))
+                places.exchange.step(self.param_groups, begin, self._take)
                 return
             for index, bucket in places.buckets:
                 begin(index, bucket)
             for index, bucket in places.buckets:
-                self._take(rules, index, bucket)
+                self._take(index, bucket)
 
     def _checked(self) -> list[Rule]:
         """The rules of the groups, once everything is checked that the user may have changed, and has its place."""
@@ -372,13 +368,14 @@ class RuleOptimizer(DeclaredOptimizer):
             check_capture(self._name, self.param_groups, rules, self._places.homes)
         return rules
 
-    def _take(self, rules: Sequence[Rule], index: int, bucket: Bucket) -> Tensor | None:
+    def _take(self, index: int, bucket: Bucket) -> Tensor | None:
         """The step of a bucket; the guard's factors of its units, None: all of them 1."""
-        rule, group = rules[index], self.param_groups[index]
-        step = BucketStep(bucket, rule, self._law(rule, group), group, self.execution, self._ahead)
+        checked, group = self._rules[index], self.param_groups[index]
+        step = BucketStep(bucket, checked, group, self._ahead)
         step.take()
         for row in bucket.skipped_for_long():
-            warn_of_skips(self._name, label_of(self.param_groups, bucket.sources[row]), rule.largest_norm(bucket.dtype))
+            limit = checked.rule.largest_norm(bucket.dtype)
+            warn_of_skips(self._name, label_of(self.param_groups, bucket.sources[row]), limit)
         if (share := bucket.unmoved_share()) > MOST and index not in self._told:
             self._told.add(index)
             warn_of_rounding(self._name, index, group["lr"], bucket.param_dtype, share)

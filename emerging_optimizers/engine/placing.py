@@ -15,7 +15,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
 from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of
 from emerging_optimizers.engine.parts import lost
-from emerging_optimizers.engine.rule import Rule
+from emerging_optimizers.engine.rule import Rule, translated
 from emerging_optimizers.engine.validate import label, label_of
 
 # Options that shape the state of whatever rule.
@@ -144,7 +144,7 @@ class Places:
         group, rule = wanted.group, wanted.rule
         wanted.check()
         joined = {p: i for i, p in enumerate(group["params"]) if _joins(p, states, frozen_too)}
-        saved = {p: rule.translate(state) for p in joined if isinstance(state := states.get(p), dict)}
+        saved = {p: translated(rule, state) for p in joined if isinstance(state := states.get(p), dict)}
         try:
             buckets = fill_buckets([(i, p) for p, i in joined.items()], group, rule, saved, self.layout)
             keys = keys_of(buckets)

@@ -19,7 +19,6 @@ from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.engine.parts import before_first_step
 from emerging_optimizers.engine.schedule import EVERY_STEP_ALIKE, Phase, Schedule
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
 
 class Scalars(Protocol):
@@ -85,7 +84,8 @@ RuleT = TypeVar("RuleT", bound="Rule")
 class Rule(ABC):
     """One update rule. Its dataclass fields are its static hyper-parameters: what changes control flow.
 
-    Static and scalar hyper-parameters alike live in the parameter groups, under the same names.
+    Static and scalar hyper-parameters alike live in the parameter groups, under the same names. A field with the name
+    `fp32_matmul_prec` is the float32 matmul precision that the engine sets for a step; without one it is "highest".
 
     Attributes:
         reads: names of what `update` finds in `t`, see `Scalars`. Where "step" is among them, the count is saved.
@@ -96,11 +96,6 @@ class Rule(ABC):
     reads: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[bool] = False
     State: ClassVar[type[Any]]
-
-    @property
-    def matmul_precision(self) -> FP32MatmulPrecT:
-        """The float32 matmul precision that the engine sets for `update`."""
-        return "highest"
 
     @property
     def weight_law(self) -> WeightUpdateHook[Any] | None:
@@ -142,17 +137,6 @@ class Rule(ABC):
         """
         return before_first_step(self.State, shape, dtype, device)
 
-    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The saved state of one parameter under this rule's keys, where another release wrote it under others."""
-        return saved
-
-    def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
-        """The state before the first step where it follows from the weight; overridden, it takes the place of `init`'s.
-
-        Runs before anything moves and may read the device, warn and raise; `labels` name the parameter of each matrix.
-        """
-        raise NotImplementedError  # called where it is overridden
-
     def accumulate(self, grad: Tensor, state: Any, t: Scalars) -> Any:
         """The state with a gradient in what changes slowly, such as Kronecker factors. Pure."""
         return state
@@ -168,6 +152,25 @@ class Rule(ABC):
     @abstractmethod
     def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """One step. Pure: it writes into none of its arguments; with `capturable` it reads no value on the host."""
+
+
+class StartsFromWeight(Rule):
+    """A rule whose state before the first step follows from the weight."""
+
+    @abstractmethod
+    def start(self, weight: Tensor, labels: Sequence[str]) -> Any:
+        """The state of a stack before its first step, in the place of `init`'s.
+
+        Runs before anything moves and may read the device, warn and raise; `labels` name the parameter of each matrix.
+        """
+
+
+class TranslatesState(Rule):
+    """A rule whose state another release wrote otherwise."""
+
+    @abstractmethod
+    def translate(self, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The saved state of one parameter under this rule's keys."""
 
 
 def advance(rule: Rule, grad: Tensor, state: Any, t: Scalars, phase: Phase) -> Step:
@@ -186,9 +189,9 @@ def reason(rule: Rule, where: Where, **changes: Any) -> str | None:
     return None if found == rule.obstacle(where) else found
 
 
-def starts(rule: Rule) -> bool:
-    """Whether the state of a matrix follows from its weight."""
-    return type(rule).start is not Rule.start
+def translated(rule: Rule, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The saved state of one parameter under a rule's keys."""
+    return rule.translate(saved) if isinstance(rule, TranslatesState) else saved
 
 
 def kernel_of(rule: Rule) -> Kernel | None:

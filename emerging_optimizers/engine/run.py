@@ -4,7 +4,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,34 +13,17 @@ from emerging_optimizers.engine.ahead import Ahead
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.chunks import Chunk, Segment
 from emerging_optimizers.engine.commit import Write, commit
-from emerging_optimizers.engine.executors import call, refresh, step_elements
+from emerging_optimizers.engine.executors import Way, call, refresh, step_elements
 from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_
+from emerging_optimizers.engine.groups import Checked
 from emerging_optimizers.engine.guard import decide
-from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.moving import Movement
-from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rounding import watch
-from emerging_optimizers.engine.rule import Kernel, Rule, advance, kernel_of
+from emerging_optimizers.engine.rule import Kernel, advance
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.schedule import Phase
 from emerging_optimizers.engine.weight_decay import cautious
-
-
-class _Way(NamedTuple):
-    """How the chunks of a bucket run.
-
-    Attributes:
-        plain: parameters are taken as they are, where nothing is masked.
-        one_pass: one compiled pass over gradient, state and weight.
-        kernel: the step in torch's kernels.
-        cut: into which chunks.
-    """
-
-    plain: bool
-    one_pass: bool
-    kernel: Kernel | None
-    cut: str
 
 
 class BucketStep:
@@ -48,31 +31,16 @@ class BucketStep:
 
     Args:
         bucket: parameters with their stacks.
-        rule: of their group.
-        hook: the law by which the weights move; None: W <- keep W - lr direction.
+        checked: what their group asks for.
         group: the hyper-parameters.
-        execution: what the user asked for.
         ahead: where work for the next step goes.
     """
 
-    def __init__(
-        self,
-        bucket: Bucket,
-        rule: Rule,
-        hook: Law | None,
-        group: Mapping[str, Any],
-        execution: Execution,
-        ahead: Ahead,
-    ) -> None:
-        self.bucket, self.rule, self.hook, self.group, self.ahead = bucket, rule, hook, group, ahead
+    def __init__(self, bucket: Bucket, checked: Checked, group: Mapping[str, Any], ahead: Ahead) -> None:
+        self.bucket, self.rule, self.way, self.group, self.ahead = bucket, checked.rule, checked.way, group, ahead
         bucket.capturable = group["capturable"]
-        # A hook needs the norm of a whole parameter, and so does the share of `cautious`: chunks of elements cut it.
-        self.cautious = group["cautious"]
-        cuts = (hook is not None or self.cautious) and rule.elementwise and execution == "stacked"
-        alone = "parameters" in rule.reads or isinstance(hook, InPlaceLaw) or cuts
-        self.execution: Execution = "per_matrix" if alone else execution
         method, decay = group["weight_decay_method"], group["weight_decay"]
-        self.move = Movement(hook, group)
+        self.move = Movement(checked.law, group)
         # What the guard has decided, and the chunks that have moved.
         self.factor: Tensor | None = None
         self.news: Mapping[str, Tensor] = {}
@@ -108,7 +76,9 @@ class BucketStep:
 
     def _take_chunks(self, gradients: Mapping[int, Tensor]) -> None:
         bucket, rule = self.bucket, self.rule
-        way = self._way(gradients)
+        way = self.way
+        if way.plain and (bucket.rounded or not accepts(bucket.device, chain(bucket.parameters, gradients.values()))):
+            way = way.stacked()
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: its norm is taken, and the
         # guard is called when that is too large. Until then every factor was one.
         lazy = bucket.looks and self.group["spike_guard"] is None and self.group["nonfinite"] == "skip"
@@ -129,18 +99,7 @@ class BucketStep:
                 if not self._take_plain(chunk, members, phase, way, t):
                     self._take_stacked(chunk, members, gradients, (phase, count), way, t)
 
-    def _way(self, gradients: Mapping[int, Tensor]) -> _Way:
-        """How the chunks of this step run."""
-        bucket, rule, execution = self.bucket, self.rule, self.execution
-        simple = rule.elementwise and not (self.hook or self.cautious or self.move.masks_decay)
-        simple = simple and not ({"weight", "parameters", "l2"} & {*rule.reads})
-        one_pass = simple and execution == "compiled" and not bucket.capturable
-        plain = simple and execution != "compiled" and not isinstance(self.move.lr, Tensor) and not bucket.rounded
-        plain = plain and accepts(bucket.device, chain(bucket.parameters, gradients.values()))
-        kernel = kernel_of(rule) if plain else None
-        return _Way(plain, one_pass, kernel, "elements" if one_pass else execution if kernel is None else "fused")
-
-    def _take_plain(self, chunk: Chunk, members: Mapping[int, Tensor], phase: Phase, way: _Way, t: Any) -> bool:
+    def _take_plain(self, chunk: Chunk, members: Mapping[int, Tensor], phase: Phase, way: Way, t: Any) -> bool:
         """Move a chunk whose parameters are taken as they are; False: it has to be stacked, or masked."""
         if not way.plain or self.factor is not None or (way.kernel is None and len(chunk) > 1):
             return False
@@ -156,7 +115,7 @@ class BucketStep:
         members: Mapping[int, Tensor],
         gradients: Mapping[int, Tensor],
         when: tuple[Phase, int],
-        way: _Way,
+        way: Way,
         t: Any,
     ) -> None:
         """Move a chunk as a stack."""
@@ -212,14 +171,14 @@ class BucketStep:
 
         The guard's factor scales the gradients of units; where it is 0, neither weight nor state moves.
         """
-        bucket, rule, execution = self.bucket, self.rule, self.execution
+        bucket, rule, execution = self.bucket, self.rule, self.way.execution
         grad, live = self._masked(chunk, grad, gradients)
         grad, extra = self._given(chunk, grad, live, count)
         t = make_scalars(rule.reads, self.group, extra)
         state = bucket.read(chunk)
         now = Phase.REUSE if rule.schedule.behind else phase
         out = call(rule, grad, state, t, now, execution)
-        if self.cautious:
+        if self.group["cautious"]:
             out = out._replace(direction=bucket.map_units(chunk, cautious, out.direction, grad))
         new = out.state if live is None else _keep(live, out.state, state)
         behind: Callable[[], AbstractContextManager[object]] = nullcontext

@@ -40,11 +40,6 @@ class MomentumRule(Rule):
     nesterov: bool = False
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
 
-    @property
-    def matmul_precision(self) -> FP32MatmulPrecT:
-        """Of the map; momentum has no products."""
-        return self.fp32_matmul_prec
-
     def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
         momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)

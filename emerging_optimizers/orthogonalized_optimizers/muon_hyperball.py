@@ -36,6 +36,7 @@ from emerging_optimizers.engine.options import (
     given,
     optional,
 )
+from emerging_optimizers.engine.rule import TranslatesState
 from emerging_optimizers.engine.validate import label
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
@@ -47,7 +48,7 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonHyperballRule(MuonRule):
+class MuonHyperballRule(MuonRule, TranslatesState):
     """Muon, and the sphere."""
 
     hyperball_eps: float = 1e-8

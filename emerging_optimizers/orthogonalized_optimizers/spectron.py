@@ -56,7 +56,7 @@ from emerging_optimizers.engine.options import (
     optional,
 )
 from emerging_optimizers.engine.parts import Part, before_first_step
-from emerging_optimizers.engine.rule import Where, rule_of
+from emerging_optimizers.engine.rule import StartsFromWeight, Where, rule_of
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.coefficients import (
     NSCoeffT,
@@ -103,7 +103,7 @@ class FactorState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectronRule(Rule):
+class SpectronRule(StartsFromWeight):
     """The factors are state behind a dense weight; `FactorRule` is for those that are the weight."""
 
     reads = ("lr", "momentum_beta", "weight_decay", "step", "weight", "l2")  # l2 decay is that of the factors
@@ -111,7 +111,7 @@ class SpectronRule(Rule):
     rank_ratio: float | None = None
     truncation_tolerance: float | None = None
     weight_decay_method: WeightDecayT = "decoupled"
-    fp32_matmul_prec: FP32MatmulPrecT = "medium"
+    newton_schulz_prec: FP32MatmulPrecT = "medium"  # `fp32_matmul_prec` of a rule would hold for the whole step
     num_ns_steps: int = 5
     num_power_iter: int = 1
     coefficient_type: NSCoeffT = "quintic"
@@ -202,8 +202,8 @@ class SpectronRule(Rule):
     def orthogonalize(self, x_BMR: Tensor) -> Tensor:
         """Newton-Schulz, with no singular value above one."""
         schedule = coefficients(self.coefficient_type, self.num_ns_steps)
-        low = self.fp32_matmul_prec == "medium" and x_BMR.dtype == torch.float32
-        with fp32_matmul_precision(self.fp32_matmul_prec):
+        low = self.newton_schulz_prec == "medium" and x_BMR.dtype == torch.float32
+        with fp32_matmul_precision(self.newton_schulz_prec):
             polar = newton_schulz(x_BMR, schedule, compute_dtype=reduced_dtype(x_BMR.device) if low else None)
         return polar / self.stretch
 
@@ -341,7 +341,8 @@ class Spectron(RuleOptimizer):
     @classmethod
     def _rule(cls, group: Mapping[str, Any]) -> Rule:
         kind = SpectronRule if group["out_features"] is None else FactorRule
-        return rule_of(kind, {**group, "stretch": _largest_stretch(group)})
+        precision = group["fp32_matmul_prec"]
+        return rule_of(kind, {**group, "newton_schulz_prec": precision, "stretch": _largest_stretch(group)})
 
     def __repr__(self) -> str:
         casting = [group for group in self.param_groups if self.casts(group)]

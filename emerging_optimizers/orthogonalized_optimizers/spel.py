@@ -51,7 +51,7 @@ class Retraction(WeightUpdateHook[Any]):
     rule: PolarRule
 
     def move(self, weight: Tensor, update: Tensor, keep: Any, lr: Any) -> Tensor:
-        with fp32_matmul_precision(self.rule.matmul_precision):
+        with fp32_matmul_precision(self.rule.fp32_matmul_prec):
             return self.rule.polar(weight * keep - lr * update)
 
 

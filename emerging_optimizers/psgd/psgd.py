@@ -46,7 +46,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine import EngineOptions, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.options import (
     COUNT,
     FRACTION,
@@ -64,6 +64,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Momentum_BMN, Part, before_first_step
+from emerging_optimizers.engine.rule import TranslatesState
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import project_in, project_out
 from emerging_optimizers.linalg.noise import counted_normal, run_seed
@@ -85,7 +86,7 @@ class PSGDState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PSGDRule(Rule):
+class PSGDRule(TranslatesState):
     """Momentum, one step of each factor, the whitened momentum."""
 
     State = PSGDState

@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Unpack, get_args
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine import EngineOptions, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.hooks import REPLACE, WeightUpdateHook
 from emerging_optimizers.engine.options import (
     LearningRate,
@@ -50,7 +50,7 @@ from emerging_optimizers.engine.options import (
     one_of,
 )
 from emerging_optimizers.engine.parts import Part
-from emerging_optimizers.engine.rule import Where
+from emerging_optimizers.engine.rule import StartsFromWeight, Where
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 
@@ -91,7 +91,7 @@ class IsoState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IsoRule(Rule):
+class IsoRule(StartsFromWeight):
     """Iso on a stack."""
 
     State = IsoState
@@ -99,11 +99,6 @@ class IsoRule(Rule):
     retraction: RetractionT = "qr"
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
     weight_decay_method: WeightDecayT = "decoupled"
-
-    @property
-    def matmul_precision(self) -> FP32MatmulPrecT:
-        """Of all products."""
-        return self.fp32_matmul_prec
 
     @property
     def weight_law(self) -> WeightUpdateHook[Any]:

@@ -18,12 +18,12 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine import EngineOptions, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
 from emerging_optimizers.engine.options import Betas, LearningRate, Params, WeightDecay, WeightDecayMethod, given
 from emerging_optimizers.engine.parts import Decay, Part
-from emerging_optimizers.engine.rule import Kernel
+from emerging_optimizers.engine.rule import Kernel, TranslatesState
 
 
 class LionState(NamedTuple):
@@ -33,7 +33,7 @@ class LionState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LionRule(Rule):
+class LionRule(TranslatesState):
     """Lion, element by element."""
 
     State = LionState

@@ -61,7 +61,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import Phase, Rule, RuleOptimizer, Scalars, Step, debias, lerp
+from emerging_optimizers.engine import Phase, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.options import (
     Betas,
     CorrectBias,
@@ -86,7 +86,7 @@ from emerging_optimizers.engine.parts import (
     ValuesR_BN,
     before_first_step,
 )
-from emerging_optimizers.engine.rule import Where
+from emerging_optimizers.engine.rule import TranslatesState, Where
 from emerging_optimizers.engine.schedule import Schedule
 from emerging_optimizers.linalg.eigenbasis import Followed, eigenbasis, eigenvalues, floored, follow, in_order, kl_sides
 from emerging_optimizers.linalg.kernels.symmetric import gram
@@ -140,7 +140,7 @@ class SOAPState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EigenbasisRule(Rule):
+class EigenbasisRule(TranslatesState):
     """What SOAP and its relatives share: Kronecker factors of the gradient, and their eigenbases."""
 
     divides_by_eigvals: ClassVar[bool] = False  # `update` needs those of the factors that have seen its gradient
@@ -154,11 +154,6 @@ class EigenbasisRule(Rule):
     fp32_matmul_prec: FP32MatmulPrecT = "highest"
     qr_fp32_matmul_prec: FP32MatmulPrecT = "high"
     capturable: bool = False
-
-    @property
-    def matmul_precision(self) -> FP32MatmulPrecT:
-        """Of everything but the refresh of the bases."""
-        return self.fp32_matmul_prec
 
     @property
     def whitens_factors(self) -> bool:

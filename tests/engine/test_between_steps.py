@@ -5,6 +5,7 @@ import json
 import threading
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from emerging_optimizers import AdamW, Lion, create_optimizer
 from emerging_optimizers.engine.validate import misspelled
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
-from emerging_optimizers.orthogonalized_optimizers.muon import Muon
+from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
 from emerging_optimizers.soap.soap import SOAP
 from tests.cases import CASES, SEEDS, OptimizerCase, parameters, run, set_gradients
 
@@ -607,3 +608,16 @@ def test_updates_that_are_rounded_away_are_told_once() -> None:
                 p.grad = torch.randn(64, 64).bfloat16()
             optimizer.step()
     assert [str(w.message)[:60] for w in seen] == ["AdamW: 100% of the weights in param_groups[0] that were look"]
+
+
+def test_execution_is_obeyed_from_the_next_step_on() -> None:
+    """Of it follows the way of a group's chunks, which is chosen when the group is checked."""
+    weights = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
+    optimizer = Muon(weights, lr=0.1)
+    for execution, calls in (("stacked", 1), ("per_matrix", 3)):
+        optimizer.execution = execution
+        for w in weights:
+            w.grad = torch.randn(4, 3)
+        with patch.object(MuonRule, "update", autospec=True, side_effect=MuonRule.update) as update:
+            optimizer.step()
+        assert update.call_count == calls
