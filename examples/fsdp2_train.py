@@ -164,6 +164,7 @@ def main():
     device = set_up()
     try:
         train(arguments.parse_args(), device)
+        dist.barrier()  # gloo's threads let go of the last tensors, which they could not while Python ends
     finally:
         dist.destroy_process_group()
 

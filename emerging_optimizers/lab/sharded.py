@@ -148,3 +148,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo that lets go of a tensor while Python ends takes the process down (pytorch#190489)
