@@ -49,6 +49,7 @@ class Arm:
 
 PEERS: dict[str, Peer] = {
     "ours": Peer(module="emerging_optimizers", distribution=None),
+    "before": Peer(module="emerging_optimizers", distribution=None),
     "torch": Peer(module="torch", distribution="torch"),
     "published": Peer(module="emerging_optimizers", distribution=None),
     "pytorch_optimizer": Peer(module="pytorch_optimizer", distribution="pytorch-optimizer"),

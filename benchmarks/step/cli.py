@@ -27,7 +27,8 @@ class Run:
     """A pattern of arms, as in "*Muon*"; may be repeated. By default all but those that compile for minutes."""
     peer: Words = ()
     """NAME=PATH: a checkout of published (Emerging-Optimizers), meta (facebookresearch/optimizers) or dion
-    (microsoft/dion); may be repeated."""
+    (microsoft/dion); may be repeated. before=PATH: an earlier state of this library, of which every arm of ours takes
+    a turn too, compared with the arm as it is; then only those run."""
     rounds: int = 7
     """Turns of every arm."""
     threads: int = 1

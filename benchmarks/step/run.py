@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import ceil, isfinite
 from pathlib import Path
@@ -112,8 +112,14 @@ def chosen(workload: Workload, request: Request) -> list[Arm]:
 
     mine = [arm for arm in ARMS.values() if arm.family == workload.family and request.device in arm.devices]
     if request.only:
-        return [arm for arm in mine if fits(arm, request.only)]
-    return [arm for arm in mine if not arm.slow and not fits(arm, workload.leave_out)]
+        mine = [arm for arm in mine if fits(arm, request.only)]
+    else:
+        mine = [arm for arm in mine if not arm.slow and not fits(arm, workload.leave_out)]
+    if "before" not in request.checkouts:
+        return mine
+    # A ratio below 1 of an arm from before: the step takes longer now.
+    ours = [arm for arm in mine if arm.peer == "ours"]
+    return [x for arm in ours for x in (arm, replace(arm, name=f"{arm.name}, before", peer="before", against=arm.name))]
 
 
 def load(process: Process, arm: Arm, checkouts: Mapping[str, str]) -> str | None:
@@ -173,9 +179,9 @@ def measure(workload: Workload, request: Request, say: Callable[[str], None] = p
             say(f"  {name}: {error}")
             processes.pop(name).close()
 
-        arms = chosen(workload, request)
+        arms = {arm.name: arm for arm in chosen(workload, request)}
         probe = stack.enter_context(worker(request, folder, "rates"))
-        for arm in arms:
+        for arm in arms.values():
             results[arm.name] = {"peer": arm.peer, "against": arm.against}
             processes[arm.name] = stack.enter_context(worker(request, folder, arm.name.replace(" ", "_")))
             try:
@@ -204,7 +210,7 @@ def measure(workload: Workload, request: Request, say: Callable[[str], None] = p
         if "error" not in result:
             result["seconds"] = seconds[name]
             result |= {"median_s": median(seconds[name]), "quartiles_s": quartiles(seconds[name])}
-            if limit := floor(ARMS[name].cost, shapes, measured):
+            if limit := floor(arms[name].cost, shapes, measured):
                 result["floor_s"] = asdict(limit)
     compare(results)
     return {

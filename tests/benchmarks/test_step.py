@@ -239,6 +239,13 @@ def test_arms_are_chosen_by_workload_device_and_pattern():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_an_earlier_state_takes_turns_with_this_one():
+    request = Request(only=("Lion", "published Lion"), checkouts={"before": "somewhere"})
+    now, before = chosen(WORKLOADS["elements"], request)
+    assert (now.name, before.name, before.peer, before.against) == ("Lion", "Lion, before", "before", "Lion")
+    assert before.make == now.make
+
+
 def test_a_device_that_is_not_there_is_named_before_anything_runs(tmp_path):
     with pytest.raises(UsageError, match=r"--device cuda: torch .* finds none"):
         Run(device="cuda", out=tmp_path / "out.json").run()
