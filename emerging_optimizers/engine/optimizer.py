@@ -307,8 +307,8 @@ class RuleOptimizer(DeclaredOptimizer):
         """One update of every parameter that has a gradient.
 
         Groups are read as they are now: parameters may have been moved, taken out or replaced since the last step. A
-        learning rate of 0 moves no weight. Ambient settings (autocast, inference mode, the default dtype and device)
-        change nothing; the closure runs under them.
+        learning rate of 0 moves no weight. Ambient settings (autocast, inference mode, the default dtype and device,
+        flushed subnormals) change nothing; the closure runs under them.
 
         Whatever else is raised (memory runs out, a factorization fails, a hook raises, Ctrl-C), the weight, the state
         and the step count of each matrix have changed together or not at all, and the optimizer goes on working. What

@@ -161,13 +161,17 @@ def test_a_resume_is_bitwise_after_a_late_start_and_a_skipped_gradient(case: Opt
 
 
 @every_optimizer
-@pytest.mark.parametrize("setting", ["float64", "bfloat16", "autocast", "inference", "device", "deterministic"])
+@pytest.mark.parametrize(
+    "setting", ["float64", "bfloat16", "autocast", "inference", "device", "deterministic", "flush"]
+)
 def test_settings_around_a_step_change_no_number(case: OptimizerCase, setting: str) -> None:
     ps, twins = parameters(case, copies=1), parameters(case, copies=1)
     optimizer, twin = case.make(ps), case.make(twins)
     for t in range(1, 4):
         set_gradients(ps, t)
         set_gradients(twins, t)
+        for p in (*ps, *twins) if setting == "flush" else ():
+            p.grad.mul_(1e-20)  # its square is a subnormal number
         if t == 3:
             ps[0].grad[..., :1].fill_(float("nan"))
             twins[0].grad[..., :1].fill_(float("nan"))
@@ -182,12 +186,16 @@ def test_settings_around_a_step_change_no_number(case: OptimizerCase, setting: s
             elif setting == "device":
                 with torch.device("meta"):
                     optimizer.step()
+            elif setting == "flush":
+                torch.set_flush_denormal(True)
+                optimizer.step()
             else:
                 with torch.autocast("cpu", torch.bfloat16) if setting == "autocast" else torch.inference_mode():
                     optimizer.step()
         finally:
             torch.set_default_dtype(torch.float32)
             torch.use_deterministic_algorithms(False)
+            torch.set_flush_denormal(False)
     assert same(ps, twins)
     assert all(same(state_of(optimizer, p), state_of(twin, q)) for p, q in zip(ps, twins, strict=True))
     optimizer.step()  # nothing was left behind that a later step could not write
