@@ -9,7 +9,15 @@ from rich.console import Console
 from emerging_optimizers.lab.config import GRID, GRID_FACTORS, Arm, TrainConfig, UsageError
 from emerging_optimizers.lab.data import load_text
 from emerging_optimizers.lab.progress import print_changes, watching
-from emerging_optimizers.lab.record import environment, json_bytes, read_json, reading, sole_writer, write_atomically
+from emerging_optimizers.lab.record import (
+    environment,
+    json_bytes,
+    read_json,
+    reading,
+    sealed,
+    sole_writer,
+    write_atomically,
+)
 from emerging_optimizers.lab.runs import GridRow, best_row
 from emerging_optimizers.lab.train import make_model, make_optimizer, train_one
 
@@ -79,7 +87,7 @@ def _run_grid(config: TrainConfig, out: Path, fresh: bool, console: Console) -> 
         rows = sorted([*rows, row], key=lambda row: (row.optimizer, row.arm.lr or 0))
         best = {row.optimizer: best_row(rows, row.optimizer).to_json() for row in rows}
         found = {"job": job, "best": best, "runs": [row.to_json() for row in rows]}
-        write_atomically({**beside, out: json_bytes(found)})
+        write_atomically({**beside, out: json_bytes(sealed(found))})
     return tuple(rows)
 
 

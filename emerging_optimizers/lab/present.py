@@ -13,7 +13,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from emerging_optimizers.lab.experiment import Result
-from emerging_optimizers.lab.record import environment, json_bytes, sole_writer, write_atomically
+from emerging_optimizers.lab.record import environment, json_bytes, sealed, sole_writer, write_atomically
 from emerging_optimizers.lab.runs import GridRow, TrainResult
 from emerging_optimizers.lab.views.describe import Table, View
 from emerging_optimizers.lab.views.grid import grid_view
@@ -56,7 +56,7 @@ def save(result: Result, view: View, folder: Path, command: Sequence[str] = ()) 
     json, surroundings, markdown = (folder / name for name in ("result.json", "environment.json", "tables.md"))
     text = "\n\n".join(table.markdown() for table in view.tables)
     written = {
-        json: json_bytes(result.to_json()),
+        json: json_bytes(sealed(result.to_json())),
         surroundings: json_bytes({**environment(result.config.threads), "command": list(command)}),
         markdown: f"{text}\n".encode(),
     }

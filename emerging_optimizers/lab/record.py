@@ -7,7 +7,7 @@ Nothing here imports torch before it is asked for the environment, so that ``eop
 """
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -40,6 +40,9 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
     **dict.fromkeys((errno.EEXIST, errno.EISDIR, errno.ENOTDIR), _PLACE),
 }
+
+# Under which name a result has its checksum.
+_SEAL = "checksum"
 
 # The locks that this thread holds, so that a function that takes one may call another that takes it too.
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
@@ -111,9 +114,7 @@ def _lock(path: Path, what: Path) -> int:
         missed = None
         with ExitStack() as stack:
             stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _take(descriptor):
                 if holder := _holder(path):
                     raise UsageError(f"{what} is being written by {holder}, or write elsewhere with --out") from None
                 time.sleep(0.01)  # it has the lock and has not said yet who it is, or is just letting go
@@ -136,6 +137,24 @@ def _lock(path: Path, what: Path) -> int:
     raise UsageError(
         f"{what} is being written by a process that holds {path}; wait until it ends, or give another --out"
     )
+
+
+def _take(descriptor: int) -> bool:
+    """Lock an open file, unless somebody else has."""
+    try:
+        if sys.platform == "win32":  # the lock is that of a byte, which nobody could read: one behind the text
+            import msvcrt
+
+            os.lseek(descriptor, 2**30, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _holder(path: Path) -> str | None:
@@ -226,6 +245,8 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
 
 def _sync(folder: Path) -> None:
     """Makes sure of the names in a folder, on file systems that can."""
+    if sys.platform == "win32":  # opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -239,6 +260,11 @@ def _sync(folder: Path) -> None:
 def json_bytes(value: object) -> bytes:
     """JSON as the lab's files have it."""
     return f"{json.dumps(value, indent=1)}\n".encode()
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A result with its checksum, by which `read_json` notices that something in it was changed."""
+    return {**value, _SEAL: hashlib.sha256(json_bytes(value)).hexdigest()}
 
 
 def write_json(path: Path, value: object) -> None:
@@ -274,9 +300,12 @@ def reading(path: Path, remedy: str = "bring it back, or move it away and make i
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file."""
+    """Reads a JSON file; one that is `sealed` must be as it was written."""
     with reading(path):
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict) and (seal := value.pop(_SEAL, None)) is not None and sealed(value)[_SEAL] != seal:
+            raise UsageError("something in it was changed: its checksum is another")
+        return value
 
 
 def environment(threads: int, text: "Text | None" = None) -> dict[str, Any]:

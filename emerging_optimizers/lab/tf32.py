@@ -20,7 +20,7 @@ from typing import Any
 
 from emerging_optimizers.lab.config import TUNED, Names, TrainConfig, UsageError
 from emerging_optimizers.lab.experiment import from_json, require_distinct, require_positive, to_json
-from emerging_optimizers.lab.record import read_json, reading, sole_writer, write_json
+from emerging_optimizers.lab.record import read_json, reading, sealed, sole_writer, write_json
 
 # Each with KL factors. "published": start and update of the published library; "default": this library's.
 OPTIMIZERS = {"soap_kl": "soap", "rekls": "rekls"}
@@ -174,7 +174,7 @@ def _run_tf32(config: TF32Config, out: Path | None, processes: int) -> TF32Resul
                 run = future.result()
                 done[run.key] = run
                 if unsaved is not None:
-                    write_json(unsaved, TF32Result(config=config, runs=tuple(done.values())).to_json())
+                    write_json(unsaved, sealed(TF32Result(config=config, runs=tuple(done.values())).to_json()))
         finally:
             pool.shutdown(cancel_futures=True)  # a full disk does not wait for runs that it could not keep
     return TF32Result(config=config, runs=tuple(done[run.key] for run in wanted))

@@ -27,6 +27,7 @@ from emerging_optimizers.lab.record import (
     json_bytes,
     read_json,
     reading,
+    sealed,
     sole_writer,
     write_atomically,
     write_json,
@@ -232,7 +233,7 @@ def _compare(folder: Path, config: TrainConfig, arms: Mapping[str, Arm], text: T
             if not os.path.lexists(run.result):
                 with watching(console, title, config.steps, config.batch * config.context) as watch:
                     result = train_one(job, name, variant, text, folder=run, watch=watch)
-                write_json(run.result, asdict(result))
+                write_json(run.result, sealed(asdict(result)))
             run.finished(name, job.steps)  # a damaged result is named before others have trained for nothing
     found = TrainResult.read(folder, config)
     written = {folder / "summary.json": json_bytes(summary(found.runs))}

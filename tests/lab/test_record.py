@@ -24,6 +24,8 @@ from emerging_optimizers.lab.present import present_training
 from emerging_optimizers.lab.record import (
     DamagedError,
     environment,
+    read_json,
+    sealed,
     sole_writer,
     write_atomically,
     write_json,
@@ -467,6 +469,17 @@ def test_another_digit_in_the_configuration_or_in_the_metrics_is_noticed(torn):
     refused(torn, "adamw/metrics.jsonl", "its first 4 steps are not those that checkpoint.pt was saved with")
 
 
+def test_another_digit_in_a_result_is_noticed(tiny, tmp_path):
+    run_train(replace(tiny, optimizers=("adamw",)), tmp_path / "run", Console(quiet=True))
+    result = tmp_path / "run" / "adamw" / "result.json"
+    text = result.read_text()
+    result.write_text(text.replace("0.0", "0.1", 1))
+    assert result.read_text() != text
+    refused(tmp_path / "run", "adamw/result.json", "its checksum is another")
+    result.write_text(text)
+    resume_train(tmp_path / "run", Console(quiet=True))
+
+
 def test_a_program_in_the_place_of_a_checkpoint_does_not_run(torn, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -518,15 +531,15 @@ def test_a_result_that_is_damaged_or_anothers_is_made_again_from_the_checkpoint(
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     result = folder / "adamw" / "result.json"
-    saved = result.read_text()
+    saved, stored = result.read_text(), read_json(result)
     for change in ({"optimizer": "muon"}, {"steps": []}, {"parameters": "many"}, None):
-        result.write_text(json.dumps(json.loads(saved) | change) if change else saved[:-40])
+        result.write_text(json.dumps(sealed(stored | change)) if change else saved[:-40])
         refused(folder, "adamw/result.json", "remove it and continue with --resume")
         with pytest.raises(UsageError, match=r"adamw/result\.json cannot be read .*; make it again with `eopt train`"):
             write_report(tmp_path, tmp_path / "report.html")
     result.unlink()
     (again,) = resume_train(folder, QUIET).runs
-    assert json.loads(json.dumps(asdict(again))) == json.loads(saved)
+    assert sealed(json.loads(json.dumps(asdict(again)))) == json.loads(saved)
 
 
 @pytest.mark.parametrize("text", ["[", "[]", '{"job": 1, "runs": []}', '{"job": {}, "runs": [{}]}', None])
