@@ -3,7 +3,7 @@
 `python benchmarks/stale_bases.py stale` trains the demo's model with SOAP, while the learning rate warms up for fewer
 or more steps and through a gradient spike; half an hour on one core. `python benchmarks/stale_bases.py ramp` compares
 rare refreshes that begin dense (`refresh_ramp`) with those that do not, and with a shorter period that has as many
-refreshes in the run; half an hour. Each saves after every row.
+refreshes in the run; an hour. Each saves after every row, and does not train again what the results hold.
 """
 
 import sys
@@ -17,7 +17,7 @@ import torch
 from emerging_optimizers.engine import Phase
 from emerging_optimizers.lab.config import TUNED, TrainConfig
 from emerging_optimizers.lab.data import load_text
-from emerging_optimizers.lab.record import environment, write_json
+from emerging_optimizers.lab.record import environment, read_json, write_json
 from emerging_optimizers.lab.train import train_one
 from emerging_optimizers.soap.soap import SOAPRule
 
@@ -56,12 +56,15 @@ def ramp() -> Iterator[Row]:
         ("soap", 10, "warm-up 10", (5, 10, 0), (0, 1, 2)),
         ("soap", 10, "warm-up 40", (20, 40, 0), (0, 1, 2)),
         ("soap", 10, "warm-up 10", (20,), (0, 1, 2)),
-        ("rekls", 10, "warm-up 10", (5,), (0, 1)),
+        ("soap", 25, "warm-up 10", (5, 10, 20, 0), (0, 1)),
+        ("soap", 25, "warm-up 40", (20, 40, 0), (0, 1)),
+        ("rekls", 10, "warm-up 10", (5, 10, 0), (0, 1)),
+        ("rekls", 10, "warm-up 40", (20, 0), (0, 1)),
     ):
         for length in ramps:
             options = {"precondition_frequency": frequency, "refresh_ramp": length}
             yield Row(options=options, job=job, optimizer=optimizer, seeds=seeds, refreshes=refreshes(options))
-        if 0 in ramps:  # as many refreshes as with half the warm-up
+        if 0 in ramps and (optimizer, frequency) == ("soap", 10):  # as many refreshes as with half the warm-up
             ramped = {"precondition_frequency": frequency, "refresh_ramp": ramps[0]}
             options = {"precondition_frequency": evenly(refreshes(ramped)), "refresh_ramp": 0}
             yield Row(options=options, job=job, optimizer=optimizer, seeds=seeds, refreshes=refreshes(options))
@@ -85,17 +88,20 @@ def main() -> None:
     (table,) = sys.argv[1:] if sys.argv[1:] in (["stale"], ["ramp"]) else sys.exit(__doc__)
     out = RESULTS / {"stale": "stale_bases.json", "ramp": "refresh_ramp.json"}[table]
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = read_json(out) if out.exists() else []
     text = load_text(None, TrainConfig().context)
     for row in {"stale": stale, "ramp": ramp}[table]():
+        which = {"optimizer": row.optimizer, "refreshes": row.refreshes} if row.refreshes else {}
+        which |= {"options": row.options, "job": row.job}
+        if any({**known, **which} == known for known in rows):
+            continue
         arm = TUNED[row.optimizer]
         losses = []
         for seed in row.seeds:
             config = replace(TrainConfig(), seed=seed, **JOBS[row.job])
             run = train_one(config, row.optimizer, replace(arm, options={**arm.options, **row.options}), text)
             losses.append(round(run.final_loss, 4))
-        which = {"optimizer": row.optimizer, "refreshes": row.refreshes} if row.refreshes else {}
-        rows.append({**which, "options": row.options, "job": row.job, "losses": losses})
+        rows.append({**which, "losses": losses})
         print(rows[-1], flush=True)
         write_json(out, rows)
         write_json(out.with_suffix(".environment.json"), environment(1, text))
