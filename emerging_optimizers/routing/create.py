@@ -1,6 +1,7 @@
 """From a name and a model to one optimizer."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ def create_optimizer(
     strict: bool = False,
     plan: RoutePlan | None = None,
     recipe: str | None = None,
+    warmup: int | None = None,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
     """Make an optimizer by name, for a model or for parameters.
@@ -64,6 +66,9 @@ def create_optimizer(
             `example` and `strict` have been said there and are refused here.
         recipe: a name of `eopt recipes`: hyper-parameters as a source gives them; not with `match`. What else is said
             here goes before, and the companion's learning rate keeps its proportion to `lr`.
+        warmup: over how many steps the learning rate rises, >= 0. With a `precondition_frequency` above 1 and no
+            `refresh_ramp`, the ramp is half of it: rare refreshes lose most while the rate rises
+            (`docs/performance.md`). None: not known, and rare refreshes without a ramp are warned of.
         **kwargs: arguments of the optimizer `name`, and `EngineOptions`; all but `weight_update_hook` hold for the
             companion too, and so does `weight_decay`. Of torch.optim's, `fused`, `foreach`, `amsgrad=False` and
             `differentiable=False` are taken and mean nothing.
@@ -87,6 +92,7 @@ def create_optimizer(
     """
     routing = {"companion_lr": companion_lr, "match": match, "roles": roles, "overrides": overrides,
                "example": example, "strict": strict or None}  # fmt: skip
+    kwargs = _with_ramp(name, kwargs, warmup)
     if recipe is not None and match is not None:
         raise ValueError(
             f"match={match!r} and recipe={recipe!r} are two sources for the same numbers; give one of them"
@@ -176,6 +182,27 @@ def create_optimizer(
     defaults = group_options(name, {**options[name.lower()], "lr": main_lr})
     groups, waiting = router.groups(plan)
     return RoutedOptimizer(groups, plan, defaults=defaults, router=router, waiting=waiting, **execution)
+
+
+def _with_ramp(name: str, options: dict[str, Any], warmup: int | None) -> dict[str, Any]:
+    """Options in which rare refreshes begin dense, over half of the warm-up, if nothing else is said."""
+    if warmup is not None and not (isinstance(warmup, int) and warmup >= 0):
+        raise ValueError(f"warmup={warmup!r} is not allowed; give a number of steps >= 0, or None")
+    frequency = options.get("precondition_frequency", 1)
+    if "refresh_ramp" in options or not isinstance(frequency, int) or frequency <= 1:
+        return options
+    if "refresh_ramp" not in registry.entry(name).load().ranges:
+        return options
+    if warmup is None:
+        warnings.warn(
+            f"{name}: with precondition_frequency={frequency} from the first step on, much is lost while the learning "
+            "rate rises. Give warmup=, the steps over which it does, and refreshes begin dense over half of them; or "
+            "refresh_ramp=0 if you want them rare at once",
+            UserWarning,
+            stacklevel=3,
+        )
+        return options
+    return {**options, "refresh_ramp": -(-warmup // 2)}
 
 
 def _check_unit(name: str, lr: Any, companion: str, companion_lr: Any, options: Mapping[str, Any]) -> None:

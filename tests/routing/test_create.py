@@ -416,3 +416,17 @@ def test_a_checkpoint_of_a_renamed_model_loads(rename) -> None:
     del nameless["names"]
     with pytest.raises(ValueError, match="rename: the parameters of this checkpoint have no names"):
         resumed.load_state_dict(nameless, rename=rename)
+
+
+def test_rare_refreshes_begin_dense_over_half_of_the_warmup() -> None:
+    for given, ramp in (({"warmup": 41}, 21), ({"warmup": 41, "refresh_ramp": 5}, 5), ({"refresh_ramp": 0}, 0)):
+        optimizer = create_optimizer("soap", GPTLike(), precondition_frequency=10, **given)
+        assert optimizer.param_groups[0]["refresh_ramp"] == ramp
+    assert create_optimizer("soap", GPTLike(), warmup=40).param_groups[0]["refresh_ramp"] == 0  # nothing is rare
+    matrix = [nn.Parameter(torch.ones(2, 2))]
+    assert create_optimizer("rekls", matrix, precondition_frequency=2, warmup=4).refresh_ramp == 2
+    create_optimizer("muon", GPTLike(), warmup=40)
+    with pytest.warns(UserWarning, match="precondition_frequency=10 from the first step on.* Give warmup="):
+        create_optimizer("soap", GPTLike(), precondition_frequency=10)
+    with pytest.raises(ValueError, match=r"warmup=0\.5 is not allowed; give a number of steps >= 0, or None"):
+        create_optimizer("soap", GPTLike(), warmup=0.5)
