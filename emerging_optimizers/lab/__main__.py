@@ -320,7 +320,35 @@ class Estimate:
         )
 
 
-Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report | Estimate | List | Recipes
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Try on an optimizer what people do around one: schedulers, clipping, edits, copies, checkpoints."""
+
+    subject: tyro.conf.Positional[str]
+    """A name from `eopt list`, or MODULE:CALLABLE, which makes an optimizer of a list of parameters, as in
+    torch.optim:AdamW."""
+    lr: float | None = None
+    """Its learning rate; by default the one to start from, or its own."""
+    json: bool = False
+    """Print JSON in place of a table."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Prints what came of each check; a failure is exit status 1."""
+        import json
+
+        from emerging_optimizers.testing.conformance import check_optimizer, made_by
+
+        try:
+            make = made_by(self.subject, self.lr)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        report = check_optimizer(make, name=self.subject, raises=False)
+        print(json.dumps(report.to_json(), indent=1) if self.json else report)
+        if report.failures:
+            raise SystemExit(1)
+
+
+Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report | Estimate | Check | List | Recipes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
