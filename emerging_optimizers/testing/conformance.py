@@ -128,7 +128,7 @@ def made_by(text: str, lr: float | None = None) -> MakeT:
         ValueError: there is no such name, module or callable.
 
     Example:
-        >>> made_by("torch.optim:SGD", lr=0.1)([nn.Parameter(torch.ones(2))]).defaults["lr"]
+        >>> made_by("torch.optim:SGD", lr=0.1)([torch.nn.Parameter(torch.ones(2))]).defaults["lr"]
         0.1
     """
     module, colon, name = text.partition(":")
