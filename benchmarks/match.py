@@ -93,21 +93,22 @@ class ExpertBlock(Block):
 
 
 class ViT(nn.Module):
-    """Sixteen patches of 2 x 2 pixels, or fewer with a longer side."""
+    """Patches of `side` x `side` pixels of an image of `size` x `size`."""
 
-    def __init__(self, seed: int, side: int = 2) -> None:
+    def __init__(self, seed: int, *, side: int = 2, size: int = 8, channels: int = 1) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.patch = nn.Conv2d(1, WIDTH, side, side)
-            self.position = nn.Parameter(torch.randn((8 // side) ** 2, WIDTH) * 0.02)
+            self.patch = nn.Conv2d(channels, WIDTH, side, side)
+            self.position = nn.Parameter(torch.randn((size // side) ** 2, WIDTH) * 0.02)
             layer = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
             self.layers = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, **layer) for _ in range(2))
             self.norm = nn.LayerNorm(WIDTH)
             self.head = nn.Linear(WIDTH, 10)
 
-    def loss(self, images_BHW: Tensor, labels_B: Tensor) -> Tensor:
-        x_BTD = self.patch(images_BHW[:, None]).flatten(2).mT + self.position
+    def loss(self, images: Tensor, labels_B: Tensor) -> Tensor:
+        images_BCHW = images if images.ndim == 4 else images[:, None]
+        x_BTD = self.patch(images_BCHW).flatten(2).mT + self.position
         for layer in self.layers:
             x_BTD = layer(x_BTD)
         return F.cross_entropy(self.head(self.norm(x_BTD.mean(1))), labels_B)

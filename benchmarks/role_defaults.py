@@ -1,12 +1,13 @@
 """Which optimizer a role goes to by default: the matrix optimizer or its companion; docs/routing.md.
 
-`python -m benchmarks.role_defaults [optdigits.tes]` trains small models in which one role is taken by AdamW or by a
-matrix optimizer and nothing else differs. Half an hour on one core; what the results hold already is not trained again.
-It needs peft, and the digits as `benchmarks.match` does.
+`python -m benchmarks.role_defaults` trains small models in which one role is taken by AdamW or by a matrix optimizer and
+nothing else differs. Forty minutes on one core; what the results hold already is not trained again. It needs peft,
+Pillow and scikit-learn.
 
 The rates of the matrix optimizer and of the companion are found once, with the role where it goes by default. The
 role's own rate is found for each arm on three seeds. The losses that are compared come from five other seeds, at that
-rate: an arm is better where it is with every one of them.
+rate: an arm is better where it is with every one of them. A role that stays as it was drawn shows how much its training
+is worth there at all.
 """
 
 import _pydecimal
@@ -42,7 +43,7 @@ from benchmarks.match import (
     text,
 )
 from emerging_optimizers import create_optimizer
-from emerging_optimizers.lab.data import Text, load_text
+from emerging_optimizers.lab.data import Text, load_text, seeded
 from emerging_optimizers.lab.record import environment
 from emerging_optimizers.lab.views.describe import Table
 from emerging_optimizers.routing.roles import TREATMENTS
@@ -52,6 +53,7 @@ STEPS, DECAY, RANK, BASE_STEPS = 100, 0.01, 8, 300
 START = 0.008  # where each search for a rate begins
 AROUND = (0.25, *NEAR)
 FRESH = (3, 4, 5, 6, 7)  # seeds that have found no rate
+HELD_OUT = 1000  # a seed of no run
 LINEAR = ["query", "key", "value", "output", "mlp_in", "mlp_out", "linear1", "linear2"]  # what LoRA adapts
 
 
@@ -145,6 +147,30 @@ def turned(examples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return images_BHW.rot90(1, (1, 2)), labels_B
 
 
+def beside_noise(examples: tuple[Tensor, Tensor], seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Digits with three more channels, which say nothing."""
+    images_BHW, labels_B = examples
+    noise_BCHW = torch.rand(len(images_BHW), 3, 8, 8, generator=seeded(seed + HELD_OUT, step))
+    return torch.cat([images_BHW[:, None], noise_BCHW], 1), labels_B
+
+
+@cache
+def photographs() -> Tensor:
+    """The two of scikit-learn, (2, 3, 427, 640), in [-0.5, 0.5]."""
+    from sklearn.datasets import load_sample_images
+
+    return torch.stack([torch.tensor(image).permute(2, 0, 1) / 255 - 0.5 for image in load_sample_images().images])
+
+
+def crops(count: int, columns: slice, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Pieces of 16 x 16 pixels by quarter turns; the labels say of which photograph, and how far turned."""
+    windows = photographs()[..., columns].unfold(2, 16, 1).unfold(3, 16, 1)
+    generator, (rows, places) = seeded(seed, step), windows.shape[2:4]
+    which_B, y_B, x_B, turns_B = (torch.randint(n, (count,), generator=generator) for n in (2, rows, places, 4))
+    pieces = zip(windows[which_B, :, y_B, x_B], turns_B.tolist(), strict=True)
+    return torch.stack([piece_CHW.rot90(turns, (1, 2)) for piece_CHW, turns in pieces]), 2 * turns_B + which_B
+
+
 class Task(NamedTuple):
     """A role in a model: the model with its initial weights, training examples by seed and step, the held-out ones."""
 
@@ -158,6 +184,18 @@ DIGITS = (partial(batch, "digits"), partial(held_out, "digits"))
 TASKS = {
     "ViT, 2 x 2 pixels": Task("patch", ViT, *DIGITS),
     "ViT, 4 x 4 pixels": Task("patch", partial(ViT, side=4), *DIGITS),
+    "ViT, noisy channels": Task(
+        "patch",
+        partial(ViT, side=4, channels=4),
+        lambda seed, step: beside_noise(batch("digits", seed, step), seed, step),
+        lambda: beside_noise(held_out("digits"), HELD_OUT, 0),
+    ),
+    "ViT, photographs": Task(
+        "patch",
+        partial(ViT, side=8, size=16, channels=3),
+        lambda seed, step: crops(2 * BATCH, slice(427), seed, step),
+        lambda: crops(600, slice(427, None), HELD_OUT, 0),
+    ),
     "ConvNeXt": Task("depthwise", ConvNeXt, *DIGITS),
     "GPT with experts": Task(
         "router", partial(make, "experts"), partial(batch, "experts"), partial(held_out, "experts")
@@ -207,7 +245,10 @@ def tuned(runs: Runs, cell: Cell, key: str, seeds: tuple[int, ...], around: tupl
 
 
 def arms(runs: Runs, name: str, main: str) -> dict[str, Cell]:
-    """Every arm of a role at its best rate, AdamW's first; the rest of the model has the same rates in all."""
+    """Every arm of a role at its best rate, AdamW's first; the rest of the model has the same rates in all.
+
+    Of adapters both matrix optimizers are arms of one comparison, as nothing else is trained.
+    """
     role = TASKS[name].role
     by = main if TREATMENTS[role].matrix else "adamw"
     cell = Cell(task=name, main=main, by=by, lr=START, companion_lr=START, role_lr=START)
@@ -218,10 +259,11 @@ def arms(runs: Runs, name: str, main: str) -> dict[str, Cell]:
         by: tuned(runs, replace(cell, by=by, role_lr=START), "role_lr", SEEDS, AROUND)
         for by in ("adamw", *(("muon", "soap") if role == "adapter" else (main,)))
     }
-    if role == "adapter":
-        for by in ("muon", "soap"):
-            cell = replace(found[by], a_lr=found["adamw"].role_lr, role_lr=START)
-            found[f"{by} on B alone"] = tuned(runs, cell, "role_lr", SEEDS, AROUND)
+    if role != "adapter":
+        found["frozen"] = replace(cell, by="frozen", role_lr=0.0)
+    else:
+        cell = replace(found["muon"], a_lr=found["adamw"].role_lr, role_lr=START)
+        found["muon on B alone"] = tuned(runs, cell, "role_lr", SEEDS, AROUND)
     return found
 
 
