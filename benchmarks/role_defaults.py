@@ -1,7 +1,7 @@
 """Which optimizer a role goes to by default: the matrix optimizer or its companion; docs/routing.md.
 
-`python -m benchmarks.role_defaults` trains small models in which one role is taken by AdamW or by a matrix optimizer and
-nothing else differs. Forty minutes on one core; what the results hold already is not trained again. It needs peft,
+`python -m benchmarks.role_defaults` trains small models in which one role is taken by AdamW or by a matrix optimizer
+and nothing else differs. Forty minutes on one core; what the results hold already is not trained again. It needs peft,
 Pillow and scikit-learn.
 
 The rates of the matrix optimizer and of the companion are found once, with the role where it goes by default. The
@@ -300,7 +300,17 @@ def table(found: dict[str, Any]) -> str:
         gap = (
             ("", "") if row["arm"] == "adamw" else (f"{row['gap']:+.3f} ± {row['gap_spread']:.3f}", f"{row['better']}")
         )
-        rows.append((f"`{row['role']}`", row["task"], row["rest"], row["arm"], f"{row['rate']:g}", loss, *gap))
+        rows.append(
+            (
+                f"`{row['role']}`",
+                row["task"],
+                row["rest"],
+                row["arm"],
+                f"{row['rate']:.2g}" if row["rate"] else "",
+                loss,
+                *gap,
+            )
+        )
     head = ("role", "model", "rest", "the role by", "best rate", "loss", "less AdamW's", f"better, of {len(FRESH)}")
     return Table(title="A role by AdamW and by a matrix optimizer", head=head, rows=rows, labels=4).markdown()
 
