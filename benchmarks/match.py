@@ -14,9 +14,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
@@ -93,21 +93,22 @@ class ExpertBlock(Block):
 
 
 class ViT(nn.Module):
-    """Sixteen patches of 2 x 2 pixels."""
+    """Patches of `side` x `side` pixels of an image of `size` x `size`."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, side: int = 2, size: int = 8, channels: int = 1) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.patch = nn.Conv2d(1, WIDTH, 2, 2)
-            self.position = nn.Parameter(torch.randn(16, WIDTH) * 0.02)
+            self.patch = nn.Conv2d(channels, WIDTH, side, side)
+            self.position = nn.Parameter(torch.randn((size // side) ** 2, WIDTH) * 0.02)
             layer = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
             self.layers = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, **layer) for _ in range(2))
             self.norm = nn.LayerNorm(WIDTH)
             self.head = nn.Linear(WIDTH, 10)
 
-    def loss(self, images_BHW: Tensor, labels_B: Tensor) -> Tensor:
-        x_BTD = self.patch(images_BHW[:, None]).flatten(2).mT + self.position
+    def loss(self, images: Tensor, labels_B: Tensor) -> Tensor:
+        images_BCHW = images if images.ndim == 4 else images[:, None]
+        x_BTD = self.patch(images_BCHW).flatten(2).mT + self.position
         for layer in self.layers:
             x_BTD = layer(x_BTD)
         return F.cross_entropy(self.head(self.norm(x_BTD.mean(1))), labels_B)
@@ -174,24 +175,40 @@ def train(cell: Cell) -> Result:
     finally:
         OPTIMIZERS[cell.optimizer] = here
 
-    def rate(done: int) -> float:
-        return min((done + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(0, done - WARMUP) / (STEPS - WARMUP)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for step in range(1, STEPS + 1):
-        optimizer.zero_grad()
-        model.loss(*batch(cell.task, cell.seed, step)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        before = [p.detach().clone() for p in matrices] if step == STEPS // 2 else []
-        optimizer.step()
-        if before:
+    rms = math.nan
+    before: list[Tensor] = []
+    for step in fit(model, optimizer, partial(batch, cell.task, cell.seed), STEPS):
+        if step == STEPS // 2 - 1:
+            before = [p.detach().clone() for p in matrices]
+        if step == STEPS // 2:
             with torch.no_grad():
                 moved = torch.cat([(p - q).flatten() for p, q in zip(matrices, before, strict=True)])
-            rms = moved.square().mean().sqrt().item() / (cell.lr * rate(step - 1))
-        schedule.step()
-    with torch.no_grad():
-        loss = model.loss(*held_out(cell.task)).item()
-    return Result(round(loss, 4) if math.isfinite(loss) else math.inf, round(rms, 3))
+            rms = moved.square().mean().sqrt().item() / (cell.lr * schedule(step - 1, STEPS))
+    return Result(loss_of(model, held_out(cell.task)), round(rms, 3))
+
+
+def schedule(done: int, steps: int) -> float:
+    """What a rate is multiplied by: a line up, then half a cosine down."""
+    return min((done + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(0, done - WARMUP) / (steps - WARMUP)))
+
+
+def fit(model: Any, optimizer: torch.optim.Optimizer, batches: Callable[[int], Any], steps: int) -> Iterator[int]:
+    """Train; the number of every step that is done, from 1."""
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(schedule, steps=steps))
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        model.loss(*batches(step)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield step
+        rates.step()
+
+
+@torch.no_grad()
+def loss_of(model: Any, examples: tuple[Tensor, Tensor]) -> float:
+    """With four digits, infinite where it is not finite."""
+    loss = model.loss(*examples).item()
+    return round(loss, 4) if math.isfinite(loss) else math.inf
 
 
 # ---- the sweeps ------------------------------------------------------------------------------------------------------
@@ -200,22 +217,23 @@ def train(cell: Cell) -> Result:
 class Runs:
     """What has been trained, as the file has it; a cell that is not there is trained and saved when it is asked for."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, train: Callable[[Any], Any], cell: type, result: type) -> None:
+        self.out, self.train = out, train
         stored = json.loads(out.read_text())["runs"] if out.exists() else []
         self.results = {
-            Cell(**{key: row[key] for key in Cell.__annotations__}): Result(row["loss"], row["rms"]) for row in stored
+            cell(**{key: row[key] for key in cell.__annotations__}): result(**{key: row[key] for key in result._fields})
+            for row in stored
         }
 
-    def loss(self, cell: Cell) -> float:
+    def loss(self, cell: Any) -> float:
         if cell not in self.results:
             begun = time.process_time()
-            self.results[cell] = train(cell)
+            self.results[cell] = self.train(cell)
             print(f"{time.process_time() - begun:5.1f} s  {self.results[cell]}  {cell}", flush=True)
             self.save({})
         return self.results[cell].loss
 
-    def mean(self, cell: Cell, seeds: Sequence[int]) -> float:
+    def mean(self, cell: Any, seeds: Sequence[int]) -> float:
         return fmean(self.loss(replace(cell, seed=seed)) for seed in seeds)
 
     def save(self, found: dict[str, Any]) -> None:
@@ -223,7 +241,7 @@ class Runs:
         write_json(self.out, {**found, "runs": rows})
 
 
-def search(runs: Runs, cell: Cell, key: str, seeds: Sequence[int], around: Sequence[float]) -> dict[float, float]:
+def search(runs: Runs, cell: Any, key: str, seeds: Sequence[int], around: Sequence[float]) -> dict[float, float]:
     """Mean losses over one number of a cell: times `around`, then further in steps of 2 while the least is an edge."""
     start = getattr(cell, key)
     found = {start * x: runs.mean(replace(cell, **{key: start * x}), seeds) for x in around}
@@ -342,7 +360,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Train what is missing, save, draw."""
     torch.set_num_threads(1)
-    runs = Runs(OUT)
+    runs = Runs(OUT, train, Cell, Result)
     found = summary(runs)
     runs.save(found)
     write_json(OUT.with_suffix(".environment.json"), environment(1, text()))

@@ -284,7 +284,8 @@ def _is_router(place: Place) -> bool:
         return True
     if not _ROUTER.match(place.word):
         return False
-    return any("expert" in name.lower() for name in (*place.parent._modules, *vars(place.parent)))
+    owned = (*place.parent._modules, *place.parent._parameters)
+    return any("expert" in name.lower() for name in (*owned, *vars(place.parent)))
 
 
 def _is_patch(place: Place, first: int) -> bool:

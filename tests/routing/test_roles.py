@@ -100,9 +100,12 @@ def test_a_projection_of_pieces_that_do_not_overlap_is_a_patch_embedding(conv: n
     assert [role(model, f"{n}.weight")[0] for n in ("stem", "deep", "wide")] == [expected, "conv", "depthwise"]
 
 
+@pytest.mark.parametrize(
+    "experts", [nn.ModuleList([nn.Linear(D, D)] * 2), nn.Parameter(torch.zeros(4, D, D))], ids=["layers", "a stack"]
+)
 @pytest.mark.parametrize("gate", ["gate", "router", "wg"])
-def test_a_gate_beside_experts_is_a_router_and_another_gate_is_not(gate: str) -> None:
-    layer = Named(**{gate: nn.Linear(D, 4, bias=False)}, experts=nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)]))
+def test_a_gate_beside_experts_is_a_router_and_another_gate_is_not(gate: str, experts: Any) -> None:
+    layer = Named(**{gate: nn.Linear(D, 4, bias=False)}, experts=experts)
     glu = Named(**{gate: nn.Linear(D, D)}, up=nn.Linear(D, D))
     model = Named(moe=layer, glu=glu, lm_head=nn.Linear(D, 50))
     assert (role(model, f"moe.{gate}.weight"), role(model, f"glu.{gate}.weight")) == (
