@@ -12,6 +12,8 @@ from emerging_optimizers.registry import list_optimizers as list_optimizers
 
 # Type checkers read imports and run nothing, so the names that `_HOMES` finds are written down for them.
 if TYPE_CHECKING:
+    from emerging_optimizers.averaging import ScheduleFree as ScheduleFree
+    from emerging_optimizers.averaging import WeightAverage as WeightAverage
     from emerging_optimizers.cost import estimate as estimate
     from emerging_optimizers.orthogonalized_optimizers import OrthogonalizedOptimizer as OrthogonalizedOptimizer
     from emerging_optimizers.routing import RoutePlan as RoutePlan
@@ -57,7 +59,9 @@ _HOMES = {
     **{cls: module for module, cls in (entry.path.split(":") for entry in OPTIMIZERS.values())},
     "OrthogonalizedOptimizer": "emerging_optimizers.orthogonalized_optimizers",
     "RoutePlan": "emerging_optimizers.routing",
+    "ScheduleFree": "emerging_optimizers.averaging",
     "SpikeWatch": "emerging_optimizers.watch",
+    "WeightAverage": "emerging_optimizers.averaging",
     "create_optimizer": "emerging_optimizers.routing",
     "estimate": "emerging_optimizers.cost",
     "plan_parameters": "emerging_optimizers.routing",

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.distributed.groups import Peers
+from emerging_optimizers.distributed.groups import Peers, peers_with
 from emerging_optimizers.distributed.plan import Box, Shard, Sharding, coordinates
 
 if TYPE_CHECKING:
@@ -220,12 +220,42 @@ def _owner_tensor() -> Any:
             mesh = _mesh(self.device_mesh.device_type, self.peers.ranks, self.peers)
             return DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
 
+        def __deepcopy__(self, memo: Any) -> Any:
+            """A copy of what is here, on the same owners."""
+            memo[id(self)] = made = _owned_again(self._local_tensor.clone(), *self._where())
+            return made
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """What is here, and where it belongs; loaded by the same processes."""
+            return _owned_again, (self._local_tensor, *self._where())
+
+        def _where(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+            return self.peers.ranks, self.owners, tuple(self.shape)
+
         @property
         def is_meta(self) -> bool:  # type: ignore[override]  # read only in Python, too
             """Where it holds nothing, `set_optimizer_state_dict` would write into it all the same, were this False."""
             return self.peers.rank not in self.owners
 
     return OwnerTensor
+
+
+def _owned_again(local: Tensor, ranks: tuple[int, ...], owners: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """A tensor on its owners out of a copy, a pickle or a file.
+
+    Raises:
+        RuntimeError: torch.distributed has not been set up, or has too few processes.
+    """
+    if not dist.is_initialized() or max(ranks) >= dist.get_world_size():
+        raise RuntimeError(
+            f"this optimizer state is spread over processes {', '.join(map(str, ranks))}, each of which has saved what "
+            "it owns; load it there. For any other number of processes save it with torch.distributed.checkpoint, or "
+            "whole (get_optimizer_state_dict with full_state_dict=True)"
+        )
+    return on_owners(local, local.device, peers_with(ranks), owners, shape)
+
+
+torch.serialization.add_safe_globals([_owned_again])  # for torch.load(weights_only=True)
 
 
 def is_sharded(x: Any, like: Any) -> bool:

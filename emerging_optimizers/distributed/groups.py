@@ -75,12 +75,16 @@ _known: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, Peers]] = {}
 
 def peers_of(mesh: Any) -> Peers:
     """The processes of a `DeviceMesh` of any number of dimensions; all of them ask at the same time."""
-    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    return peers_with(tuple(sorted(mesh.mesh.flatten().tolist())), mesh)
+
+
+def peers_with(ranks: tuple[int, ...], mesh: Any = None) -> Peers:
+    """Some processes by their ranks, and a mesh of them, if there is one; all of them ask at the same time."""
     world, peers = _known.get(ranks, (None, None))
     if peers is None or world is not dist.group.WORLD:  # a later world has groups of its own
         if ranks == tuple(range(dist.get_world_size())):
             group = dist.distributed_c10d._get_default_group()
-        elif mesh.ndim == 1:
+        elif mesh is not None and mesh.ndim == 1:
             group = mesh.get_group()
         else:
             group = dist.new_group(list(ranks), use_local_synchronization=True)

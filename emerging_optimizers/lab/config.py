@@ -177,6 +177,8 @@ class TrainConfig:
     """Steps before a gradient spike; each optimizer then runs without it, with it, and with it behind the guard."""
     spike_scale: float | None = None
     """What the gradients of the spike's step are multiplied by; 1000 where --spike-at is given."""
+    average: float | None = None
+    """Evaluate an average of the weights with this decay, in [0, 1], in their place."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     threads: int = 1
@@ -197,6 +199,8 @@ class TrainConfig:
             raise UsageError(f"--optimizers {','.join(self.optimizers)!r} must name each optimizer once")
         if unused := sorted(set(self.lr) - set(self.optimizers)):
             raise UsageError(f"--lr names {', '.join(unused)}, which --optimizers does not run")
+        if self.average is not None and not 0 <= self.average <= 1:
+            raise UsageError(f"--average {self.average:g} is no decay; give a number in [0, 1]")
         if self.spike_at is None and self.spike_scale is not None:
             raise UsageError(f"--spike-scale {self.spike_scale:g} needs --spike-at, the steps before the spike")
         if self.spike_at is not None and not 1 <= self.spike_at < self.steps - 1:

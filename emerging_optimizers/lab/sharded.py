@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
+from emerging_optimizers.averaging import WeightAverage
 from emerging_optimizers.lab.config import Arm, TrainConfig, UsageError
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.record import environment, read_json, sole_writer, write_json
@@ -82,6 +83,7 @@ def _train_one(config: TrainConfig, name: str, arm: Arm, text: Text, folder: Pat
         fully_shard(block)
     fully_shard(model)
     optimizer = make_optimizer(name, arm, model)
+    average = None if config.average is None else WeightAverage(optimizer, config.average)
     parts: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,
@@ -97,7 +99,7 @@ def _train_one(config: TrainConfig, name: str, arm: Arm, text: Text, folder: Pat
         parts["schedule"].step()
         last = step == config.steps
         if last or step % config.eval_every == 0:
-            shown = f"loss {_mean(loss):.3f}  validation {evaluate(model, *held_out):.3f}"
+            shown = f"loss {_mean(loss):.3f}  validation {evaluate(model, *held_out, average):.3f}"
             if dist.get_rank() == 0:
                 print(f"{name:>12}  step {step}/{config.steps}  {shown}", flush=True)
         if last or step % config.checkpoint_every == 0:

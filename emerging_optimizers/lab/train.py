@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers import create_optimizer
+from emerging_optimizers.averaging import WeightAverage
 from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, UsageError, checked
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.measures import recovery, summary
@@ -154,6 +155,7 @@ def train_one(
         if arm.lr is None:
             own = next(group for group in optimizer.param_groups if group["algorithm"] == name)
             arm = replace(arm, lr=float(own["lr"]))
+        average = None if config.average is None else WeightAverage(optimizer, config.average)
         schedule = LambdaLR(optimizer, lambda done: lr_factor(config, done))
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         job = {"optimizer": name, "arm": asdict(arm), **asdict(config)}
@@ -186,7 +188,7 @@ def train_one(
             )
             past = replace(past, update_rms=_distance_rms(weights, list(model.parameters())))
             if step % config.eval_every == 0 or step == config.steps:
-                past = replace(past, validation_loss=evaluate(model, *held_out))
+                past = replace(past, validation_loss=evaluate(model, *held_out, average))
             steps.append(past)
             if folder:
                 folder.append(past)
@@ -263,12 +265,16 @@ def _distance_rms(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, ids_BT: Tensor, targets_BT: Tensor) -> float:
-    """Mean loss, 64 windows at a time."""
+def evaluate(model: GPT, ids_BT: Tensor, targets_BT: Tensor, average: WeightAverage | None = None) -> float:
+    """Mean loss, 64 windows at a time, with the average of the weights where there is one."""
+    if average is not None:
+        average.eval()
     total = 0.0
     for start in range(0, len(ids_BT), 64):
         ids, targets = ids_BT[start : start + 64], targets_BT[start : start + 64]
         total += model.loss(ids, targets).item() * len(ids)
+    if average is not None:
+        average.train()
     return total / len(ids_BT)
 
 

@@ -81,6 +81,8 @@ def _(subject: Subject) -> None:
 
 @CHECKS.add("two threads", "https://docs.pytorch.org/docs/stable/notes/multiprocessing.html")
 def _(subject: Subject) -> None:
+    if subject.layout is not None:
+        raise DoesNotApplyError("processes that exchange gradients do so in one order, and threads have none")
     alone, _ = subject.trained(5)
     found: dict[int, list[nn.Parameter]] = {}
     problems: list[BaseException] = []

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emerging_optimizers.distributed.dtensor import local_of
+from emerging_optimizers.testing.one_process import part_of
 from emerging_optimizers.testing.subject import (
     Checks,
     Subject,
+    close,
     copies,
     finite,
     give,
@@ -125,10 +128,10 @@ def _(subject: Subject) -> None:
     for step in range(3):
         give(parameters, step)
         grads = [p.grad for p in parameters if p.grad is not None]
-        before, versions = copies(grads), [g._version for g in grads]
+        before, versions = copies(grads), [local_of(g)._version for g in grads]
         optimizer.step()
         assert same(grads, before), "a step changes p.grad, which clipping, logging and accumulation read afterwards"
-        assert [g._version for g in grads] == versions, (
+        assert [local_of(g)._version for g in grads] == versions, (
             "a step writes into p.grad, which may be read-only memory (a segmentation fault)"
         )
 
@@ -141,12 +144,10 @@ def _(subject: Subject) -> None:
         for _ in range(2):
             for p in parameters:
                 grad = torch.full((), 0.5).expand(p.shape)
-                p.grad = grad if expanded else grad.clone()
+                p.grad = part_of(grad if expanded else grad.clone(), p)
             optimizer.step()
         results.append(parameters)
-    assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(*results, strict=True)), (
-        "a gradient that is an expanded scalar (of x.sum()) gives other weights than its copy"
-    )
+    assert close(*results), "a gradient that is an expanded scalar (of x.sum()) gives other weights than its copy"
 
 
 @CHECKS.add("missing gradients", _STEP)
@@ -182,7 +183,7 @@ def _(subject: Subject) -> None:
         give(parameters, 2)
         grad = parameters[0].grad
         assert grad is not None
-        grad.view(-1)[0] = bad
+        local_of(grad).view(-1)[0] = bad
         optimizer.step()
         train(parameters, optimizer, range(3, 6))
         assert finite(parameters), f"one {bad} in a gradient leaves weights that are never finite again"
@@ -209,9 +210,7 @@ def _(subject: Subject) -> None:
     scaler.step(optimizer)
     scaler.update()
     twin.step()
-    assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(parameters, twins, strict=True)), (
-        "a scaled step is another one"
-    )
+    assert close(parameters, twins), "a scaled step is another one"
     before = copies(parameters)
     give(parameters, 2, scale=float("inf"))
     scaler.step(optimizer)

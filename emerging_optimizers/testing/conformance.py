@@ -2,12 +2,13 @@
 
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from emerging_optimizers import registry
 from emerging_optimizers.testing.checks_of_state import CHECKS as OF_STATE
@@ -72,6 +73,7 @@ def check_optimizer(
     name: str | None = None,
     shapes: Sequence[Sequence[int]] = SHAPES,
     only: Collection[str] = (),
+    layout: Callable[[Tensor], Tensor] | None = None,
     raises: bool = True,
 ) -> Report:
     """Try on an optimizer what people do around one: schedulers, scalers, clipping, edits, copies, checkpoints.
@@ -84,6 +86,8 @@ def check_optimizer(
         name: what to call it; None: the name of its class.
         shapes: of the parameters.
         only: names of checks, see `emerging_optimizers.testing.conformance.CHECKS`; empty: all.
+        layout: shards a tensor, as in `lambda x: distribute_tensor(x, mesh, [Shard(0)])`: then every process of the
+            default group calls this, and the parameters are sharded. None: they are not.
         raises: whether a failure is an AssertionError with the table in it.
 
     Returns:
@@ -104,11 +108,11 @@ def check_optimizer(
         raise ValueError(
             f"only={sorted(unknown)[0]!r} is no check; there are {', '.join(repr(check.name) for check in CHECKS)}"
         )
-    subject = Subject(make_optimizer, shapes)
+    subject = Subject(make_optimizer, shapes, layout)
     try:
         optimizer = subject.optimizer(subject.parameters())
     except Exception:  # of whatever kind: it may be one for matrices
-        subject = Subject(make_optimizer, [shape for shape in shapes if len(shape) > 1])
+        subject = Subject(make_optimizer, [shape for shape in shapes if len(shape) > 1], layout)
         optimizer = subject.optimizer(subject.parameters())
     chosen = [check for check in CHECKS if not only or check.name in only]
     report = Report(name or type(optimizer).__name__, [*_rows(subject, chosen)])

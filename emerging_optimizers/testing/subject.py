@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emerging_optimizers.distributed.dtensor import local_of
+from emerging_optimizers.testing.one_process import part_of
+
 RunT = Callable[["Subject"], str | None]
 MakeT = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -36,16 +39,19 @@ class Subject:
     Args:
         make: from a list of parameters to an optimizer.
         shapes: of the parameters.
+        layout: shards a tensor, over all processes; None: they are not sharded.
     """
 
-    def __init__(self, make: MakeT, shapes: Sequence[Sequence[int]]) -> None:
-        self._make, self.shapes = make, [tuple(shape) for shape in shapes]
+    def __init__(
+        self, make: MakeT, shapes: Sequence[Sequence[int]], layout: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self._make, self.shapes, self.layout = make, [tuple(shape) for shape in shapes], layout
 
     def parameters(self, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
         """The same weights at every call."""
         generator = torch.Generator().manual_seed(0)
         made = [torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in self.shapes]
-        return [nn.Parameter(x.to(dtype)) for x in made]
+        return [nn.Parameter(x.to(dtype) if self.layout is None else self.layout(x.to(dtype))) for x in made]
 
     def optimizer(self, parameters: list[nn.Parameter]) -> Any:
         """For these parameters."""
@@ -67,9 +73,8 @@ class Subject:
 def gradients(parameters: Sequence[Tensor], step: int) -> list[Tensor]:
     """The gradients of a step, the same at every call."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return [
-        torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu").to(p.dtype) for p in parameters
-    ]
+    wholes = [torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu") for p in parameters]
+    return [part_of(whole.to(p.dtype), p) for whole, p in zip(wholes, parameters, strict=True)]
 
 
 def train(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -88,17 +93,23 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def same(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> bool:
     """Bit for bit; NaN is not."""
-    return all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    return all(torch.equal(local_of(x), local_of(y)) for x, y in zip(found, wanted, strict=True))
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all numbers are."""
-    return all(bool(x.isfinite().all()) for x in tensors)
+    return all(bool(local_of(x).isfinite().all()) for x in tensors)
+
+
+def close(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> bool:
+    """Up to rounding in float32."""
+    pairs = ((local_of(x), local_of(y)) for x, y in zip(found, wanted, strict=True))
+    return all(torch.allclose(x, y, rtol=1e-5, atol=1e-7) for x, y in pairs)
 
 
 def moved_from(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> list[bool]:
     """Which of them are other than before."""
-    return [not torch.equal(p, x) for p, x in zip(parameters, before, strict=True)]
+    return [not same([p], [x]) for p, x in zip(parameters, before, strict=True)]
 
 
 def give(parameters: Sequence[Tensor], step: int, scale: float = 1.0) -> None:

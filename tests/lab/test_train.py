@@ -299,3 +299,30 @@ def test_the_spike_of_the_command_line_is_a_thousand_by_default(tiny_args, tmp_p
     assert read_run(out)[0].spike == (3, 1000.0)
     with pytest.raises(SystemExit, match="--spike-at is 2, was 3"):
         main(["train", *tiny_args, "--optimizers", "adamw", "--spike-at", "2", "--resume", str(out)])
+
+
+def test_an_average_is_evaluated_and_resumed(tiny, tmp_path):
+    """The training losses are those without one, and what is evaluated after a resume is the same."""
+    config = replace(tiny, optimizers=("muon",), average=0.9)
+    folder = tmp_path / "run"
+    run_train(config, folder, Console(quiet=True))
+    whole = losses(folder, "muon")
+    plain = train_one(replace(config, average=None), "muon", config.arm("muon"), load_text(None, config.context))
+    assert [row[1] for row in whole] == [step.loss for step in plain.steps]
+    assert [row[3] for row in whole] != [step.validation_loss for step in plain.steps]
+
+    class Killed(Exception):
+        pass
+
+    def kill(past):
+        if past.step == 5:  # behind the checkpoint of step 4
+            raise Killed
+
+    half = RunFolder(tmp_path / "half" / "muon")
+    text = load_text(None, config.context)
+    with pytest.raises(Killed):
+        train_one(config, "muon", config.arm("muon"), text, folder=half, watch=kill)
+    train_one(config, "muon", config.arm("muon"), text, folder=half)
+    assert losses(tmp_path / "half", "muon") == whole
+    with pytest.raises(UsageError, match="--average 2 is no decay"):
+        replace(tiny, average=2.0)
