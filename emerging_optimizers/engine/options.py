@@ -306,7 +306,7 @@ def declared(constructor: Callable[..., Any]) -> Declared:
         if option := _option_of(hint):
             ranges[name] = option.check
         if text := _text_of(hint):
-            arguments.append((name, text))
+            arguments.append((f"**{name}" if parameter.kind is inspect.Parameter.VAR_KEYWORD else name, text))
     constructor.__annotations__ = {**plain, "return": None}
     return Declared(ranges, defaults, tuple(arguments))
 

@@ -17,20 +17,25 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
-from emerging_optimizers.engine.options import FLAG, FRACTION, one_of
+from emerging_optimizers.engine.options import (
+    LearningRate,
+    MatmulPrecision,
+    MatrixParams,
+    Momentum,
+    Nesterov,
+    WeightDecay,
+    WeightDecayMethod,
+)
 from emerging_optimizers.engine.rule import rule_of
 from emerging_optimizers.engine.scalars import make_scalars
 from emerging_optimizers.engine.validate import suggest
-from emerging_optimizers.engine.weight_decay import WeightDecayT
-from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumRule, MomentumState, average
 
 
@@ -66,20 +71,6 @@ class OrthogonalizedOptimizer(RuleOptimizer):
     and compiles. The first two are called matrix by matrix. An override finds the optimizer's own map, scale
     included, in `scaled_orthogonalize_fn`.
 
-    Args:
-        params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
-            convolutions are flattened to (out, rest).
-        lr: learning rate, >= 0.
-        momentum: mu, in [0, 1).
-        weight_decay: >= 0.
-        nesterov: look one step ahead.
-        weight_decay_method: "decoupled", "independent", "l2", "palm" or "cautious".
-        fp32_matmul_prec: float32 matmul precision during the map: "highest", "high" or "medium".
-        scaled_orthogonalize_fn: a (M, N) float32 matrix to a (M, N) matrix, scale included. None: the identity, and
-            a warning, unless a subclass says otherwise.
-        **kwargs: see `EngineOptions`; anything else becomes an entry of the parameter groups and reaches
-            `orthogonalize`.
-
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
 
@@ -98,7 +89,6 @@ class OrthogonalizedOptimizer(RuleOptimizer):
     """
 
     rule: ClassVar[type[MomentumRule]] = MomentumRule
-    ranges = {"momentum": FRACTION, "nesterov": FLAG, "fp32_matmul_prec": one_of(*get_args(FP32MatmulPrecT))}
     # Options of the rule beyond this constructor's, for a subclass that calls this one past its own class's, as
     # Megatron-LM's adaptive Muon does: it may set them afterwards, as attributes or in the groups.
     set_later: ClassVar[Mapping[str, Any]] = {}
@@ -107,16 +97,22 @@ class OrthogonalizedOptimizer(RuleOptimizer):
 
     def __init__(
         self,
-        params: ParamsT,
-        lr: float | Tensor,
-        momentum: float,
-        weight_decay: float,
+        params: MatrixParams,
+        lr: LearningRate,
+        momentum: Momentum,
+        weight_decay: WeightDecay,
         *,
-        nesterov: bool,
-        weight_decay_method: WeightDecayT,
-        fp32_matmul_prec: FP32MatmulPrecT,
-        scaled_orthogonalize_fn: Callable[[Tensor], Tensor] | None = None,
-        **kwargs: Any,
+        nesterov: Nesterov,
+        weight_decay_method: WeightDecayMethod,
+        fp32_matmul_prec: MatmulPrecision,
+        scaled_orthogonalize_fn: Annotated[
+            Callable[[Tensor], Tensor] | None,
+            "a (M, N) float32 matrix to a (M, N) matrix, scale included. None: the identity, and a warning, unless a "
+            "subclass says otherwise.",
+        ] = None,
+        **kwargs: Annotated[
+            Any, "see `EngineOptions`; anything else becomes an entry of the groups and reaches `orthogonalize`."
+        ],
     ) -> None:
         self._function = scaled_orthogonalize_fn
         if scaled_orthogonalize_fn is None and not self._overrides and self.rule is MomentumRule:
