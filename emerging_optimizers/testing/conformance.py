@@ -1,5 +1,6 @@
 """`check_optimizer`: what people do around an optimizer, tried on any torch optimizer."""
 
+import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -146,6 +147,8 @@ def made_by(text: str, lr: float | None = None) -> MakeT:
     else:
         known = registry.entry(text)
         make, lr = known.load(), known.start if lr is None else lr
+        if lr is None and inspect.signature(make).parameters["lr"].default is inspect.Parameter.empty:
+            lr = 1e-3  # no rate to start from is known; any will do to try what is tried
     return make if lr is None else partial(make, lr=lr)
 
 
