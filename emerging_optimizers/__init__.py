@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from emerging_optimizers.averaging import WeightAverage as WeightAverage
     from emerging_optimizers.cost import estimate as estimate
     from emerging_optimizers.orthogonalized_optimizers import OrthogonalizedOptimizer as OrthogonalizedOptimizer
+    from emerging_optimizers.qk_clip import QKClip as QKClip
     from emerging_optimizers.routing import RoutePlan as RoutePlan
     from emerging_optimizers.routing import create_optimizer as create_optimizer
     from emerging_optimizers.routing import plan_parameters as plan_parameters
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # make tables
 _HOMES = {
     **{cls: module for module, cls in (entry.path.split(":") for entry in OPTIMIZERS.values())},
     "OrthogonalizedOptimizer": "emerging_optimizers.orthogonalized_optimizers",
+    "QKClip": "emerging_optimizers.qk_clip",
     "RoutePlan": "emerging_optimizers.routing",
     "ScheduleFree": "emerging_optimizers.averaging",
     "SpikeWatch": "emerging_optimizers.watch",

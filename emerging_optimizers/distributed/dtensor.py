@@ -138,6 +138,23 @@ def ranks_of(x: "DTensor") -> tuple[int, ...]:
     return tuple(map(int, x.device_mesh.mesh.flatten().tolist()))
 
 
+def piece_of(x: "DTensor", axis: int) -> tuple[int, int]:
+    """Into how many pieces tensor parallelism has cut an axis, and with which of them this process computes.
+
+    What FSDP2 has cut beside it (`_StridedShard`) is put together again for the computation.
+
+    Returns:
+        The number of pieces, and which of them; 1 and 0 where the axis is not cut.
+    """
+    mesh = x.device_mesh
+    parts, index = 1, 0
+    coordinate = mesh.get_coordinate() or [0] * mesh.ndim
+    for size, i, shard in zip(mesh.shape, coordinate, plain("", x.placements, x.ndim), strict=True):
+        if shard is not None and shard.dim == axis and shard.split_factor == 1:
+            parts, index = parts * size, index * size + i
+    return parts, index
+
+
 def local_gradient(p: Tensor) -> Tensor | None:
     """The part of the gradient that belongs to what lies here of a parameter."""
     grad: Any = p.grad
