@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from emerging_optimizers.cost.ledger import Mesh
 from emerging_optimizers.cost.scale import Machine, Row, Scale, at_scale, markdown
 from emerging_optimizers.lab.record import read_json, write_json
 
@@ -24,7 +25,7 @@ class Case(NamedTuple):
 
     Attributes:
         model: its name.
-        mesh: SHARDSxTENSOR.
+        mesh: SHARDSxTENSOR, or REPLICASxSHARDSxTENSOR.
         tokens: of a step, in units of 2^20.
         expert_parallel: see `at_scale`.
     """
@@ -43,6 +44,7 @@ CASES = (
     Case("llama-7b", "32x8"),
     Case("llama-70b", "8x8"),
     Case("llama-70b", "32x8"),
+    Case("llama-70b", "8x32x8", 16),
     Case("llama-70b", "512x8", 16),
     Case("moe-256", "256", 16, 64),
     Case("moe-256", "256x8", 64, 64),
@@ -71,7 +73,7 @@ def main() -> None:
 def restored(saved: dict[str, Any]) -> Scale:
     """The inverse of `dataclasses.asdict` followed by JSON."""
     rows = tuple(Row(**{**row, "names": tuple(row["names"]), "shape": tuple(row["shape"])}) for row in saved["rows"])
-    return Scale(**{**saved, "mesh": tuple(saved["mesh"]), "machine": Machine(**saved["machine"]), "rows": rows})
+    return Scale(**{**saved, "mesh": Mesh(*saved["mesh"]), "machine": Machine(**saved["machine"]), "rows": rows})
 
 
 if __name__ == "__main__":

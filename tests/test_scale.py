@@ -18,9 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks import scale as benchmark
 from emerging_optimizers import estimate
-from emerging_optimizers.cost.ledger import Job, Ledger, Update, held_of, is_local, sharding_of_weight
+from emerging_optimizers.cost.ledger import Ledger, Mesh, Place, Update, owners_of, sharding_of_weight
 from emerging_optimizers.cost.models import MODELS, Decoder, Weight, read_model
-from emerging_optimizers.cost.scale import Machine, at_scale, markdown
+from emerging_optimizers.cost.scale import Machine, at_scale, markdown, plan_at_scale
 from emerging_optimizers.distributed.dtensor import sharding_of
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.record import read_json
@@ -100,17 +100,17 @@ def test_the_shards_are_those_of_torch() -> None:
                     )
                     axis = TorchShard(0 if len(p) >= 16 else 1)
                     fully_shard(module, mesh=experts["dp"], shard_placement_fn=lambda p, axis=axis: axis)
-                    assert sharding_of("w", module.weight) == sharding_of_weight(weight, 8, 2, degree)
+                    assert sharding_of("w", module.weight) == sharding_of_weight(weight, Mesh(1, 8, 2), degree)
             elif len(weight.shape) == 2 and weight.cut is not None:
                 linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
                 style = RowwiseParallel() if weight.cut else ColwiseParallel()
                 model = parallelize_module(nn.Sequential(linear), mesh["tp"], {"0": style}, src_data_rank=None)
                 fully_shard(model, mesh=mesh["dp"])
-                assert sharding_of("w", linear.weight) == sharding_of_weight(weight, 8, 2, 1)
+                assert sharding_of("w", linear.weight) == sharding_of_weight(weight, Mesh(1, 8, 2), 1)
             else:
                 module = Pile(nn.Parameter(distribute_tensor(p, mesh["tp"], [Replicate()], src_data_rank=None)))
                 fully_shard(module, mesh=mesh["dp"])
-                assert sharding_of("w", module.weight) == sharding_of_weight(weight, 8, 2, 1)
+                assert sharding_of("w", module.weight) == sharding_of_weight(weight, Mesh(1, 8, 2), 1)
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()
@@ -133,8 +133,8 @@ def test_a_matrix_alone_is_fetched_and_delivered_once() -> None:
 
 def test_a_box_is_fetched_from_one_copy_and_delivered_to_all() -> None:
     weight = Weight("kv down", (8, 6), 1)  # rows over two shards, copies on two ranks of tensor parallelism
-    ledger, update = Ledger(4), Update("muon")
-    ledger.add_owned([Job(1.0, held_of(sharding_of_weight(weight, 2, 2, 1)), weight)], update)
+    ledger, place = Ledger(4), Place.of(weight, Update("muon"), sharding_of_weight(weight, Mesh(1, 2, 2), 1))
+    ledger.add(place, *owners_of([place]))
     assert ledger.fetch_out.tolist() == [0, 0, 24, 0]  # rank 2 has the other half of the copy of rank 0
     assert ledger.fetch_in.tolist() == [24, 0, 0, 0]
     assert ledger.back_out.tolist() == [72, 0, 0, 0]
@@ -150,16 +150,18 @@ def test_what_is_sent_is_what_the_owners_lack(mesh: str, degree: int) -> None:
     for weight in MIXTURE.weights():
         if not weight.is_hidden:
             continue
-        sharding = sharding_of_weight(weight, shards, tensor, degree)
+        sharding = sharding_of_weight(weight, Mesh(1, shards, tensor), degree)
+        place = Place.of(weight, update, sharding)
         has = torch.zeros(ranks, *weight.shape, dtype=torch.bool)
         for rank in range(ranks):
             for box in sharding.boxes(divmod(rank, sharding.mesh[1])):
                 has[(rank, *box.slices)] = True
-        if is_local(weight, sharding):
+        if place.work != "owned":
             assert (has.flatten(-2).sum(-1) % prod(weight.shape[-2:]) == 0).all()  # whole matrices
             continue
         ledger = Ledger(ranks)
-        ledger.add_owned([Job(update.flops(weight.shape), held_of(sharding), weight)], update)
+        place = place._replace(weight=weight._replace(number=1))
+        ledger.add(place, *owners_of([place]))
         owners = (ledger.flops > 0).nonzero().flatten().tolist()
         each = -(-(weight.shape[0] if len(weight.shape) == 3 else 1) // ranks)
         for k, owner in enumerate(owners):
@@ -170,6 +172,17 @@ def test_what_is_sent_is_what_the_owners_lack(mesh: str, degree: int) -> None:
             assert ledger.back_out[owner] == mine[others].sum()
         assert ledger.fetch_in.sum() == ledger.fetch_out.sum()
         assert ledger.back_in.sum() == ledger.back_out.sum()
+
+
+def test_replicas_share_the_owners_and_each_gets_what_becomes_of_a_matrix() -> None:
+    one, two = (at_scale(TINY, "muon", mesh) for mesh in ("4x1", "2x4x1"))
+    assert two.flops == pytest.approx(0.6 * one.flops)  # 14 matrices: what is largest leaves it no half
+    plan = plan_at_scale(TINY, "muon", "2x4x1")
+    assert {rank for entry in plan for rank in entry.owners} == set(range(8))
+    assert plan.balance(tuple(range(8))) == pytest.approx(two.balance)
+    q = plan["0.q"]
+    assert (q.fetched, q.delivered) == (4 * 64 * 64 * 3 // 4, 4 * 64 * 64 * 7 // 4)
+    assert str(two).splitlines()[-7].endswith("8 ranks: 2 replicas x 4 shards x 1 tensor parallel")
 
 
 def test_experts_that_lie_whole_move_nothing() -> None:
@@ -217,7 +230,7 @@ def test_times_follow_from_the_rates() -> None:
     ("changes", "wrong"),
     [
         ({"mesh": "8y8"}, "mesh='8y8' is not SHARDSxTENSOR"),
-        ({"mesh": "2x2x2"}, "is not SHARDSxTENSOR"),
+        ({"mesh": "2x2x2x2"}, "is not SHARDSxTENSOR.*nor REPLICASxSHARDSxTENSOR"),
         ({"mesh": "0"}, "is not SHARDSxTENSOR"),
         ({"dtype": "float16"}, "dtype='float16' is not one of float32, bfloat16"),
         ({"expert_parallel": 3}, "expert_parallel=3 is not possible for 8 experts on 8 ranks"),
@@ -250,9 +263,18 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         main(["estimate", "--model", "llama-7b", "--mesh", "8:8"])
 
 
+def test_the_command_that_shows_owners(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "soap", "--model", "llama-7b", "--mesh", "8x8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("*.q  32 x")
+    assert "balance 1.14. Whole matrices cannot be shared out below 1.14." in lines[-2]
+    with pytest.raises(SystemExit, match="mesh='8:8' is not"):
+        main(["plan", "--mesh", "8:8"])
+
+
 def test_the_saved_table_is_what_is_counted_now() -> None:
     saved = [benchmark.restored(row) for row in read_json(benchmark.OUT)]
-    (known,) = (s for s in saved if (s.model, s.optimizer, s.mesh) == ("llama-7b", "soap", (8, 8)))
+    (known,) = (s for s in saved if (s.model, s.optimizer, s.mesh) == ("llama-7b", "soap", (1, 8, 8)))
     assert known == at_scale("llama-7b", "soap", "8x8", machine=known.machine)
     assert len(markdown(saved).splitlines()) == 2 + 2 * len(benchmark.CASES)
 

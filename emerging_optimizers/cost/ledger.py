@@ -6,7 +6,6 @@ those of the optimizer's own rules on tensors without data. No process is starte
 
 from collections.abc import Sequence
 from functools import lru_cache
-from heapq import heapify, heappop, heappush
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,14 +14,33 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from emerging_optimizers.cost.models import Weight
+from emerging_optimizers.distributed.dtensor import Spread
+from emerging_optimizers.distributed.layout import WorkT, job_of, work_of
+from emerging_optimizers.distributed.owners import Job, Span, share_out
 from emerging_optimizers.distributed.plan import Shard, Sharding, coordinates
-from emerging_optimizers.engine.flops import step_flops
-from emerging_optimizers.engine.rule import Rule, StartsFromWeight
+from emerging_optimizers.engine.filling import needs
+from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.registry import entry
 
 
-def sharding_of_weight(weight: Weight, shards: int, tensor: int, expert_parallel: int) -> Sharding:
-    """FSDP2 over what tensor or expert parallelism leaves."""
+class Mesh(NamedTuple):
+    """How many processes there are in each dimension; HSDP has several replicas."""
+
+    replicas: int
+    shards: int
+    tensor: int
+
+
+def sharding_of_weight(weight: Weight, mesh: Mesh, expert_parallel: int) -> Sharding:
+    """FSDP2, or HSDP, over what tensor or expert parallelism leaves."""
+    replicas, shards, tensor = mesh
+    sharding = _of_one_replica(weight, shards, tensor, expert_parallel)
+    if replicas == 1:
+        return sharding
+    return Sharding(weight.shape, (replicas, *sharding.mesh), (None, *sharding.placements))
+
+
+def _of_one_replica(weight: Weight, shards: int, tensor: int, expert_parallel: int) -> Sharding:
     if len(weight.shape) == 3 and expert_parallel > 1:
         ranks = shards * tensor
         spread = ranks // expert_parallel
@@ -32,13 +50,6 @@ def sharding_of_weight(weight: Weight, shards: int, tensor: int, expert_parallel
     if weight.cut is None or tensor == 1:
         return Sharding(weight.shape, (shards, tensor), (Shard(0), None))
     return Sharding(weight.shape, (shards, tensor), (Shard(0, tensor if weight.cut == 0 else 1), Shard(weight.cut)))
-
-
-def is_local(weight: Weight, sharding: Sharding) -> bool:
-    """Whether every process can work on what it has: nothing is cut, or a stack between its matrices."""
-    sides = zip(sharding.mesh, sharding.placements, strict=True)
-    axes = {shard.dim for size, shard in sides if shard is not None and size > 1}
-    return not axes or (len(weight.shape) == 3 and axes == {0})
 
 
 class Held(NamedTuple):
@@ -83,17 +94,11 @@ class Update:
         self._group: dict[str, Any] = made.param_groups[0]
         self._rule: Rule = made._checked_rule(0)
         self.elementwise = self._rule.elementwise
-        reads = {"weight", "parameters"} & {*self._rule.reads}
-        self.reads_weights = bool(
-            self._rule.weight_law is not None or reads or isinstance(self._rule, StartsFromWeight)
-        )
+        self.needs = needs(self._rule, self._group)
 
     def flops(self, shape: tuple[int, ...]) -> float:
         """Of one parameter's step."""
-        if self.elementwise:
-            return 0.0
-        *stack, M, N = shape
-        return prod(stack) * step_flops(self._rule, (M, N), self._group)
+        return 0.0 if self.elementwise else self.needs.cost(shape)
 
     def state_bytes(self, shape: tuple[int, ...]) -> int:
         """Of one parameter's state."""
@@ -103,20 +108,42 @@ class Update:
         return counts + sum(x.numel() * x.element_size() for x in tree_leaves(tuple(state)) if isinstance(x, Tensor))
 
 
-class Job(NamedTuple):
-    """A parameter that is owned."""
+class Place(NamedTuple):
+    """Parameters that are alike, on a mesh.
 
-    cost: float
-    held: Held
+    Attributes:
+        weight: what they are.
+        update: of them.
+        spread: how each of them lies.
+        work: what is done with them, see `work_of`.
+        held: who has how much of each.
+    """
+
     weight: Weight
+    update: Update
+    spread: Spread
+    work: WorkT
+    held: Held
 
-    def each(self, ranks: int) -> int:
-        """How many of its matrices an owner has at most."""
-        return -(-len(self.held.elements) // ranks)
+    @classmethod
+    def of(cls, weight: Weight, update: Update, sharding: Sharding) -> "Place":
+        """On the processes from 0 on."""
+        sharding.check(weight.name)
+        spread = Spread(sharding, range(prod(sharding.mesh)))
+        return cls(weight, update, spread, work_of(spread, update.needs), held_of(sharding))
 
-    def piece(self, ranks: int) -> float:
-        """The operations of an owner."""
-        return self.cost * self.each(ranks) / len(self.held.elements)
+    @property
+    def job(self) -> Job:
+        """Of one of them."""
+        return job_of(self.weight.shape, len(self.spread.ranks), self.update.needs)
+
+
+def owners_of(places: Sequence[Place]) -> list[list[list[Span]]]:
+    """The owners of each of the parameters of each place, as the engine shares them out; where there are none, []."""
+    jobs = [[place.job] * place.weight.number if place.work == "owned" else [] for place in places]
+    ranks = len(places[0].spread.ranks) if places else 1
+    found = iter(share_out([job for some in jobs for job in some], dict.fromkeys(range(ranks), 0)))
+    return [[next(found) for _ in some] for some in jobs]
 
 
 class Ledger:
@@ -126,46 +153,42 @@ class Ledger:
         self.state, self.fetch_out, self.fetch_in, self.back_out, self.back_in = (
             torch.zeros(ranks, dtype=torch.int64) for _ in range(5)
         )
-        self.flops = torch.zeros(ranks, dtype=torch.float64)
-        self.largest = 0.0
+        self.flops, self.owned = (torch.zeros(ranks, dtype=torch.float64) for _ in range(2))
+        self.pieces: list[int] = []  # operations of what is owned
 
-    def add_elements(self, held: Held, update: Update, weight: Weight) -> None:
+    def add(self, place: Place, owners: Sequence[Sequence[Span]]) -> None:
+        """All parameters of a place, with the owners of each."""
+        if place.work == "elements":
+            self._add_elements(place)
+        elif place.work == "owned":
+            for spans in owners:
+                self._add_owned(place, spans)
+        else:
+            self._add_local(place)
+
+    def _add_elements(self, place: Place) -> None:
         """State as sharded as the parameter."""
-        sizes = held.elements.sum(0)
+        sizes = place.held.elements.sum(0)
         for size in set(sizes.tolist()):
             if size:
-                self.state[sizes == size] += weight.number * update.state_bytes((size,))
+                self.state[sizes == size] += place.weight.number * place.update.state_bytes((size,))
 
-    def add_local(self, held: Held, update: Update, weight: Weight) -> None:
+    def _add_local(self, place: Place) -> None:
         """Whole matrices where they lie."""
-        one = (1, *weight.shape[-2:])
-        matrices = (held.elements > 0).sum(0)
-        self.state += weight.number * matrices * update.state_bytes(one)
-        self.flops += weight.number * matrices * update.flops(one)
-        self.largest = max(self.largest, update.flops(one))
+        one = (1, *place.weight.shape[-2:])
+        matrices = (place.held.elements > 0).sum(0)
+        self.state += place.weight.number * matrices * place.update.state_bytes(one)
+        self.flops += place.weight.number * matrices * place.update.flops(one)
 
-    def add_owned(self, jobs: Sequence[Job], update: Update) -> None:
-        """Matrices by owners: the largest piece first, and to the process that has least; a stack has many owners."""
-        ranks = len(self.flops)
-        heap = [(0.0, rank) for rank in range(ranks)]
-        heapify(heap)
-        # Not the largest stack: large single matrices would come behind many small pieces, on top of an even load.
-        for job in sorted(jobs, key=lambda job: -job.piece(ranks)):
-            each, matrices = job.each(ranks), len(job.held.elements)
-            owners: list[int] = []
-            for load, rank in [heappop(heap) for _ in range(-(-matrices // each))]:
-                some = min(each, matrices - len(owners))
-                owners += [rank] * some
-                heappush(heap, (load + job.cost * some / matrices, rank))
-            self._own(job, torch.tensor(owners), update)
-
-    def _own(self, job: Job, owners: Tensor, update: Update) -> None:
-        elements, copy = job.held
-        matrices = len(owners)
-        one = (1, *job.weight.shape[-2:])
-        self.flops.index_add_(0, owners, torch.full((matrices,), job.cost / matrices, dtype=torch.float64))
-        self.state.index_add_(0, owners, torch.full((matrices,), update.state_bytes(one)))
-        self.largest = max(self.largest, job.cost / matrices)
+    def _add_owned(self, place: Place, spans: Sequence[Span]) -> None:
+        (elements, copy), job = place.held, place.job
+        matrices = len(elements)  # one, or those of a stack
+        owners = torch.tensor([rank for rank, start, stop in spans for _ in range(min(matrices, stop - start))])
+        one = (1, *place.weight.shape[-2:])
+        for operations in (self.flops, self.owned):
+            operations.index_add_(0, owners, torch.full((matrices,), job.cost / matrices, dtype=torch.float64))
+        self.state.index_add_(0, owners, torch.full((matrices,), place.update.state_bytes(one)))
+        self.pieces += job.pieces
         mine = elements[torch.arange(matrices), owners]
         # Each box is fetched once, from the owner's own copy of the whole; it is delivered to all copies.
         near = elements if int(copy.max()) == 0 else elements * (copy[owners].unsqueeze(1) == copy)

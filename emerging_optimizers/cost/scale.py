@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from emerging_optimizers.cost.ledger import Job, Ledger, Update, held_of, is_local, sharding_of_weight
+from emerging_optimizers.cost.ledger import Ledger, Mesh, Place, Update, owners_of, sharding_of_weight
 from emerging_optimizers.cost.models import Decoder, read_model
+from emerging_optimizers.distributed.owners import least_load
+from emerging_optimizers.distributed.table import WorkPlan, entry_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DIRECTION_BYTES = 4  # directions travel in the dtype in which they are computed
@@ -69,7 +71,7 @@ class Scale:
     Attributes:
         optimizer: its name.
         model: its name.
-        mesh: shards of FSDP2, degree of tensor parallelism.
+        mesh: replicas of HSDP, shards of FSDP2, degree of tensor parallelism.
         expert_parallel: over how many processes the experts of a layer are spread; 1: they are cut like the others.
         dtype: of parameters and gradients.
         machine: the rates.
@@ -78,7 +80,9 @@ class Scale:
         state_bytes: of optimizer state.
         flops: of the optimizer.
         mean_flops: the mean over the processes.
-        balance: the most operations over the mean, or over the largest matrix where that is more; 1 is the best.
+        balance: the most operations of an owner over the mean, or over the largest piece where that is more: what one
+            owner has of a stack is a piece, and a matrix is one; 1 is the best.
+        least_balance: no owners of whole matrices make it less.
         fetch_bytes: of gradients, sent or received, on the way to owners.
         delivery_bytes: of directions, on the way back.
         exchange_seconds: of both.
@@ -88,7 +92,7 @@ class Scale:
 
     optimizer: str
     model: str
-    mesh: tuple[int, int]
+    mesh: Mesh
     expert_parallel: int
     dtype: str
     machine: Machine
@@ -98,6 +102,7 @@ class Scale:
     flops: float
     mean_flops: float
     balance: float
+    least_balance: float
     fetch_bytes: int
     delivery_bytes: int
     exchange_seconds: float
@@ -122,12 +127,12 @@ class Scale:
                 *lines,
                 "",
                 f"{self.optimizer} on {self.model}, {self.parameters / 1e9:.4g} G parameters, "
-                f"{prod(self.mesh)} ranks: {self.mesh[0]} shards x {self.mesh[1]} tensor parallel"
-                + (f", experts over {self.expert_parallel}" if self.expert_parallel > 1 else ""),
+                f"{prod(self.mesh)} ranks: {_replicas(self.mesh)}{self.mesh.shards} shards x {self.mesh.tensor} tensor "
+                "parallel" + (f", experts over {self.expert_parallel}" if self.expert_parallel > 1 else ""),
                 "Of the rank with the most, a step:",
                 f"  state      {self.state_bytes / 2**30:10.4g} GiB",
                 f"  operations {self.flops / 1e12:10.4g} TFLOP (mean {self.mean_flops / 1e12:.4g}; "
-                f"balance of owners {self.balance:.2f})",
+                f"balance of owners {self.balance:.2f}{_least(self)})",
                 f"  fetch      {self.fetch_bytes / 2**20:10.4g} MiB of {self.dtype} gradients",
                 f"  delivery   {self.delivery_bytes / 2**20:10.4g} MiB of directions",
                 f"Predicted: exchange {self.exchange_seconds * 1e3:.3g} ms at {machine.link:g} GB/s, operations "
@@ -156,7 +161,8 @@ def at_scale(
         model: see `read_model`; or a model itself.
         optimizer: a registry name, with its defaults.
         mesh: "SHARDSxTENSOR", such as "64x8": so many shards of FSDP2 times so many of tensor parallelism; "SHARDS"
-            alone, without tensor parallelism; or the numbers.
+            alone, without tensor parallelism; "REPLICASxSHARDSxTENSOR", such as "2x32x8": that so often (HSDP), and
+            owners are chosen among all of them; or the numbers.
         expert_parallel: over how many processes the experts of a layer are spread, instead of tensor parallelism. FSDP2
             cuts the experts between matrices if that gives every process one, else their rows.
         dtype: of parameters and gradients, "float32" or "bfloat16".
@@ -172,56 +178,52 @@ def at_scale(
         >>> found.fetch_bytes, round(found.balance, 2)
         (71680, 1.23)
     """
-    shards, tensor = _mesh(mesh)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    decoder, name = (model, "own") if isinstance(model, Decoder) else (read_model(model), model)
-    _check_experts(decoder, shards * tensor, expert_parallel)
     machine = machine or Machine()
-    hidden, companion = Update(optimizer), Update(COMPANION)
-    weights = decoder.weights()
-    ledger = Ledger(shards * tensor)
-    jobs: list[Job] = []
-    rows: list[Row] = []
-    for weight in weights:
-        update = hidden if weight.is_hidden else companion
-        sharding = sharding_of_weight(weight, shards, tensor, expert_parallel)
-        sharding.check(weight.name)
-        held = held_of(sharding)
-        if update.elementwise:
-            work = "elements"
-            ledger.add_elements(held, update, weight)
-        elif is_local(weight, sharding):
-            work = "local"
-            ledger.add_local(held, update, weight)
-        else:
-            work = "owned"
-            jobs += [Job(update.flops(weight.shape), held, weight)] * weight.number
-        rows.append(
-            Row(
-                names=(weight.name,),
-                shape=weight.shape,
-                count=weight.number,
-                work=work,
-                flops=update.flops(weight.shape),
-                state_bytes=update.state_bytes(weight.shape),
-            )
-        )
-    ledger.add_owned(jobs, hidden)
+    sizes, decoder, places = _placed(model, optimizer, mesh, expert_parallel, dtype)
+    ledger = Ledger(prod(sizes))
+    for place, owners in zip(places, owners_of(places), strict=True):
+        ledger.add(place, owners)
+    needs = Update(optimizer).needs
     return _summary(
         ledger,
         optimizer=optimizer,
-        model=name,
-        mesh=(shards, tensor),
+        model="own" if isinstance(model, Decoder) else model,
+        mesh=sizes,
         expert_parallel=expert_parallel,
         dtype=dtype,
         machine=machine,
-        parameters=sum(w.numel * w.number for w in weights),
-        rows=_grouped(rows),
-        fetched_bytes=DTYPES[dtype].itemsize * (1 + hidden.reads_weights),
-        delivered_bytes=DTYPES[dtype].itemsize if hidden.reads_weights else DIRECTION_BYTES,
-        used=sum(w.numel * w.number * w.used for w in weights if len(w.shape) > 1),
+        parameters=sum(w.numel * w.number for w in decoder.weights()),
+        rows=_grouped([_row(place) for place in places]),
+        fetched_bytes=DTYPES[dtype].itemsize * (1 + needs.weights),
+        delivered_bytes=DTYPES[dtype].itemsize if needs.weights else DIRECTION_BYTES,
+        used=sum(w.numel * w.number * w.used for w in decoder.weights() if len(w.shape) > 1),
     )
+
+
+def plan_at_scale(
+    model: str | Decoder,
+    optimizer: str,
+    mesh: str | tuple[int, ...],
+    *,
+    expert_parallel: int = 1,
+    dtype: str = "float32",
+) -> WorkPlan:
+    """Who works on each parameter of a model on a mesh, what travels for it, and why: as `optimizer.plan` says it.
+
+    Arguments and errors are those of `at_scale`.
+
+    Example:
+        >>> tiny = Decoder(layers=2, width=64, heads=4, vocabulary=512)
+        >>> plan_at_scale(tiny, "muon", "2x4x1")["0.q"].owners
+        (6,)
+    """
+    places = _placed(model, optimizer, mesh, expert_parallel, dtype)[2]
+    entries = [
+        entry_of(f"{k}.{place.weight.name}", place.spread, place.update.needs, spans, DTYPES[dtype])
+        for place, owners in zip(places, owners_of(places), strict=True)
+        for k, spans in enumerate(owners or [[]] * place.weight.number)
+    ]
+    return WorkPlan(entries=tuple(entries))
 
 
 def markdown(found: Iterable[Scale]) -> str:
@@ -236,10 +238,10 @@ def markdown(found: Iterable[Scale]) -> str:
         cells = (
             s.model,
             s.optimizer,
-            f"{prod(s.mesh)} ({s.mesh[0]} x {s.mesh[1]}{experts})",
+            f"{prod(s.mesh)} ({_replicas(s.mesh)}{s.mesh.shards} x {s.mesh.tensor}{experts})",
             f"{s.state_bytes / 2**30:.3g} GiB",
             f"{s.flops / 1e12:.3g} TFLOP",
-            f"{s.balance:.2f}",
+            f"{s.balance:.2f}{_least(s)}",
             f"{s.fetch_bytes / 2**20:.0f} MiB",
             f"{s.delivery_bytes / 2**20:.0f} MiB",
             f"{s.exchange_seconds * 1e3:.1f} ms",
@@ -253,12 +255,42 @@ def markdown(found: Iterable[Scale]) -> str:
 # --- how the parameters lie -------------------------------------------------------------------------------------------
 
 
-def _mesh(mesh: str | tuple[int, ...]) -> tuple[int, int]:
+def _placed(
+    model: str | Decoder, optimizer: str, mesh: str | tuple[int, ...], expert_parallel: int, dtype: str
+) -> tuple[Mesh, Decoder, list[Place]]:
+    sizes = _mesh(mesh)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    decoder = model if isinstance(model, Decoder) else read_model(model)
+    _check_experts(decoder, sizes.shards * sizes.tensor, expert_parallel)
+    hidden, companion = Update(optimizer), Update(COMPANION)
+    places = [
+        Place.of(weight, hidden if weight.is_hidden else companion, sharding_of_weight(weight, sizes, expert_parallel))
+        for weight in decoder.weights()
+    ]
+    return sizes, decoder, places
+
+
+def _mesh(mesh: str | tuple[int, ...]) -> Mesh:
     sides = mesh.split("x") if isinstance(mesh, str) else [*map(str, mesh)]
-    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise ValueError(f"mesh={mesh!r} is not SHARDSxTENSOR, as in 64x8, nor SHARDS alone, as in 64")
-    shards, *rest = map(int, sides)
-    return shards, rest[0] if rest else 1
+    if not 1 <= len(sides) <= 3 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(
+            f"mesh={mesh!r} is not SHARDSxTENSOR, as in 64x8, nor SHARDS alone, as in 64, nor "
+            "REPLICASxSHARDSxTENSOR, as in 2x32x8"
+        )
+    numbers = [*map(int, sides)]
+    if len(numbers) == 3:
+        return Mesh(*numbers)
+    return Mesh(1, numbers[0], numbers[1] if len(numbers) == 2 else 1)
+
+
+def _replicas(mesh: Mesh) -> str:
+    return f"{mesh.replicas} replicas x " if mesh.replicas > 1 else ""
+
+
+def _least(scale: Scale) -> str:
+    """What whole matrices allow, where that is worth a word."""
+    return f" (least {scale.least_balance:.2f})" if scale.least_balance > 1.05 else ""
 
 
 def _check_experts(model: Decoder, ranks: int, degree: int) -> None:
@@ -269,6 +301,18 @@ def _check_experts(model: Decoder, ranks: int, degree: int) -> None:
             f"expert_parallel={degree} is not possible for {model.experts} experts on {ranks} ranks; it must divide "
             "both"
         )
+
+
+def _row(place: Place) -> Row:
+    weight, update = place.weight, place.update
+    return Row(
+        names=(weight.name,),
+        shape=weight.shape,
+        count=weight.number,
+        work="local" if place.work in ("copies", "matrices") else place.work,
+        flops=update.flops(weight.shape),
+        state_bytes=update.state_bytes(weight.shape),
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -306,13 +350,14 @@ def _summary(ledger: Ledger, *, fetched_bytes: int, delivered_bytes: int, used: 
     flops, mean = float(ledger.flops.max()), float(ledger.flops.mean())
     fetch = fetched_bytes * int(torch.maximum(ledger.fetch_out, ledger.fetch_in).max())
     delivery = delivered_bytes * int(torch.maximum(ledger.back_out, ledger.back_in).max())
-    least = max(mean, ledger.largest)
+    least = max(float(ledger.owned.mean()), max(ledger.pieces, default=0))
     return Scale(
         **said,
         state_bytes=int(ledger.state.max()),
         flops=flops,
         mean_flops=mean,
-        balance=flops / least if least else 1.0,
+        balance=float(ledger.owned.max()) / least if least else 1.0,
+        least_balance=max(1.0, least_load(ledger.pieces, ranks) / least) if least else 1.0,
         fetch_bytes=fetch,
         delivery_bytes=delivery,
         exchange_seconds=(fetch + delivery) / (machine.link * 1e9),

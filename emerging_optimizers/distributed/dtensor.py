@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.distributed.groups import Peers, peers_with
+from emerging_optimizers.distributed.groups import GATHERS, Peers, peers_with
 from emerging_optimizers.distributed.plan import Box, Shard, Sharding, coordinates
 
 if TYPE_CHECKING:
@@ -161,9 +161,19 @@ def local_gradient(p: Tensor) -> Tensor | None:
     if grad is None or not is_dtensor(p):
         return grad
     if grad.placements != p.placements or grad.device_mesh != p.device_mesh:
+        GATHERS.count += is_gathered(p)
         grad = grad.redistribute(p.device_mesh, p.placements)
     local = grad._local_tensor
     return local.wait() if hasattr(local, "wait") else local
+
+
+def is_gathered(p: Tensor) -> bool:
+    """Whether a gradient is cut where its parameter lies as copies, so that every process gets the whole of it."""
+    grad: Any = p.grad
+    if not is_dtensor(p) or not is_dtensor(grad):
+        return False
+    pairs = zip(p.placements, grad.placements, strict=False)
+    return any(there.is_replicate() and not (cut.is_replicate() or cut.is_partial()) for there, cut in pairs)
 
 
 def _spec(mesh: Any, placements: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> Any:
@@ -228,6 +238,7 @@ def _owner_tensor() -> Any:
 
         def redistribute(self, *args: Any, **kwargs: Any) -> Any:
             """The whole, on every process; all of them ask at the same time. (torch's copies stay on the mesh.)"""
+            GATHERS.count += 1
             whole = torch.empty(self.shape, dtype=self.dtype, device=self._local_tensor.device)
             parts = [whole] if len(self.owners) == 1 else whole.chunk(len(self.owners))
             for owner, part in zip(self.owners, parts, strict=False):
@@ -296,4 +307,7 @@ def cut_out(whole: Tensor, boxes: Sequence[Box], local: Tensor) -> Tensor:
 
 def whole_of(x: Any) -> Tensor:
     """All of a tensor, on every process that asks; all of those that share it ask at the same time."""
-    return x.full_tensor() if is_dtensor(x) else x
+    if not is_dtensor(x):
+        return x
+    GATHERS.count += not hasattr(x, "owners")  # those count for themselves
+    return x.full_tensor()

@@ -27,8 +27,22 @@ def get_pg_rank(group: dist.ProcessGroup | None = None) -> int:
     return 0 if group is None or not dist.is_initialized() else group.rank()
 
 
+class Gathers:
+    """How often this process has put a tensor together on every process of a group. No step does; loading may.
+
+    Attributes:
+        count: since it began.
+    """
+
+    count = 0
+
+
+GATHERS = Gathers()
+
+
 def gather(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
     """The whole of which every process has an equal part along `dim`, on every process."""
+    GATHERS.count += 1
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(get_pg_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=dim)

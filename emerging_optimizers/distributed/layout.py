@@ -1,7 +1,7 @@
 """Which process works on which parameter."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from emerging_optimizers.distributed.dtensor import Spread, is_dtensor, spread_of
 from emerging_optimizers.distributed.groups import Peers, peers_of
-from emerging_optimizers.distributed.shares import Here, Local, Owned, OwnedShard, Share, Span
+from emerging_optimizers.distributed.owners import Job, Span, owners_of_batch, share_out
+from emerging_optimizers.distributed.shares import Here, Local, Owned, OwnedShard, Share
+
+WorkT = Literal["elements", "copies", "matrices", "owned"]
 
 
 class Needs(NamedTuple):
@@ -30,6 +33,54 @@ class Needs(NamedTuple):
     cost: Callable[[Sequence[int]], float]
 
 
+def work_of(spread: Spread, needs: Needs) -> WorkT:
+    """What is done with a parameter that processes share.
+
+    Returns:
+        "elements": each process works on those that it has; "copies": on all of it; "matrices": on the entries of the
+        first axis that it has; "owned": somebody puts the whole together.
+    """
+    if needs.elementwise:
+        return "elements"
+    if not spread.is_cut:
+        return "copies"
+    whole = len(spread.shape) == 3 and needs.batches and spread.cut_axes == {0}
+    return "matrices" if whole and (needs.matrices(spread.shape) == 1 or spread.is_even) else "owned"
+
+
+def job_of(shape: Sequence[int], ranks: int, needs: Needs) -> Job:
+    """A parameter that needs owners: a batch of matrices is spread over as many processes as it can."""
+    owners = owners_of_batch(shape[0], ranks) if len(shape) == 3 and needs.batches else 1
+    if shape[0] % owners and needs.matrices(shape) != 1:
+        owners = 1
+    return Job(shape[0], round(needs.cost(shape)), owners)
+
+
+class Asked(NamedTuple):
+    """What a group asks of a layout.
+
+    Attributes:
+        parameters: those of the group that get a place.
+        group: all of it.
+        needs: of its update.
+        spreads: how those of the group lie that processes share.
+    """
+
+    parameters: Sequence[Tensor]
+    group: Mapping[str, Any]
+    needs: Needs
+    spreads: Mapping[Tensor, Spread]
+
+    @property
+    def wholes(self) -> list[Tensor]:
+        """See `Layout.wholes`."""
+        return _wholes(self.group["params"], self.spreads)
+
+    def owned(self) -> list[Tensor]:
+        """The parameters that need owners."""
+        return [p for p in self.parameters if p in self.spreads and work_of(self.spreads[p], self.needs) == "owned"]
+
+
 class Layout:
     """How an optimizer's parameters lie, and their owners; a parameter keeps its owner.
 
@@ -39,7 +90,7 @@ class Layout:
 
     def __init__(self) -> None:
         self._spans_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._loads: dict[Peers, dict[int, float]] = {}
+        self._loads: dict[tuple[int, ...], dict[int, int]] = {}
 
     def peers(self, p: Tensor, group: Mapping[str, Any]) -> Peers | None:
         """The processes that share a parameter of a group; None: this one has it for itself."""
@@ -52,64 +103,63 @@ class Layout:
 
     def wholes(self, group: Mapping[str, Any]) -> list[Tensor]:
         """A group's parameters in the shapes that they have on all processes together; shared ones without data."""
-        spreads = self.spreads(group)
-        return [torch.empty(spreads[p].shape, device="meta") if p in spreads else p for p in group["params"]]
+        return _wholes(group["params"], self.spreads(group))
 
-    def collected(
-        self, group: Mapping[str, Any], saved: Mapping[Tensor, Mapping[str, Any]], needs: Needs
-    ) -> Mapping[Tensor, Mapping[str, Any]]:
-        """What a checkpoint has of some parameters of a group, where it is needed."""
+    def ask(self, parameters: Sequence[Tensor], group: Mapping[str, Any], needs: Needs) -> Asked:
+        """For some parameters of a group; the processes ask at the same time."""
+        return Asked(parameters, group, needs, self.spreads(group))
+
+    def collected(self, asked: Asked, saved: Mapping[Tensor, Mapping[str, Any]]) -> Mapping[Tensor, Mapping[str, Any]]:
+        """What a checkpoint has of the parameters, where it is needed."""
         return saved
 
-    def shares(self, parameters: Sequence[Tensor], group: Mapping[str, Any], needs: Needs) -> list[Share]:
-        """What of some parameters of a group is worked on here."""
-        shares: dict[int, Share] = {}
-        cut: list[tuple[int, Spread, Peers]] = []
-        spreads = self.spreads(group)
-        for i, p in enumerate(parameters):
-            spread, peers = spreads.get(p), self.peers(p, group)
-            if spread is None or peers is None:
-                shares[i] = Here(p)
-            elif needs.elementwise or not spread.is_cut or self._is_batch(spread, needs):
-                shares[i] = Local(p, spread, peers, needs.elementwise)
-            else:
-                cut.append((i, spread, peers))
-        new = []
-        for i, spread, peers in cut:
-            if parameters[i] not in self._spans_of:
-                shape = spread.shape
-                count = self._owners(shape, len(peers.ranks), needs)
-                # By the largest piece, not by the parameter: small pieces of a large one fill up what is left.
-                new.append((needs.cost(shape) * -(-shape[0] // count) / shape[0], i, shape[0], peers, count))
-        for cost, i, size, peers, count in sorted(new, key=lambda x: (-x[0], x[1])):
-            self._spans_of[parameters[i]] = self._spans(size, peers, count, cost)
-        for i, spread, peers in cut:
-            p = parameters[i]
-            owned = Owned if is_dtensor(p) else OwnedShard
-            shares[i] = owned(p, spread, peers, self._spans_of[p], needs.weights)
-        return [shares[i] for i in range(len(parameters))]
+    def spans(self, asked: Iterable[Asked]) -> dict[Tensor, list[Span]]:
+        """The owners of all parameters that need some: those that they have, and for new ones those that they get."""
+        return self._shared_out(asked)[0]
 
-    @staticmethod
-    def _is_batch(spread: Spread, needs: Needs) -> bool:
-        """Whether only the first axis of a batch of matrices is cut."""
-        if len(spread.shape) != 3 or not needs.batches or spread.cut_axes != {0}:
-            return False
-        return needs.matrices(spread.shape) == 1 or spread.is_even
+    def settle(self, asked: Iterable[Asked]) -> None:
+        """Give new parameters their owners. Those that come together are shared out together."""
+        spans, loads = self._shared_out(asked)
+        self._spans_of.update(spans)
+        self._loads.update(loads)
 
-    def _owners(self, shape: Sequence[int], ranks: int, needs: Needs) -> int:
-        """Among how many processes a parameter is spread: a batch of matrices among as many as it can."""
-        if len(shape) != 3 or not needs.batches or shape[0] == 1:
-            return 1
-        count = min(ranks, shape[0])
-        return count if needs.matrices(shape) == 1 or shape[0] % count == 0 else 1
+    def _shared_out(
+        self, asked: Iterable[Asked]
+    ) -> tuple[dict[Tensor, list[Span]], dict[tuple[int, ...], dict[int, int]]]:
+        found: dict[Tensor, list[Span]] = {}
+        new: dict[tuple[int, ...], dict[Tensor, Job]] = {}
+        for some in asked:
+            for p in some.owned():
+                if p in self._spans_of:
+                    found[p] = self._spans_of[p]
+                else:
+                    ranks = tuple(sorted(some.spreads[p].ranks))
+                    new.setdefault(ranks, {})[p] = self._job(some.spreads[p], some.needs)
+        loads = {ranks: {**self._loads.get(ranks, dict.fromkeys(ranks, 0))} for ranks in new}
+        for ranks, jobs in new.items():
+            for (p, job), spans in zip(jobs.items(), share_out([*jobs.values()], loads[ranks]), strict=True):
+                found[p] = spans
+                for span in spans:
+                    loads[ranks][span.rank] += job.piece(span.stop - span.start)
+        return found, loads
 
-    def _spans(self, size: int, peers: Peers, count: int, cost: float) -> list[Span]:
-        """Processes that lie behind each other, those with the least to do."""
-        loads = self._loads.setdefault(peers, dict.fromkeys(peers.ranks, 0.0))
-        blocks = [peers.ranks[k : k + count] for k in range(0, len(peers.ranks) - count + 1, count)]
-        ranks = min(blocks, key=lambda some: sum(loads[rank] for rank in some))
-        each = -(-size // count)  # as `torch.chunk` cuts: the state is a DTensor of that kind
-        spans = [Span(rank, min(size, k * each), min(size, (k + 1) * each)) for k, rank in enumerate(ranks)]
-        for span in spans:
-            loads[span.rank] += cost * (span.stop - span.start) / each
-        return spans
+    def _job(self, spread: Spread, needs: Needs) -> Job:
+        return job_of(spread.shape, len(spread.ranks), needs)
+
+    def shares(self, asked: Asked) -> list[Share]:
+        """What of the parameters is worked on here."""
+        self.settle([asked])
+        return [self._share(p, asked) for p in asked.parameters]
+
+    def _share(self, p: Tensor, asked: Asked) -> Share:
+        spread, peers = asked.spreads.get(p), self.peers(p, asked.group)
+        if spread is None or peers is None:
+            return Here(p)
+        if (work := work_of(spread, asked.needs)) != "owned":
+            return Local(p, spread, peers, work == "elements")
+        owned = Owned if is_dtensor(p) else OwnedShard
+        return owned(p, spread, peers, self._spans_of[p], asked.needs.weights)
+
+
+def _wholes(parameters: Sequence[Tensor], shared: Mapping[Tensor, Spread]) -> list[Tensor]:
+    return [torch.empty(shared[p].shape, device="meta") if p in shared else p for p in parameters]

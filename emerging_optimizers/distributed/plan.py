@@ -1,12 +1,11 @@
-"""Which parts of a tensor each process holds, and which process works on which matrix: integers only.
+"""Which parts of a tensor each process holds: integers only.
 
-Every process computes the same plan from shapes and placements, so nothing has to be agreed on by messages. A mesh
+Every process computes the same from shapes and placements, so nothing has to be agreed on by messages. A mesh
 is its shape, a process its coordinate there; whoever has a mesh knows the ranks.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from heapq import heapify, heapreplace
 from itertools import accumulate, pairwise, product
 from math import prod
 from typing import NamedTuple
@@ -174,60 +173,6 @@ def coordinates(mesh: Sequence[int]) -> Iterator[tuple[int, ...]]:
         [(0, 0), (0, 1), (1, 0), (1, 1)]
     """
     return product(*map(range, mesh))
-
-
-def share_out(costs: Sequence[float], ranks: int, loads: Sequence[float] | None = None) -> list[int]:
-    """Give each of many jobs to a rank, so that the largest load is small: the longest job first, to the least load.
-
-    Args:
-        costs: of the jobs.
-        ranks: how many there are.
-        loads: what each rank has to do already; None: nothing.
-
-    Returns:
-        The rank of each job. Among equal loads the rank with fewer jobs gets it, then the lower one; among equal costs
-        the earlier job goes first.
-
-    Raises:
-        ValueError: there is no rank, or not one load for each.
-
-    Example:
-        >>> share_out([1.0, 4.0, 2.0, 2.0], 2)
-        [0, 0, 1, 1]
-    """
-    if ranks < 1 or (loads is not None and len(loads) != ranks):
-        given = "" if loads is None else f" and {len(loads)} loads"
-        raise ValueError(f"share_out: ranks={ranks}{given}; give at least one rank, and a load for each, or None")
-    heap = [(0.0 if loads is None else loads[rank], 0, rank) for rank in range(ranks)]
-    heapify(heap)
-    owners = [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        load, jobs, rank = heap[0]
-        owners[job] = rank
-        heapreplace(heap, (load + costs[job], jobs + 1, rank))
-    return owners
-
-
-def balance(costs: Sequence[float], owners: Sequence[int], ranks: int) -> float:
-    """The largest load over the least that it could be: the mean load, or the largest job where that is more.
-
-    Args:
-        costs: of the jobs.
-        owners: the rank of each.
-        ranks: how many there are.
-
-    Returns:
-        1 at best, and where there is nothing to do.
-
-    Example:
-        >>> balance([1.0, 4.0, 2.0, 2.0], [0, 0, 1, 1], 2)
-        1.1111111111111112
-    """
-    loads = [0.0] * ranks
-    for cost, owner in zip(costs, owners, strict=True):
-        loads[owner] += cost
-    least = max(sum(loads) / ranks, max(costs, default=0.0))
-    return max(loads) / least if least else 1.0
 
 
 @lru_cache(maxsize=2**16)  # layers are alike, and a plan asks for every process

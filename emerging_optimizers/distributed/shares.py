@@ -23,6 +23,7 @@ from emerging_optimizers.distributed.dtensor import (
     whole_of,
 )
 from emerging_optimizers.distributed.groups import Peers
+from emerging_optimizers.distributed.owners import Span
 from emerging_optimizers.distributed.plan import Box
 
 
@@ -152,14 +153,6 @@ class Local(Part):
         return self._entries(value, view)
 
 
-class Span(NamedTuple):
-    """Which entries of a parameter's first axis a process owns."""
-
-    rank: int
-    start: int
-    stop: int
-
-
 class Route(NamedTuple):
     """A box that goes between a process that stores it and its owner: where it lies on both."""
 
@@ -218,7 +211,7 @@ class Owned(Part):
         span = self.spans.get(owner)
         if span is None:
             return []
-        cut = (_within(box, span) if self.is_batch else box for box in self._spread.boxes(storage))
+        cut = (within(box, span) if self.is_batch else box for box in self._spread.boxes(storage))
         first = span.start if self.is_batch else 0
         return [_route(box, first) for box in cut if box is not None and box.numel]
 
@@ -248,7 +241,7 @@ class OwnedShard(Owned):
         return value
 
 
-def _within(box: Box, span: Span) -> Box | None:
+def within(box: Box, span: Span) -> Box | None:
     """The part of a box that is in a span of the first axis."""
     start, stop = max(box.starts[0], span.start), min(box.stops[0], span.stop)
     if start >= stop:

@@ -11,7 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from emerging_optimizers.distributed.dtensor import Spread, is_dtensor
 from emerging_optimizers.distributed.groups import Peers, get_pg_size
-from emerging_optimizers.distributed.layout import Layout, Needs
+from emerging_optimizers.distributed.layout import Asked, Layout, Needs
+from emerging_optimizers.distributed.owners import Job
 from emerging_optimizers.distributed.plan import Box
 from emerging_optimizers.distributed.shares import OwnedShard
 
@@ -88,21 +89,19 @@ class TensorParallel(Layout):
                 known[parameters[i]] = new[i], spread
         return {**found, **{parameters[i]: known[parameters[i]][1] for i in cut}}
 
-    def _owners(self, shape: Sequence[int], ranks: int, needs: Needs) -> int:
-        """One, also of a batch: what a process has in its checkpoint is then everything, or nothing."""
-        return 1
+    def _job(self, spread: Spread, needs: Needs) -> Job:
+        """For one owner, also of a batch: what a process has in its checkpoint is then everything, or nothing."""
+        return super()._job(spread, needs)._replace(owners=1)
 
-    def collected(
-        self, group: Mapping[str, Any], saved: Mapping[Tensor, Mapping[str, Any]], needs: Needs
-    ) -> Mapping[Tensor, Mapping[str, Any]]:
-        """What the checkpoints of the processes have together of some parameters, on the owner of each.
+    def collected(self, asked: Asked, saved: Mapping[Tensor, Mapping[str, Any]]) -> Mapping[Tensor, Mapping[str, Any]]:
+        """What the checkpoints of the processes have together of the parameters, on the owner of each.
 
         An owner has whole tensors in its checkpoint and the others tensors without elements, but it may own other
         parameters now. The published one has rows of factors on each process, and the rest whole.
         """
-        if self._peers is None or group["partition_dim"] is None:
+        if self._peers is None or asked.group["partition_dim"] is None:
             return saved
-        owned = [share for share in self.shares([*saved], group, needs) if isinstance(share, OwnedShard)]
+        owned = [share for share in self.shares(asked) if isinstance(share, OwnedShard)]
         shapes = self._peers.everyone([{k: _shape(x) for k, x in saved[share.source].items()} for share in owned])
         keys = [[sorted(entry) for entry in theirs] for theirs in shapes]
         if any(theirs != keys[0] for theirs in keys):

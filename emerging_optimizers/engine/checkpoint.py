@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emerging_optimizers.distributed.layout import Layout
+from emerging_optimizers.distributed.layout import Asked, Layout
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.filling import fill_buckets, keys_of, needs
 from emerging_optimizers.engine.hooks import WeightUpdateHookT
@@ -228,8 +228,15 @@ class Loading:
         groups = [_completed(i, here, theirs, optimizer._algorithm(here)) for i, (here, theirs) in enumerate(pairs)]
         self._hooks.extend(theirs.get("weight_update_hook", here["weight_update_hook"]) for here, theirs in pairs)
         others = set(incoming.get("others", ()))
-        for index, (here, group) in enumerate(zip(mine, groups, strict=True)):
-            self._fill(index, {**group, "params": here["params"]}, saved, others)
+        layout: Layout = optimizer._places.layout
+        asked = []
+        for here, theirs in zip(mine, groups, strict=True):
+            group = {**theirs, "params": here["params"]}
+            members = [p for p in here["params"] if p in saved]
+            asked.append(layout.ask(members, group, needs(optimizer._make_rule(group), group)))
+        layout.settle(asked)
+        for index, some in enumerate(asked):
+            self._fill(index, some, saved, others)
         ids = dict(zip(chain.from_iterable(g["params"] for g in incoming["param_groups"]),
                        chain.from_iterable(g["params"] for g in mine), strict=True))  # fmt: skip
         self._entries.update({key: deepcopy(x) for key, x in incoming["state"].items() if key not in ids})
@@ -237,17 +244,16 @@ class Loading:
         self._events.update({ids[i]: torch.tensor(x, device="cpu") for i, x in counts.items() if i in ids})
         return {**incoming, "state": {}, "param_groups": groups}
 
-    def _fill(self, index: int, group: dict[str, Any], saved: Mapping[Tensor, Any], others: set[str]) -> None:
+    def _fill(self, index: int, asked: Asked, saved: Mapping[Tensor, Any], others: set[str]) -> None:
         """The stacks of a group, and what the checkpoint has beside them."""
-        members = [(i, p) for i, p in enumerate(group["params"]) if p in saved]
         optimizer = self._optimizer
-        rule = optimizer._make_rule(group)
+        rule = optimizer._make_rule(asked.group)
         layout: Layout = optimizer._places.layout
-        found = layout.collected(group, {p: saved[p] for _, p in members}, needs(rule, group))
-        states = {p: translated(rule, found[p]) for _, p in members}
-        self._staged[index] = fill_buckets(members, group, rule, states, layout, others)
+        found = layout.collected(asked, {p: saved[p] for p in asked.parameters})
+        states = {p: translated(rule, found[p]) for p in asked.parameters}
+        self._staged[index] = fill_buckets(asked, rule, states, layout, others)
         keys = keys_of(self._staged[index])
-        for _, p in members:
+        for p in asked.parameters:
             left = states[p].keys() - keys[p]
             self._entries[p] = {key: _copy_to(states[p][key], p.device) for key in left}
 
@@ -262,8 +268,7 @@ class Loading:
             group["weight_update_hook"] = hook  # itself; torch has copied it
         places: Places = optimizer._places
         places.events = {}
-        rules = [optimizer._checked_rule(index) for index in range(len(optimizer.param_groups))]
-        places.replace((), self._staged, optimizer._wanted(rules), optimizer.state)
+        places.replace((), self._staged, optimizer._wanted(), optimizer.state)
         places.events = self._events
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emerging_optimizers.distributed.layout import Layout, Needs
+from emerging_optimizers.distributed.layout import Asked, Layout, Needs
 from emerging_optimizers.distributed.shares import Share
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.chunks import Chunk, keep_pages
@@ -20,26 +20,26 @@ from emerging_optimizers.engine.validate import label
 
 
 def fill_buckets(
-    members: list[tuple[int, Tensor]],
-    group: Mapping[str, Any],
+    asked: Asked,
     rule: Rule,
     saved: Mapping[Tensor, Mapping[str, Any]],
     layout: Layout,
     others: Set[str] | None = None,
 ) -> list[Bucket]:
-    """Buckets for some parameters of a group, with the state that is saved for them.
+    """Buckets for the parameters that are asked for, with the state that is saved for them.
 
     `layout` says what of them is worked on here. `others` are the only keys that a checkpoint may have beside the
     rule's; None: any, it is the live state.
     """
     keep_pages()
+    group = asked.group
+    index = {p: i for i, p in enumerate(group["params"])}
     kinds: dict[Any, list[tuple[int, Share, Block]]] = {}
-    shares = layout.shares([p for _, p in members], group, needs(rule, group))
-    for (i, _), share in zip(members, shares, strict=True):
+    for p, share in zip(asked.parameters, layout.shares(asked), strict=True):
         for block in blocks(share.work, rule.elementwise, group["matrix_view"]):
             kind = (block.item, share.work.dtype, share.work.device, share.kind)
-            kinds.setdefault(kind, []).append((i, share, block))
-    turns = _turns(group, rule, layout)
+            kinds.setdefault(kind, []).append((index[p], share, block))
+    turns = _turns(asked, rule)
     buckets = []
     for rows in kinds.values():
         bucket = Bucket([(share, block) for _, share, block in rows], rule, group["state_dtype"])
@@ -50,7 +50,7 @@ def fill_buckets(
             bucket.start_guard()
         buckets.append(bucket)
     keys = keys_of(buckets)
-    names = {p: label(group, i, p) for i, p in members}
+    names = {p: label(group, index[p], p) for p in asked.parameters}
     for p, state in saved.items():
         unknown = set() if others is None else state.keys() - keys[p] - others
         missing = {key for key in keys[p] - state.keys() if not key.startswith("guard_")}
@@ -101,7 +101,7 @@ def keys_of(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:
     return keys
 
 
-def _turns(group: Mapping[str, Any], rule: Rule, layout: Layout) -> dict[tuple[int, str], int]:
+def _turns(asked: Asked, rule: Rule) -> dict[tuple[int, str], int]:
     """When the turn of each block comes: blocks of one shape are spread evenly over the rule's period.
 
     A function of the group's parameters alone, so that it is the same after a checkpoint, and for those who join later.
@@ -109,8 +109,8 @@ def _turns(group: Mapping[str, Any], rule: Rule, layout: Layout) -> dict[tuple[i
     if rule.schedule.period == 1:
         return {}
     by_shape: dict[tuple[int, ...], list[tuple[int, str]]] = {}
-    for i, p in enumerate(layout.wholes(group)):
-        for block in blocks(p, rule.elementwise, group["matrix_view"]) if p.numel() else ():
+    for i, p in enumerate(asked.wholes):
+        for block in blocks(p, rule.elementwise, asked.group["matrix_view"]) if p.numel() else ():
             by_shape.setdefault(block.item, []).append((i, block.key))
     everyone = [row for rows in by_shape.values() for row in rows]
     return {row: k % rule.schedule.period for k, row in enumerate(everyone)}

@@ -68,10 +68,8 @@ class RuleOptimizer(DeclaredOptimizer):
     def __init__(self, params: ParamsT, defaults: Mapping[str, Any] | None = None, **options: Any) -> None:
         options = {name: value for name, value in options.items() if name not in self.fixed}
         self.execution: Execution = options.pop("execution", "stacked")
-        if self.execution not in get_args(Execution):
-            raise ValueError(
-                f"{self._name}: execution={self.execution!r} is not one of {', '.join(get_args(Execution))}"
-            )
+        if self.execution not in (known := get_args(Execution)):
+            raise ValueError(f"{self._name}: execution={self.execution!r} is not one of {', '.join(known)}")
         for name in options.keys() - self.ranges.keys():
             raise TypeError(f"{self._name} has no argument {name!r}{suggest(name, self.ranges)}")
         defaults = {**self.preset, **(defaults or {}), **options}
@@ -216,28 +214,31 @@ class RuleOptimizer(DeclaredOptimizer):
     @undisturbed
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Create the state of a group's parameters now instead of in the first step."""
-        rules = [self._checked_rule(index) for index in range(len(self.param_groups))]
-        self._places.place(self._wanted(rules), self.state, None if skip_non_grad_params else group)
+        self._places.place(self._wanted(), self.state, None if skip_non_grad_params else group)
 
-    def _wanted(self, rules: Sequence[Rule]) -> list[Wanted]:
-        """What the groups need of the stacks."""
-        return [
-            Wanted(group, rule, self._algorithm(group).__name__, partial(self._check_members, index, rule))
-            for index, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True))
-        ]
+    def _wanted(self) -> list[Wanted]:
+        """What the groups need of the stacks, once their hyper-parameters are checked."""
+        found = []
+        for index, group in enumerate(self.param_groups):
+            rule, check = self._checked_rule(index), self._check_members
+            found.append(Wanted(group, rule, self._algorithm(group).__name__, partial(check, index, rule)))
+        return found
+
+    @property
+    def plan(self) -> Any:
+        """Who works on each parameter on several processes, and what travels; a process may ask alone. It prints."""
+        return self._places.plan(self._wanted(), self.__dict__["state"])
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in self._kept}
-        places = self._places
+        kept, places = {name: getattr(self, name) for name in self._kept}, self._places
         events = {p: places.events_of(p) for p in (*places.homes, *places.events)}
         return {**super().__getstate__(), **kept, "_events": events, "_foreign": self._others()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in (("_ahead", Ahead()), ("_foreign", frozenset()), ("_told", set())):
             self.__dict__.setdefault(name, value)
-        state = {**state}
-        events = state.pop("_events", {})
-        super().__setstate__(state)
+        events = state.get("_events", {})
+        super().__setstate__({key: value for key, value in state.items() if key != "_events"})
         self._places = Places(self._name, self._layout())
         self._forget_stacks()
         self._places.events = events
@@ -262,10 +263,9 @@ class RuleOptimizer(DeclaredOptimizer):
         """
         inside = {p for group in self.param_groups for p in group["params"]}
         everything = self.state
+        kept = {k: x for k, x in everything.items() if not isinstance(k, Tensor) or k in inside}
         try:
-            self.state = defaultdict(
-                dict, {k: x for k, x in everything.items() if not isinstance(k, Tensor) or k in inside}
-            )
+            self.state = defaultdict(dict, kept)
             packed = super().state_dict()
         finally:
             self.state = everything
@@ -360,10 +360,11 @@ class RuleOptimizer(DeclaredOptimizer):
 
     def _checked(self) -> list[Rule]:
         """The rules of the groups, once everything is checked that the user may have changed, and has its place."""
-        rules = [self._checked_rule(index) for index in range(len(self.param_groups))]
-        for group, rule in zip(self.param_groups, rules, strict=True):
-            check_gradients(group, rule, self._name)
-        self._places.place(self._wanted(rules), self.state)
+        wanted = self._wanted()
+        for w in wanted:
+            check_gradients(w.group, w.rule, self._name)
+        self._places.place(wanted, self.state)
+        rules = [w.rule for w in wanted]
         if is_capturing():
             check_capture(self._name, self.param_groups, rules, self._places.homes)
         return rules

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.distributed.dtensor import is_dtensor
-from emerging_optimizers.distributed.layout import Layout
+from emerging_optimizers.distributed.layout import Asked, Layout
+from emerging_optimizers.distributed.table import WorkPlan, entry_of, unshared
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
-from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of
+from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of, needs
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rule import Rule, translated
-from emerging_optimizers.engine.validate import label, label_of
+from emerging_optimizers.engine.validate import label, label_of, place
 
 # Options that shape the state of whatever rule.
 _SHAPING = ("matrix_view", "state_dtype", "weight_update_hook", "weight_decay_method", "cautious")
@@ -80,7 +81,13 @@ class Places:
                 bucket.follow_counts()
             return
         written = self._written(states, stale)
-        staged = {i: self._fill(wanted[i], states, wanted[i].group is eager) for i in sorted(stale) if i < len(wanted)}
+        asked = {}
+        for i in sorted(stale):
+            if i < len(wanted):
+                wanted[i].check()
+                asked[i] = self._asked(wanted[i], states, wanted[i].group is eager)
+        self.layout.settle(asked.values())  # groups that come together share out their matrices together
+        staged = {i: self._fill(wanted[i], some, states) for i, some in asked.items()}
         # Nothing has changed so far.
         for index, p in written:
             if index not in stale:
@@ -139,19 +146,35 @@ class Places:
                 written.append((home_of[id(p)], p))
         return written
 
-    def _fill(self, wanted: Wanted, states: _StatesT, frozen_too: bool) -> list[Bucket]:
+    def _asked(self, wanted: Wanted, states: _StatesT, frozen_too: bool = False) -> Asked:
+        """What a group asks of the layout."""
+        joined = [p for p in wanted.group["params"] if _joins(p, states, frozen_too)]
+        return self.layout.ask(joined, wanted.group, needs(wanted.rule, wanted.group))
+
+    def plan(self, wanted: Sequence[Wanted], states: _StatesT) -> WorkPlan:
+        """What the processes do with each parameter. Nothing is placed, and nothing is exchanged."""
+        asked = [self._asked(w, states) for w in wanted]
+        spans = self.layout.spans(asked)
+        entries = []
+        for index, some in enumerate(asked):
+            names = {p: place(some.group, index, i) for i, p in enumerate(some.group["params"])}
+            for p in some.parameters:
+                spread = some.spreads.get(p)
+                shared = spread and entry_of(names[p], spread, some.needs, spans.get(p, ()), p.dtype)
+                entries.append(shared or unshared(names[p], p.shape))
+        return WorkPlan(entries=tuple(entries))
+
+    def _fill(self, wanted: Wanted, asked: Asked, states: _StatesT) -> list[Bucket]:
         """New stacks of a group, with the state that there is."""
         group, rule = wanted.group, wanted.rule
-        wanted.check()
-        joined = {p: i for i, p in enumerate(group["params"]) if _joins(p, states, frozen_too)}
-        saved = {p: translated(rule, state) for p in joined if isinstance(state := states.get(p), dict)}
+        saved = {p: translated(rule, state) for p in asked.parameters if isinstance(state := states.get(p), dict)}
         try:
-            buckets = fill_buckets([(i, p) for p, i in joined.items()], group, rule, saved, self.layout)
+            buckets = fill_buckets(asked, rule, saved, self.layout)
             keys = keys_of(buckets)
-            for p in joined.keys() & self.homes.keys():
+            for p in {*asked.parameters} & self.homes.keys():
                 left = self.views(p).keys() & saved.get(p, {}).keys() - keys[p]
                 if left:
-                    raise ValueError(f"the optimizer state of {label(group, joined[p], p)} also has {', '.join(left)}")
+                    raise ValueError(f"the optimizer state of {label_of([group], p)} also has {', '.join(left)}")
         except ValueError as wrong:
             ids = [*map(id, group["params"])]
             index = next((i for i, x in enumerate(self._placed) if x.members == ids), None)

@@ -268,7 +268,8 @@ class Estimate:
     """In place of --shapes: gpt2-small, llama-7b, llama-70b, moe-256, or a .json or .toml file with layers, width,
     heads, vocabulary (and hidden, kv_heads, experts, ...)."""
     mesh: str | None = None
-    """SHARDSxTENSOR, as in 64x8: shards of FSDP2 times the degree of tensor parallelism; or SHARDS alone."""
+    """SHARDSxTENSOR, as in 64x8: shards of FSDP2 times the degree of tensor parallelism; SHARDS alone; or
+    REPLICASxSHARDSxTENSOR, as in 2x32x8, for HSDP."""
     expert_parallel: int = 1
     """Ranks over which the experts of a layer are spread."""
     dtype: str = "float32"
@@ -321,6 +322,38 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say which rank of a mesh works on each matrix of a model, what travels for it, and why; no process is started.
+
+    `print(optimizer.plan)` says the same of an optimizer whose parameters are sharded.
+    """
+
+    optimizer: tyro.conf.Positional[str] = "muon"
+    """A name from `eopt list`."""
+    model: str = "gpt2-small"
+    """gpt2-small, llama-7b, llama-70b, moe-256, or a .json or .toml file, see `eopt estimate`."""
+    mesh: str = "8"
+    """SHARDSxTENSOR, SHARDS alone, or REPLICASxSHARDSxTENSOR, see `eopt estimate`."""
+    expert_parallel: int = 1
+    """Ranks over which the experts of a layer are spread."""
+    dtype: str = "float32"
+    """Of parameters and gradients: float32 or bfloat16."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Prints a table."""
+        from emerging_optimizers.cost.scale import plan_at_scale
+
+        try:
+            print(
+                plan_at_scale(
+                    self.model, self.optimizer, self.mesh, expert_parallel=self.expert_parallel, dtype=self.dtype
+                )
+            )
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """Try on an optimizer what people do around one: schedulers, clipping, edits, copies, checkpoints."""
 
@@ -348,7 +381,7 @@ class Check:
             raise SystemExit(1)
 
 
-Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report | Estimate | Check | List | Recipes
+Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report | Estimate | Plan | Check | List | Recipes
 
 
 def main(argv: Sequence[str] | None = None) -> None:

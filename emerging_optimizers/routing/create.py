@@ -61,7 +61,8 @@ def create_optimizer(
         roles: a role to the optimizer that takes it, see `plan_parameters`.
         overrides: patterns of parameter names to an optimizer, "frozen" or options, see `plan_parameters`.
         example: what the model is called with, see `plan_parameters`.
-        strict: raise if the role of a parameter is a guess, or unknown.
+        strict: raise if the role of a parameter is a guess, or unknown; and, in a step on several processes, if a
+            gradient would be gathered to every rank. Nothing else of a step ever is, see `docs/distributed.md`.
         plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `roles`, `overrides`,
             `example` and `strict` have been said there and are refused here.
         recipe: a name of `eopt recipes`: hyper-parameters as a source gives them; not with `match`. What else is said
@@ -181,7 +182,7 @@ def create_optimizer(
     )
     defaults = group_options(name, {**options[name.lower()], "lr": main_lr})
     groups, waiting = router.groups(plan)
-    return RoutedOptimizer(groups, plan, defaults=defaults, router=router, waiting=waiting, **execution)
+    return RoutedOptimizer(groups, plan, defaults=defaults, router=router, waiting=waiting, strict=strict, **execution)
 
 
 def _with_ramp(name: str, options: dict[str, Any], warmup: int | None) -> dict[str, Any]:

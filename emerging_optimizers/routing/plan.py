@@ -1,7 +1,6 @@
 """The route plan: for each parameter of a model the rule, its learning rate and the reason."""
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from emerging_optimizers import registry
+from emerging_optimizers.distributed.table import WorkPlan, in_columns, layer_name
 from emerging_optimizers.engine.groups import DTYPES
 from emerging_optimizers.engine.matrix_view import MatrixViewT
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
@@ -67,6 +67,7 @@ class RoutePlan:
         name: the matrix optimizer that it was made for; "": not said.
         companion: the other one.
         match: "adamw": the rates and decays that it was made from are AdamW's.
+        work: who works on what, once an optimizer follows the plan; it is printed where processes share parameters.
     """
 
     routes: tuple[Route, ...]
@@ -74,6 +75,7 @@ class RoutePlan:
     name: str = ""
     companion: str = ""
     match: str | None = None
+    work: WorkPlan | None = None
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self.routes)
@@ -97,7 +99,8 @@ class RoutePlan:
     def __str__(self) -> str:
         casting = any(_casts_by_default(name) for name in {r.optimizer for r in self.routes} - {FROZEN})
         lines = [] if self.match is None else [_factors(self.match, self.routes)]
-        return "\n".join([*lines, *table(self.routes)]) + newton_schulz_in_words(self.devices if casting else ())
+        text = "\n".join([*lines, *table(self.routes)]) + newton_schulz_in_words(self.devices if casting else ())
+        return text if self.work is None or not self.work.is_shared else f"{text}\n\n{self.work}"
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless the plan names every parameter of a model exactly once, with its shape."""
@@ -261,7 +264,7 @@ def table(routes: Sequence[Route]) -> list[str]:
     rows: dict[tuple[str, ...], int] = {}
     for r in routes:
         cells = (
-            re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", r.name) if len(routes) > _WHOLE else r.name,
+            layer_name(r.name, len(routes)),
             "x".join(map(str, r.shape)) or "scalar",
             r.role,
             r.optimizer,
@@ -275,11 +278,7 @@ def table(routes: Sequence[Route]) -> list[str]:
     lines = [header, *((f"{name}  {count} x" if count > 1 else name, *rest) for (name, *rest), count in rows.items())]
     if not any(view for *_, view, _ in rows):
         lines = [(*row[:-2], row[-1]) for row in lines]  # nothing is cut
-    widths = [max(len(row[k]) for row in lines) for k in range(len(lines[0]) - 1)]
-    return [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip()
-        for row in lines
-    ]
+    return in_columns(lines)
 
 
 def _view_in_words(route: Route) -> str:
@@ -317,10 +316,6 @@ def _factors(match: str, routes: Sequence[Route]) -> str:
     return f"match={match!r}, lr and decay are AdamW's: " + (
         "; ".join(words) or "every parameter takes them as they are"
     )
-
-
-# A plan of more rows than this groups what repeats over layers.
-_WHOLE = 60
 
 
 def _casts_by_default(name: str) -> bool:

@@ -1,13 +1,17 @@
 """One torch optimizer whose parameter groups follow different rules."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from emerging_optimizers import registry
+from emerging_optimizers.distributed.dtensor import is_gathered
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.checkpoint import RenameT, plain_names
+from emerging_optimizers.engine.rule import Rule
+from emerging_optimizers.engine.validate import place
 from emerging_optimizers.linalg.precision import newton_schulz_in_words
 from emerging_optimizers.routing.choice import default_lr
 from emerging_optimizers.routing.groups import Router, Waiting, group_options
@@ -26,9 +30,10 @@ class RoutedOptimizer(RuleOptimizer):
         plan: the route plan that it was made from; None for a copy or after unpickling from elsewhere.
     """
 
-    _kept = ("execution", "plan", "_waiting")
+    _kept = ("execution", "plan", "_waiting", "_strict")
     _router: Router | None = None  # a copy has none
     _steps = 0
+    _strict = False  # in pickles from before there was one
 
     def __init__(
         self,
@@ -38,14 +43,26 @@ class RoutedOptimizer(RuleOptimizer):
         defaults: Mapping[str, Any],
         router: Router | None = None,
         waiting: Sequence[Waiting] = (),
+        strict: bool = False,
         **engine: Any,
     ) -> None:
-        self.plan, self._router, self._waiting = plan, router, [*waiting]
+        self.plan, self._router, self._waiting, self._strict = plan, router, [*waiting], strict
         super().__init__(groups, {}, **engine)
         self.defaults = dict(defaults)  # the main algorithm's, which schedulers read; each group has its own options
 
     def __repr__(self) -> str:
         return super().__repr__() + newton_schulz_in_words(devices_that_cast(self))
+
+    @property
+    def plan(self) -> RoutePlan | None:
+        """See the class; with who works on what now. A process may ask alone."""
+        routes: RoutePlan | None = self.__dict__.get("plan")
+        work = super().plan
+        return replace(routes, work=work) if routes is not None and work.is_shared else routes
+
+    @plan.setter
+    def plan(self, value: RoutePlan | None) -> None:
+        self.__dict__["plan"] = value
 
     def _algorithm(self, group: Mapping[str, Any]) -> type[RuleOptimizer]:
         algorithm: type[RuleOptimizer] = registry.entry(group["algorithm"]).load()
@@ -101,6 +118,22 @@ class RoutedOptimizer(RuleOptimizer):
         self._steps += 1
         super()._step()
 
+    def _checked(self) -> list[Rule]:
+        rules = super()._checked()
+        gathered = [
+            place(group, index, i)
+            for index, group in enumerate(self.param_groups if self._strict else ())
+            for i, p in enumerate(group["params"])
+            if is_gathered(p)
+        ]
+        if gathered:
+            raise ValueError(
+                f"{self._name}: strict=True, and the gradients of {', '.join(gathered)} would be gathered to every "
+                "rank: they are sharded, and their parameters lie as copies. Shard the parameters as well, or "
+                "redistribute the gradients to Replicate() yourself"
+            )
+        return rules
+
     def _check_alive(self) -> None:
         """Raise where the model has other parameters by now: those that are here would never get a gradient again."""
         mine = [p for group in self.param_groups for p in group["params"]]
@@ -134,7 +167,7 @@ class RoutedOptimizer(RuleOptimizer):
         """
         saved = incoming["param_groups"]
         mine = {name: group for group in self.param_groups for name in group.get("param_names", ())}
-        order = [route.name for route in self.plan or () if route.name in mine]
+        order = [route.name for route in self.__dict__.get("plan") or () if route.name in mine]
         alike = all(group["algorithm"] == "adamw" for group in self.param_groups)
         if not alike or len(saved) != 1 or "algorithm" in saved[0] or len(saved[0]["params"]) != len(order):
             return incoming

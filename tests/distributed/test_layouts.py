@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from emerging_optimizers.distributed.dtensor import local_of, spread_of
+from emerging_optimizers.distributed.groups import GATHERS
 from emerging_optimizers.testing import assert_same_as_one_process
 from emerging_optimizers.testing.one_process import part_of
 from tests.cases import CASES
@@ -47,7 +48,7 @@ def compare(layout: str, names: Sequence[str], steps: int) -> list[str]:
             )
         except Exception as error:
             found.append(f"{layout}, {name}: {type(error).__name__}: {error}")
-    return found
+    return found + [f"{GATHERS.count} tensors were gathered"] * (GATHERS.count > 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,7 +15,7 @@ from emerging_optimizers.distributed.shares import Here
 from emerging_optimizers.engine import chunks
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.chunks import Segment
-from emerging_optimizers.engine.filling import fill_buckets
+from emerging_optimizers.engine.filling import fill_buckets, needs
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonRule
@@ -132,10 +132,12 @@ def test_turns_spread_each_shape_over_the_period_and_batches_over_all_of_it() ->
         "weight_decay_method": "decoupled",
         "cautious": False,
     }
-    members = list(enumerate(group["params"]))
-    found = fill_buckets(members, group, rule, {}, Layout())
+    layout = Layout()
+    everyone = layout.ask(group["params"], group, needs(rule, group))
+    found = fill_buckets(everyone, rule, {}, layout)
     assert [bucket.turns for bucket in found] == [[0, 1], [2, 3], [0]]
-    assert fill_buckets(members[2:4], group, rule, {}, Layout())[1].turns == [3]  # whoever else is there
+    some = layout.ask(group["params"][2:4], group, needs(rule, group))
+    assert fill_buckets(some, rule, {}, layout)[1].turns == [3]  # whoever else is there
     batch = found[2]
     assert list(batch.turns_of(0, 4)) == [((0, 0, 1), 0), ((0, 1, 3), 1), ((0, 3, 4), 2), ((0, 4, 6), 3)]
 
