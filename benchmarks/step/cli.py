@@ -10,7 +10,7 @@ import tyro
 
 from benchmarks.step.arms import PEERS
 from benchmarks.step.workloads import WORKLOADS
-from emerging_optimizers.lab.config import UsageError
+from emerging_optimizers.cli import UsageError
 from emerging_optimizers.lab.record import read_json, reading, write_json
 
 RESULTS = Path("benchmarks/results")

@@ -12,13 +12,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from emerging_optimizers.cli import UsageError
 from emerging_optimizers.registry import OPTIMIZERS
 
 T = TypeVar("T")
-
-
-class UsageError(ValueError):
-    """A request that cannot be carried out as it stands; the text says what to change."""
 
 
 def checked(value: T) -> T:
@@ -34,7 +31,7 @@ def checked(value: T) -> T:
         >>> checked(Arm(lr="high"))
         Traceback (most recent call last):
             ...
-        emerging_optimizers.lab.config.UsageError: lr is 'high', not float | None
+        emerging_optimizers.cli.UsageError: lr is 'high', not float | None
     """
     cls: type = type(value)
     for name, (kinds, hint) in _kinds(cls).items():
@@ -106,7 +103,7 @@ SPIKE_GUARD = 2.0
 
 
 def _parse_names(words: list[str]) -> tuple[str, ...]:
-    return tuple(name.strip() for name in words[0].split(",") if name.strip())
+    return tuple(name.strip().lower() for name in words[0].split(",") if name.strip())
 
 
 def _parse_rates(words: list[str]) -> dict[str, float]:
@@ -115,7 +112,7 @@ def _parse_rates(words: list[str]) -> dict[str, float]:
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"{item!r} is not NAME=RATE, as in muon=0.03,soap=0.01")
-        rates[name.strip()] = float(value)
+        rates[name.strip().lower()] = float(value)
     return rates
 
 
@@ -197,6 +194,11 @@ class TrainConfig:
             raise UsageError(f"--width {self.width} cannot be split into --heads {self.heads} equal heads")
         if not self.optimizers or len(set(self.optimizers)) < len(self.optimizers):
             raise UsageError(f"--optimizers {','.join(self.optimizers)!r} must name each optimizer once")
+        if self.threads > 1024:
+            raise UsageError(f"--threads {self.threads} is more than any machine has; give at most 1024")
+        for name, rate in self.lr.items():
+            if not (rate > 0 and math.isfinite(rate)):
+                raise UsageError(f"--lr {name}={rate:g} is not allowed; give a number > 0")
         if unused := sorted(set(self.lr) - set(self.optimizers)):
             raise UsageError(f"--lr names {', '.join(unused)}, which --optimizers does not run")
         if self.average is not None and not 0 <= self.average <= 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emerging_optimizers.lab.config import UsageError
+from emerging_optimizers.cli import UsageError
 
 HELD_OUT = 10  # one part in HELD_OUT, the last, is for validation
 

@@ -13,7 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from emerging_optimizers.lab.config import Names, UsageError
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.lab.config import Names
 from emerging_optimizers.lab.experiment import (
     from_json,
     reproducible,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
-from emerging_optimizers.lab.config import UsageError
+from emerging_optimizers.cli import UsageError
 
 
 class Result(Protocol):

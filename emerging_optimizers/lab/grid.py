@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from emerging_optimizers.lab.config import GRID, GRID_FACTORS, Arm, TrainConfig, UsageError
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.lab.config import GRID, GRID_FACTORS, Arm, TrainConfig
 from emerging_optimizers.lab.data import load_text
 from emerging_optimizers.lab.progress import print_changes, watching
 from emerging_optimizers.lab.record import (

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from emerging_optimizers.lab.config import Names, UsageError
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.lab.config import Names
 from emerging_optimizers.lab.experiment import (
     from_json,
     reproducible,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from emerging_optimizers._version import __version__
-from emerging_optimizers.lab.config import UsageError
+from emerging_optimizers.cli import FailedError, UsageError
 
 if TYPE_CHECKING:
     from emerging_optimizers.lab.data import Text
@@ -48,7 +48,7 @@ _SEAL = "checksum"
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
 
-class DamagedError(UsageError):
+class DamagedError(FailedError):
     """A file that cannot be read as what it should be: it is missing, cut short, changed or somebody else's."""
 
     def __init__(self, problem: str, remedy: str) -> None:
@@ -196,7 +196,7 @@ def storing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "mend that, or give another --out")
-        raise UsageError(
+        raise FailedError(
             f"{path} cannot be written ({error.strerror or error}); {remedy}, and repeat the command (a training run "
             "continues with --resume). What was there before is still there"
         ) from error

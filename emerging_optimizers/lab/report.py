@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from emerging_optimizers.lab.config import TrainConfig, UsageError
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.lab.config import TrainConfig
 from emerging_optimizers.lab.eigenbasis import EigenbasisResult
 from emerging_optimizers.lab.page import Section, render
 from emerging_optimizers.lab.precision import PrecisionResult

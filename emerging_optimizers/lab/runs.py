@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, UsageError, checked
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, checked
 from emerging_optimizers.lab.record import read_json, reading, storing, sweep, write_atomically
 
 

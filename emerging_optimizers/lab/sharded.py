@@ -23,7 +23,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers.averaging import WeightAverage
-from emerging_optimizers.lab.config import Arm, TrainConfig, UsageError
+from emerging_optimizers.cli import FailedError, UsageError
+from emerging_optimizers.lab.config import Arm, TrainConfig
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.record import environment, read_json, sole_writer, write_json
 from emerging_optimizers.lab.train import evaluate, lr_factor, make_model, make_optimizer, read_run
@@ -68,7 +69,7 @@ def go_on(folder: Path, config: TrainConfig, processes: int) -> None:
     command = [sys.executable, *launcher, "-m", "emerging_optimizers.lab.sharded", str(folder)]
     with sole_writer(folder):
         if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(config.threads)}).returncode:
-            raise UsageError(f"a process has failed, its error is above; --resume {folder} goes on from a checkpoint")
+            raise FailedError(f"a process has failed, its error is above; --resume {folder} goes on from a checkpoint")
 
 
 def _check(config: TrainConfig, processes: int) -> None:

@@ -16,7 +16,8 @@ from multiprocessing import get_all_start_methods, get_context
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from emerging_optimizers.lab.config import Names, UsageError
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.lab.config import Names
 from emerging_optimizers.lab.experiment import (
     from_json,
     reproducible,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from emerging_optimizers.lab.config import UsageError
+from emerging_optimizers.cli import UsageError
 from emerging_optimizers.registry import entry
 
 # The published experiment's settings; any other name of the registry runs with its own defaults.

@@ -18,7 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from emerging_optimizers.lab.config import TUNED, Names, TrainConfig, UsageError
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.lab.config import TUNED, Names, TrainConfig
 from emerging_optimizers.lab.experiment import from_json, require_distinct, require_positive, to_json
 from emerging_optimizers.lab.record import read_json, reading, sealed, sole_writer, write_json
 

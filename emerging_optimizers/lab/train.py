@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers import create_optimizer
 from emerging_optimizers.averaging import WeightAverage
-from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, UsageError, checked
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, checked
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.measures import recovery, summary
 from emerging_optimizers.lab.model import GPT

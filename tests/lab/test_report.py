@@ -12,7 +12,8 @@ from rich.console import Console
 
 pytest.importorskip("plotly", reason="plotly of the extra 'lab' is not installed")
 
-from emerging_optimizers.lab.__main__ import Command, main
+from emerging_optimizers.lab.__main__ import main
+from emerging_optimizers.lab.commands import Command
 from emerging_optimizers.lab.config import TrainConfig, UsageError
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig, run_eigenbasis
 from emerging_optimizers.lab.page import _plot

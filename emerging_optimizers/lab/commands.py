@@ -1,0 +1,239 @@
+"""The commands of the lab: they train, and show what came of it.
+
+A command is a frozen dataclass with a ``run`` method and a place in `Command`. It imports what it needs when it runs,
+so that help does not wait for torch.
+"""
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from emerging_optimizers.cli import FailedError, StoppedError, UsageError
+from emerging_optimizers.lab.config import TrainConfig
+from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
+from emerging_optimizers.lab.precision import PrecisionConfig
+from emerging_optimizers.lab.spike import SpikeConfig
+from emerging_optimizers.lab.tf32 import TF32Config
+
+if TYPE_CHECKING:
+    from emerging_optimizers.lab.runs import TrainResult
+
+NEWEST = Path("newest")
+
+ResumeFolder = Annotated[
+    Path | None,
+    PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[DIR]",
+        instance_from_str=lambda words: Path(words[0]) if words else NEWEST,
+        is_instance=lambda value: value is None or isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+
+
+@contextmanager
+def resumable(folder: Path, processes: int | None) -> Iterator[None]:
+    """A block whose interrupt names the command by which its run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / "config.json").exists():
+            raise
+        words = ["eopt", "train", "--resume", str(folder), *([] if processes is None else ["--nproc", str(processes)])]
+        raise StoppedError(f"interrupted; `{shlex.join(words)}` goes on") from None
+
+
+def _shown(result: "TrainResult") -> None:
+    """Shows a run; one that has diverged is a failure."""
+    from emerging_optimizers.lab.present import present_training
+
+    present_training(result)
+    if lost := [run.optimizer for run in result.runs if not math.isfinite(run.final_loss)]:
+        given = ",".join(f"{name}=..." for name in lost)
+        raise FailedError(f"{', '.join(lost)} diverged: the last loss is not finite; give a lower rate, --lr {given}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a small GPT on real text with several optimizers and compare them."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    out: Path | None = None
+    """Folder of the run; by default a new one under runs/."""
+    resume: ResumeFolder = None
+    """Continue an interrupted run: the newest under runs/, or the one in DIR."""
+    nproc: int | None = None
+    """Train on so many processes of this machine, under torchrun: FSDP2 shards the model, each process takes its rows
+    of a batch. Losses are shown, without tables and figures; --resume goes on with any number of processes."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Begins or continues a run."""
+        from emerging_optimizers.lab.train import new_folder, newest_run, read_run, resume_train, run_train
+
+        if self.resume is None:
+            folder = self.out or new_folder()
+            with resumable(folder, self.nproc):
+                if self.nproc is None:
+                    _shown(run_train(self.config, folder))
+                else:
+                    from emerging_optimizers.lab.sharded import begin
+
+                    begin(self.config, folder, self.nproc)
+            return
+        if self.out is not None:
+            raise UsageError("--resume continues a run in its own folder; leave out --out")
+        folder = newest_run() if self.resume == NEWEST else self.resume
+        stored = asdict(read_run(folder)[0])
+        # Parsed again with the stored values as defaults, what differs from them is what was asked for.
+        asked = asdict(tyro.cli(Train, args=args, default=Train(config=TrainConfig.from_json(stored))).config)
+        if changed := [key for key in stored if asked[key] != stored[key]]:
+            differences = "; ".join(f"--{key.replace('_', '-')} is {asked[key]}, was {stored[key]}" for key in changed)
+            raise UsageError(f"{folder} was begun with other settings: {differences}")
+        from emerging_optimizers.lab.sharded import go_on, is_sharded
+
+        if (self.nproc is not None) != is_sharded(folder):
+            how = "without --nproc; leave it out" if self.nproc else "with --nproc; say how many processes go on"
+            raise UsageError(f"{folder} was begun {how}")
+        with resumable(folder, self.nproc):
+            if self.nproc is None:
+                _shown(resume_train(folder))
+            else:
+                go_on(folder, read_run(folder)[0], self.nproc)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Run each optimizer over its learning rates; results already in the file are kept."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
+        default_factory=lambda: TrainConfig(optimizers=("adamw", "muon", "soap", "rekls"))
+    )
+    out: Path = Path("benchmarks/results/train_grid.json")
+    """The results; environment and figure stand beside it under the same name."""
+    fresh: bool = False
+    """Forget the results in the file."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs what is missing."""
+        from emerging_optimizers.lab.grid import run_grid
+        from emerging_optimizers.lab.present import present_grid
+
+        present_grid(run_grid(self.config, self.out, fresh=self.fresh), self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spike:
+    """Send one gradient that is far too large through each optimizer: recovery and aftershock."""
+
+    config: tyro.conf.OmitArgPrefixes[SpikeConfig] = field(default_factory=SpikeConfig)
+    out: Path = Path("runs/spike")
+    """Folder of the result and the figures."""
+    processes: int = 2
+    """Processes that share the optimizers."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs the sweep, shows its tables and writes its files."""
+        from emerging_optimizers.lab.experiment import require_positive
+        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.spike import SpikeResult, run_spike
+        from emerging_optimizers.lab.views.spike import spike_view
+
+        def sweep() -> SpikeResult:
+            # The drawing library takes two seconds to import: meanwhile the processes start.
+            Thread(target=import_module, args=("emerging_optimizers.lab.plots",)).start()
+            return run_spike(self.config, self.processes)
+
+        require_positive(self, "processes")
+        carry_out(sweep, spike_view, self.out, ("eopt", "spike", *args))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenbasis:
+    """Follow SOAP's eigenbases around a gradient spike, in float32 and in emulated reduced precision."""
+
+    config: tyro.conf.OmitArgPrefixes[EigenbasisConfig] = field(default_factory=EigenbasisConfig)
+    out: Path = Path("runs/eigenbasis")
+    """Folder of the result and the figure."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs the experiment, shows its tables and writes its files."""
+        from emerging_optimizers.lab.eigenbasis import run_eigenbasis
+        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.views.eigenbasis import eigenbasis_view
+
+        carry_out(partial(run_eigenbasis, self.config), eigenbasis_view, self.out, ("eopt", "eigenbasis", *args))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Measure eigenvalues and KL updates in float32 and in emulated reduced precision over the spectrum's range."""
+
+    config: tyro.conf.OmitArgPrefixes[PrecisionConfig] = field(default_factory=PrecisionConfig)
+    out: Path = Path("runs/precision")
+    """Folder of the result, the tables and the figure."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs the experiment, shows its tables and writes its files."""
+        from emerging_optimizers.lab.precision import run_precision
+        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.views.precision import precision_view
+
+        carry_out(partial(run_precision, self.config), precision_view, self.out, ("eopt", "precision", *args))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TF32:
+    """Train with SOAP and REKLS in float32 and in emulated TF32, with and without a spike, and compare the losses."""
+
+    config: tyro.conf.OmitArgPrefixes[TF32Config] = field(default_factory=TF32Config)
+    out: Path = Path("runs/tf32")
+    """Folder of the result and the figure; runs that it holds already are not repeated."""
+    processes: int = 2
+    """Processes that share the runs; they change no number."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Runs what is missing, shows the table and writes the files."""
+        from emerging_optimizers.lab.experiment import require_positive
+        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.record import sole_writer
+        from emerging_optimizers.lab.tf32 import UNSAVED, run_tf32
+        from emerging_optimizers.lab.views.tf32 import tf32_view
+
+        require_positive(self, "processes")
+        with sole_writer(self.out):
+            run = partial(run_tf32, self.config, self.out / "result.json", self.processes)
+            carry_out(run, tf32_view, self.out, ("eopt", "tf32", *args))
+            (self.out / UNSAVED).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Put the results of every finished run into one HTML file, with tables and interactive figures."""
+
+    runs: Path = Path("runs")
+    """The folder that holds the run folders."""
+    out: Path = Path("runs/report.html")
+    """The file."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Writes the file and says where it is."""
+        from emerging_optimizers.lab.report import write_report
+
+        for section in write_report(self.runs, self.out):
+            print(f"{section.view.title} ({self.runs / section.id})")
+        print(self.out)
+
+
+Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report
+COMMANDS = {kind.__name__.lower(): kind for kind in get_args(Command)}

@@ -1,0 +1,187 @@
+"""`eopt`: wrong and awkward command lines end with a sentence or two, the right exit status, and no traceback."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emerging_optimizers._version import __version__
+from emerging_optimizers.cli.questions import QUESTIONS
+from emerging_optimizers.lab.__main__ import LAB, main
+from emerging_optimizers.lab.commands import COMMANDS
+
+EOPT = [sys.executable, "-W", "error", "-m", "emerging_optimizers.lab"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+TINY = "--steps 4 --batch 4 --context 16 --width 16 --depth 1 --heads 2 --warmup 1 --eval-every 2 --eval-windows 16"
+
+
+def ended(words: str, capsys: Any) -> tuple[int, str, str]:
+    """Exit status, output and errors of a command line."""
+    status = 0
+    try:
+        main(shlex.split(words))
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1 if end.code else 0
+    told = capsys.readouterr()
+    assert "Traceback" not in told.out + told.err
+    return status, told.out, told.err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("", 2, "no command"),
+        ("trian", 2, "there is no command 'trian'; did you mean 'train'?"),
+        ("--verison", 2, "there is no command '--verison'"),
+        ("list nothing*", 2, "no optimizer matches 'nothing*'"),
+        ("list --what", 2, "unrecognized arguments: --what"),
+        ("list a b", 2, "unrecognized arguments: b"),
+        ("recipes soap", 2, "unrecognized arguments: soap"),
+        ("estimate nobody", 2, "there is no optimizer 'nobody'"),
+        ("estimate mun", 2, "did you mean 'muon'"),
+        ("estimate --shapes 12xx", 2, "'12xx' is not COUNT*ROWSxCOLUMNS"),
+        ("estimate --shapes 12*", 2, "'12*' is not COUNT*ROWSxCOLUMNS"),
+        ("estimate --shapes 0*4x4", 2, "has a number below 1"),
+        ("estimate --shapes=-1x4", 2, "has a number below 1"),
+        ("estimate --device tpu", 2, "device"),
+        ("estimate --device cuda:99", 2, "cuda:99"),
+        ("estimate --tokens many", 2, "invalid int value: 'many'"),
+        ("estimate --model llama-7b", 2, "--model and --mesh belong together"),
+        ("estimate --model llama-8b --mesh 8", 2, "llama-8b"),
+        ("estimate --model nowhere.json --mesh 8", 2, "nowhere.json"),
+        ("estimate --model llama-7b --mesh 8x", 2, "mesh='8x' is not SHARDSxTENSOR"),
+        ("estimate --model llama-7b --mesh 0x8", 2, "mesh"),
+        ("estimate --model llama-7b --mesh 8 --link 0", 2, "link=0.0 is not allowed"),
+        ("estimate --model llama-7b --mesh 8 --dtype int4", 2, "int4"),
+        ("plan nobody", 2, "there is no optimizer 'nobody'"),
+        ("plan --mesh eight", 2, "mesh='eight' is not"),
+        ("check", 2, "the following arguments are required: subject"),
+        ("check nobody", 2, "there is no optimizer 'nobody'"),
+        ("check torch.optim:Nobody", 2, "names no callable"),
+        ("check json:dumps", 2, ""),
+        ("train --optimizers nobody", 2, "there is no optimizer 'nobody'"),
+        ("train --optimizers ,", 2, "must name each optimizer once"),
+        ("train --optimizers muon,muon", 2, "must name each optimizer once"),
+        ("train --lr muon=0", 2, "--lr muon=0 is not allowed; give a number > 0"),
+        ("train --lr muon=-1", 2, "--lr muon=-1 is not allowed"),
+        ("train --lr muon", 2, "muon"),
+        ("train --lr lion=0.1", 2, "--lr names lion, which --optimizers does not run"),
+        ("train --threads 1000000", 2, "--threads 1000000 is more than any machine has"),
+        ("train --steps 0", 2, "--steps is 0; it must be at least 1"),
+        ("train --width 10 --heads 3", 2, "cannot be split"),
+        ("train --text nowhere.txt", 2, "nowhere.txt"),
+        ("train --resume nowhere", 2, "nowhere holds no run"),
+        ("train --resume", 2, "runs"),
+        ("train --average 2", 2, "--average 2 is no decay"),
+        ("train --out /proc/nowhere/run", 1, "/proc/nowhere"),
+        ("report --runs nowhere", 2, "nowhere"),
+        ("spike --processes 0", 2, "--processes"),
+    ],
+)
+def test_an_awkward_line_ends_with_a_sentence(
+    words: str, status: int, said: str, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, out, err = ended(words, capsys)
+    shown = " ".join((out + err).replace("│", " ").split())
+    assert (found, said in shown) == (status, True), shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_is_known_in_any_case(capsys: Any, tmp_path: Path) -> None:
+    assert ended("LIST MUON", capsys)[0] == 0
+    assert ended("estimate SOAP --shapes 8x8 --no-seconds", capsys)[0] == 0
+    assert ended(f"train --optimizers Lion --lr LION=0.001 {TINY} --out {tmp_path / 'run'}", capsys)[0] == 0
+
+
+def test_help_and_version(capsys: Any) -> None:
+    status, out, _ = ended("--help", capsys)
+    assert status == 0
+    assert all(name in out for name in (*QUESTIONS, *LAB))
+    assert ended("--version", capsys) == (0, f"eopt {__version__}\n", "")
+    for name in (*QUESTIONS, *LAB):
+        status, out, _ = ended(f"{name} --help", capsys)
+        assert status == 0
+        assert f"usage: eopt {name}" in out.replace("\n", " ")
+
+
+def test_what_help_says_of_the_labs_commands_is_what_they_say() -> None:
+    assert {name: (kind.__doc__ or "").splitlines()[0] for name, kind in COMMANDS.items()} == LAB
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "list muon",
+        "recipes",
+        "estimate lion --shapes 8x8",
+        "plan --mesh 4",
+        "estimate --model gpt2-small --mesh 4",
+        "check lion",
+    ],
+)
+def test_json(words: str, capsys: Any) -> None:
+    status, out, _ = ended(f"{words} --json", capsys)
+    assert status == 0
+    assert json.loads(out)
+
+
+def test_a_run_that_diverges_is_a_failure(capsys: Any, tmp_path: Path) -> None:
+    status, _, err = ended(f"train --optimizers adamw --lr adamw=1e30 {TINY} --out {tmp_path / 'run'}", capsys)
+    assert status == 1
+    assert "adamw diverged" in err
+
+
+def test_questions_need_no_extra_and_the_rest_names_it() -> None:
+    without = "import sys; sys.modules.update(dict.fromkeys(('tyro', 'rich', 'matplotlib', 'jinja2', 'plotly')));"
+    run = "from emerging_optimizers.lab.__main__ import main; main(sys.argv[1:])"
+    for words, status, said in (
+        ("list muon", 0, "Newton-Schulz"),
+        ("recipes", 0, "moonlight"),
+        ("estimate lion --shapes 8x8", 0, "8 8"),
+        ("plan --mesh 4", 0, "rank"),
+        ("train", 1, "`eopt train` needs tyro; pip install 'emerging-optimizers[lab]'"),
+    ):
+        command = [sys.executable, "-c", without + run, *words.split()]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+        assert done.returncode == status, done.stderr
+        assert said in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    line = f"{shlex.join(EOPT)} list | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_terminal_of_ascii_is_no_error() -> None:
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    for words in (["list"], ["estimate", "lion", "--shapes", "8x8"]):
+        done = subprocess.run([*EOPT, *words], capture_output=True, text=True, env=environment, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    words = ["train", "--optimizers", "adamw", *TINY.replace("--steps 4", "--steps 2000").split(), "--out", str(folder)]
+    with subprocess.Popen(
+        [*EOPT, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        metrics = folder / "adamw" / "metrics.jsonl"
+        for _ in range(600):
+            if metrics.exists() and metrics.stat().st_size:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"eopt: interrupted; `eopt train --resume '{folder}'` goes on" in err
+    assert "Traceback" not in err
