@@ -192,14 +192,14 @@ OPTIMIZERS: dict[str, Entry] = {
         path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueSteepestAdam",
         description="Adam along spheres, every column or row by one angle",
         paper="Cesista 2025, Heuristic Solutions for Steepest Descent on the Stiefel Manifold",
-        start=0.01,
+        start=0.01,  # of benchmarks/zipf.py, rows of tokens
         of_rows={"dim": 1},
     ),
     "oblique_steepest_sgd": Entry(
         path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueSteepestSGD",
         description="momentum along spheres, every column or row by one angle; for embeddings",
         paper="Cesista 2025, Heuristic Solutions for Steepest Descent on the Stiefel Manifold",
-        start=0.01,
+        start=0.01,  # of benchmarks/zipf.py, rows of tokens
         of_rows={"dim": 1},
     ),
     "polargrad": Entry(
@@ -274,7 +274,7 @@ OPTIMIZERS: dict[str, Entry] = {
         path="emerging_optimizers.orthogonalized_optimizers.sinkhorn:Sinkhorn",
         description="momentum with rows and columns of one norm; for embeddings, one state tensor",
         paper="DeepSeek-AI 2026, DeepSeek-V4.1 technical report; Scetbon et al. 2025, arXiv 2502.06742",
-        start=0.003,
+        start=0.003,  # on the demo's table of tokens, Muon for the rest (docs/routing.md)
     ),
     "soap": Entry(
         path="emerging_optimizers.soap.soap:SOAP",
