@@ -30,12 +30,17 @@ if TYPE_CHECKING:  # make tables
     from emerging_optimizers.orthogonalized_optimizers.muown import Muown as Muown
     from emerging_optimizers.orthogonalized_optimizers.polargrad import PolarGrad as PolarGrad
     from emerging_optimizers.orthogonalized_optimizers.scion import Scion as Scion
+    from emerging_optimizers.orthogonalized_optimizers.sinkhorn import Sinkhorn as Sinkhorn
     from emerging_optimizers.orthogonalized_optimizers.spectron import Spectron as Spectron
     from emerging_optimizers.orthogonalized_optimizers.spel import Spel as Spel
     from emerging_optimizers.psgd.psgd import PSGDPro as PSGDPro
     from emerging_optimizers.riemannian_optimizers.isospectral import Iso as Iso
     from emerging_optimizers.riemannian_optimizers.normalized_optimizer import ObliqueAdam as ObliqueAdam
     from emerging_optimizers.riemannian_optimizers.normalized_optimizer import ObliqueSGD as ObliqueSGD
+    from emerging_optimizers.riemannian_optimizers.normalized_optimizer import (
+        ObliqueSteepestAdam as ObliqueSteepestAdam,
+    )
+    from emerging_optimizers.riemannian_optimizers.normalized_optimizer import ObliqueSteepestSGD as ObliqueSteepestSGD
     from emerging_optimizers.scalar_optimizers.adamw import AdamW as AdamW
     from emerging_optimizers.scalar_optimizers.ademamix import AdEMAMix as AdEMAMix
     from emerging_optimizers.scalar_optimizers.laprop import LaProp as LaProp

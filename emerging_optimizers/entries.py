@@ -1,6 +1,6 @@
 """The table of optimizers: name, import path, one line, paper, learning rate to start from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from math import sqrt
@@ -30,6 +30,7 @@ class Entry:
             not measured.
         rms: the RMS of an update of an (M, N) matrix at learning rate 1, where it is a matter of the shape; `match` is
             then the factor at an RMS of 1, and is divided by it. None: it is not.
+        of_rows: options with which it takes a table whose rows are what has a norm of its own, an embedding's tokens.
         cls: the class of an entry that was registered while the program ran.
     """
 
@@ -42,6 +43,7 @@ class Entry:
     default_trains: bool = True
     match: float | None = None
     rms: Callable[[int, int], float] | None = None
+    of_rows: Mapping[str, Any] = field(default_factory=dict, hash=False)
     cls: type | None = field(default=None, repr=False)
 
     @property
@@ -176,6 +178,7 @@ OPTIMIZERS: dict[str, Entry] = {
         description="Adam along the spheres of columns or rows of unit norm",
         paper="Boumal 2023; Karras et al. 2024, arXiv 2312.02696",
         start=0.01,
+        of_rows={"dim": 1},
     ),
     "oblique_sgd": Entry(
         path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueSGD",
@@ -183,6 +186,21 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Boumal 2023; Raman and Yang 2019, arXiv 1909.06463",
         start=1,
         unit="it scales the gradient, whatever its size",
+        of_rows={"dim": 1},
+    ),
+    "oblique_steepest_adam": Entry(
+        path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueSteepestAdam",
+        description="Adam along spheres, every column or row by one angle",
+        paper="Cesista 2025, Heuristic Solutions for Steepest Descent on the Stiefel Manifold",
+        start=0.01,  # of benchmarks/zipf.py, rows of tokens
+        of_rows={"dim": 1},
+    ),
+    "oblique_steepest_sgd": Entry(
+        path="emerging_optimizers.riemannian_optimizers.normalized_optimizer:ObliqueSteepestSGD",
+        description="momentum along spheres, every column or row by one angle; for embeddings",
+        paper="Cesista 2025, Heuristic Solutions for Steepest Descent on the Stiefel Manifold",
+        start=0.01,  # of benchmarks/zipf.py, rows of tokens
+        of_rows={"dim": 1},
     ),
     "polargrad": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.polargrad:PolarGrad",
@@ -251,6 +269,12 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Morwani et al. 2025, arXiv 2502.02431",
         elementwise=True,
         start=0.001,
+    ),
+    "sinkhorn": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.sinkhorn:Sinkhorn",
+        description="momentum with rows and columns of one norm; for embeddings, one state tensor",
+        paper="DeepSeek-AI 2026, DeepSeek-V4.1 technical report; Scetbon et al. 2025, arXiv 2502.06742",
+        start=0.003,  # on the demo's table of tokens, Muon for the rest (docs/routing.md)
     ),
     "soap": Entry(
         path="emerging_optimizers.soap.soap:SOAP",

@@ -1,5 +1,5 @@
-"""The published path of `published.mixin`."""
+"""The published path of the mixin of `engine.weight_decay`."""
 
-from emerging_optimizers.published.mixin import WeightDecayMixin, WeightDecayT
+from emerging_optimizers.engine.weight_decay import WeightDecayMixin, WeightDecayT
 
 __all__ = ["WeightDecayMixin", "WeightDecayT"]

@@ -93,8 +93,8 @@ def list_optimizers(pattern: str = "*", with_description: bool = False) -> list[
     Example:
         >>> list_optimizers("*ao*")
         []
-        >>> list_optimizers("oblique_*")
-        ['oblique_adam', 'oblique_sgd']
+        >>> list_optimizers("rekls*")
+        ['rekls', 'rekls_v3']
     """
     names = [name for name in sorted(OPTIMIZERS) if fnmatchcase(name, pattern.lower())]
     return [(name, OPTIMIZERS[name].description) for name in names] if with_description else names

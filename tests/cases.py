@@ -220,10 +220,22 @@ CASES: list[OptimizerCase] = [
     *_rows(
         "spel",
         {"lr": 0.1, "fp32_matmul_prec": "highest"},
-        {"": {}, "qdwh": {"orthogonalizer": "qdwh"}},
+        {
+            "": {},
+            "qdwh": {"orthogonalizer": "qdwh"},
+            "scaled": {"scale_mode": "unit_rms_to_rms_norm"},
+            "tangent": {"scale_mode": "unit_rms_to_rms_norm", "tangent": True, "nesterov": True},
+        },
         state=("momentum_buffer",),
         batched=1e-5,
         rests=False,
+    ),
+    *_rows(
+        "sinkhorn",
+        {"lr": 0.3},
+        {"": {}, "three": {"num_steps": 3, "zero_row_threshold": 0.6, "lr_correction": 0.3, **_DECAY["l2"]}},
+        state=("momentum_buffer",),
+        batched=1e-5,
     ),
     *_rows(
         "muon_hyperball",
@@ -363,7 +375,11 @@ CASES: list[OptimizerCase] = [
     *_rows(
         "oblique_sgd",
         {"lr": 1.0},
-        {"": {}, "rows": {"dim": 1, "momentum": 0.0, "weight_decay": 0.1}},
+        {
+            "": {},
+            "rows": {"dim": 1, "momentum": 0.0, "weight_decay": 0.1},
+            "rms": {"scale_mode": "unit_rms_norm", "weight_decay": 0.1},
+        },
         state=("momentum_buffer",),
         rests=False,
         scale_free=False,
@@ -375,11 +391,25 @@ CASES: list[OptimizerCase] = [
         state=_ADAM,
         rests=False,
     ),
+    *_rows(
+        "oblique_steepest_sgd",
+        {"lr": 0.1, "scale_mode": "unit_l2_norm"},
+        {"": {}, "rows": {"dim": 1, "weight_decay": 0.1, "momentum": 0.0}, "rms": {"scale_mode": "unit_rms_norm"}},
+        state=("momentum_buffer",),
+        rests=False,
+    ),
+    *_rows(
+        "oblique_steepest_adam",
+        {"lr": 0.1, "scale_mode": "unit_l2_norm"},
+        {"": {}, "rows": {"dim": 1, "correct_bias": False, "scale_mode": "unit_rms_norm"}},
+        state=_ADAM,
+        rests=False,
+    ),
     # Which targets have the same singular values is up to chance. With weight decay every part of the state moves.
     *_rows(
         "iso",
         {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.01},
-        {"": {}, "polar": {"retraction": "polar"}, "cayley": {"retraction": "cayley"}},
+        {"": {}, **{name: {"retraction": name} for name in ("polar", "cayley", "newton_schulz")}},
         averages=False,
         state=("step", "u", "sigma", "v", "momentum_u", "momentum_v"),
         batched=1e-4,

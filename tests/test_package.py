@@ -97,7 +97,12 @@ def test_a_registry_entry_says_in_one_line_what_it_is_and_where_it_is_from(name)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "names"), [("OBLIQUE_*", ["oblique_adam", "oblique_sgd"]), ("soap", ["soap"]), ("none", [])]
+    ("pattern", "names"),
+    [
+        ("OBLIQUE_S*", ["oblique_sgd", "oblique_steepest_adam", "oblique_steepest_sgd"]),
+        ("soap", ["soap"]),
+        ("none", []),
+    ],
 )
 def test_list_optimizers_matches_shell_patterns_in_order(pattern, names):
     assert emerging_optimizers.list_optimizers(pattern) == names

@@ -19,10 +19,10 @@ from emerging_optimizers.engine.options import (
     options_in,
     with_arguments,
 )
-from emerging_optimizers.engine.weight_decay import WeightDecayT
+from emerging_optimizers.engine.weight_decay import WeightDecayMixin, WeightDecayT
 
 
-class DeclaredOptimizer(torch.optim.Optimizer):
+class DeclaredOptimizer(WeightDecayMixin, torch.optim.Optimizer):
     """What the options of a class and of its bases are; an option is also an attribute."""
 
     # What each option may be and what it is where nothing is said, by the constructors of a class and its bases.
@@ -39,6 +39,8 @@ class DeclaredOptimizer(torch.optim.Optimizer):
     }
     # Options of the base that a class does not leave open: they are in no group and in no checkpoint.
     fixed: ClassVar[Mapping[str, Any]] = {}
+    # Methods for users to override that this optimizer calls, and one that has its rule among others does not.
+    overridable: ClassVar[tuple[str, ...]] = ()
     _arguments: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -1,7 +1,8 @@
 """Weight decay, in the four ways of the published library and in a cautious one."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 WeightDecayT = Literal["decoupled", "independent", "l2", "palm", "cautious"]
@@ -46,3 +47,43 @@ def cautious(direction: Tensor, grad: Tensor) -> Tensor:
     agrees = (direction * grad > 0).to(direction.dtype)
     share = agrees.flatten(1).mean(dim=1).clamp_min(1e-3)
     return direction * agrees / share.view(-1, *(1 for _ in direction.shape[1:]))
+
+
+class WeightDecayMixin:
+    """A base of every optimizer here, and for optimizers of your own: weight decay of one parameter.
+
+    It is for a `step` that you write yourself; the engine does the same for stacks.
+
+    Attributes:
+        weight_decay_method: "decoupled", "independent", "l2" or "palm". Without it: "l2".
+
+    Example:
+        >>> class SGD(WeightDecayMixin):
+        ...     weight_decay_method = "decoupled"
+        >>> p = torch.ones(2)
+        >>> SGD()._apply_weight_decay_inplace(p, torch.zeros(2), lr=0.1, weight_decay=0.5)
+        >>> p
+        tensor([0.9500, 0.9500])
+    """
+
+    weight_decay_method: WeightDecayT
+
+    @torch.no_grad()
+    def _apply_weight_decay_inplace(self, p: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
+        """Shrink p, or with "l2" add to grad, in place.
+
+        Raises:
+            ValueError: an unknown method, or "cautious", which has to know the update.
+        """
+        method: Any = getattr(self, "weight_decay_method", "l2")
+        allowed = [name for name in get_args(WeightDecayT) if name != "cautious"]
+        if method not in allowed:
+            raise ValueError(
+                f"{type(self).__name__}: weight_decay_method={method!r} is not one of {', '.join(allowed)}"
+            )
+        if weight_decay == 0:
+            return
+        if method == "l2":
+            grad.add_(p, alpha=weight_decay)
+        else:
+            p.mul_(keep_factor(method, lr, weight_decay))

@@ -92,6 +92,7 @@ class OrthogonalizedOptimizer(RuleOptimizer):
     # Options of the rule beyond this constructor's, for a subclass that calls this one past its own class's, as
     # Megatron-LM's adaptive Muon does: it may set them afterwards, as attributes or in the groups.
     set_later: ClassVar[Mapping[str, Any]] = {}
+    overridable = ("orthogonalize", "pre_weight_update_fn_inplace", "post_weight_update_fn_inplace")
     _kept = ("execution", "_function", "_later")
     _group: Mapping[str, Any] | None = None  # whose matrix `orthogonalize` is working on
 

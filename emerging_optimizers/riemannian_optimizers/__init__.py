@@ -1,9 +1,14 @@
-"""Optimizers whose weights stay on a manifold: columns of unit norm (oblique), or fixed singular values.
+"""Optimizers whose weights stay on a manifold: columns of one norm (oblique), or fixed singular values.
 
 Layer 3: imports the engine, linalg and scalar_optimizers; never another family.
 """
 
 from emerging_optimizers.riemannian_optimizers.isospectral import Iso
-from emerging_optimizers.riemannian_optimizers.normalized_optimizer import ObliqueAdam, ObliqueSGD
+from emerging_optimizers.riemannian_optimizers.normalized_optimizer import (
+    ObliqueAdam,
+    ObliqueSGD,
+    ObliqueSteepestAdam,
+    ObliqueSteepestSGD,
+)
 
-__all__ = ["Iso", "ObliqueAdam", "ObliqueSGD"]
+__all__ = ["Iso", "ObliqueAdam", "ObliqueSGD", "ObliqueSteepestAdam", "ObliqueSteepestSGD"]

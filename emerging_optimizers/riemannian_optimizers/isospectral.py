@@ -8,13 +8,7 @@ r"""Iso: the singular vectors of a weight move, its singular values stay.
     W_t &= U \operatorname{diag}(\sigma) V^\top
 
 For an (M, N) weight with K = min(M, N): U is (M, K), V (N, K). The retraction :math:`\mathcal R(X, D)` leads back to
-orthonormal columns:
-
-========  ============================================================================================
-qr        Q of the QR decomposition of X + D, where R has a positive diagonal
-polar     the polar factor of X + D, the nearest matrix with orthonormal columns
-cayley    :math:`(I - \tfrac12 A)^{-1} (I + \tfrac12 A) X` with :math:`A = D X^\top - X D^\top`, (M, M)
-========  ============================================================================================
+orthonormal columns: `linalg.stiefel` has the four of them.
 
 Made for reinforcement learning after pretraining, where the spectrum is what should survive. Weight decay shrinks all
 singular values by one factor; its l2 form leaves them alone. State: U, V and a momentum for each, 8 K (M + N) bytes: 16
@@ -25,13 +19,11 @@ in an average) has to drop the factors, `optimizer.state.pop(p)`, or the edit is
 
 References:
     ISO: An RLVR-Native Optimization Stack 2026, arXiv 2607.19331.
-    Absil, Mahony and Sepulchre 2008, Optimization Algorithms on Matrix Manifolds, section 4.1 (qr and polar).
-    Wen and Yin 2013, A Feasible Method for Optimization with Orthogonality Constraints (cayley).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Unpack, get_args
+from typing import Annotated, Any, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -53,31 +45,7 @@ from emerging_optimizers.engine.parts import Part
 from emerging_optimizers.engine.rule import StartsFromWeight, Where
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
-
-RetractionT = Literal["qr", "polar", "cayley"]
-
-
-def _qr(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
-    y_BMK = x_BMK + d_BMK
-    Q = torch.linalg.qr(y_BMK).Q
-    # The signs are a convention of the kernel; with a positive diagonal of R = Q^T Y, Q is continuous in D.
-    diagonal_B1K = torch.sum(Q * y_BMK, dim=-2, keepdim=True)
-    return torch.where(diagonal_B1K < 0, -Q, Q)
-
-
-def _polar(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
-    U, _, Vh = torch.linalg.svd(x_BMK + d_BMK, full_matrices=False)
-    return U @ Vh
-
-
-def _cayley(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
-    half_BMM = 0.5 * (d_BMK @ x_BMK.mT - x_BMK @ d_BMK.mT)
-    eye_MM = torch.eye(x_BMK.size(-2), dtype=x_BMK.dtype, device=x_BMK.device)
-    # I minus a skew matrix is never singular, so nobody need wait for the device to say that it is not.
-    return torch.linalg.solve_ex(eye_MM - half_BMM, x_BMK + half_BMM @ x_BMK).result
-
-
-RETRACTIONS: Mapping[RetractionT, Callable[[Tensor, Tensor], Tensor]] = {"qr": _qr, "polar": _polar, "cayley": _cayley}
+from emerging_optimizers.linalg.stiefel import RETRACTIONS, RetractionT
 
 
 class IsoState(NamedTuple):
@@ -112,7 +80,7 @@ class IsoRule(StartsFromWeight):
     def obstacle(self, where: Where) -> str | None:
         """The polar retraction asks the host."""
         if where.capturable and self.retraction == "polar":
-            return "the host checks the success of a singular value decomposition; give retraction='qr' or 'cayley'"
+            return "the host checks the success of a singular value decomposition; give another retraction"
         return super().obstacle(where)
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> IsoState:
@@ -134,7 +102,9 @@ class IsoRule(StartsFromWeight):
         return Step((u * sigma.unsqueeze(-2)) @ v.mT, IsoState(u, sigma, v, momentum_u, momentum_v))
 
 
-Retraction = Annotated[RetractionT, Option(one_of(*get_args(RetractionT)), '"qr", "polar" or "cayley".')]
+Retraction = Annotated[
+    RetractionT, Option(one_of(*get_args(RetractionT)), '"qr", "polar", "cayley" or "newton_schulz".')
+]
 
 
 class Iso(RuleOptimizer):

@@ -13,6 +13,7 @@ from emerging_optimizers import registry
 from emerging_optimizers.routing.roles import TREATMENTS, Finding
 
 FROZEN = "frozen"
+OF_ROWS = ("embedding", "head")  # a row belongs to a token
 
 # What `overrides` holds for a pattern: an optimizer, "frozen", or options, of which "optimizer" may be one.
 OverrideT = str | Mapping[str, Any]
@@ -85,6 +86,8 @@ class Choice:
                 self._check(f"overrides[{found[0]!r}]={optimizer!r}", optimizer, name, p, factors)
             else:
                 reason = f"{reason}; override {found[0]!r}"
+        if finding.role in OF_ROWS and optimizer != FROZEN:
+            options = {**registry.entry(optimizer).of_rows, **options}
         return optimizer, reason, fallback, options
 
     def _by_role(self, p: Tensor, finding: Finding, factors: bool, factorized: bool) -> tuple[str, str, bool]:

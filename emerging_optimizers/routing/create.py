@@ -30,6 +30,7 @@ def create_optimizer(
     companion_lr: Any = None,
     companion_options: Mapping[str, Any] | None = None,
     match: str | None = None,
+    embedding: str | None = None,
     roles: Mapping[str, str] | None = None,
     overrides: Mapping[str, OverrideT] | None = None,
     example: Any = None,
@@ -58,13 +59,16 @@ def create_optimizer(
             `name` get lr x f and weight_decay / f, with f measured (`docs/migrate.md` has the table), and `betas` where
             it has them too, as SOAP does. All rates are in proportion, so a schedule carries over as it is. None: each
             argument is the optimizer's own.
+        embedding: optimizer for the tables of tokens in place of the companion, "sinkhorn" or "oblique_steepest_sgd",
+            say; as `roles={"embedding": ...}`. Without `lr` it has the rate that the registry says to start from; else
+            `lr`, where that is in Adam's unit for both, or what `overrides={"embedding": {"lr": ...}}` says.
         roles: a role to the optimizer that takes it, see `plan_parameters`.
         overrides: patterns of parameter names to an optimizer, "frozen" or options, see `plan_parameters`.
         example: what the model is called with, see `plan_parameters`.
         strict: raise if the role of a parameter is a guess, or unknown; and, in a step on several processes, if a
             gradient would be gathered to every rank. Nothing else of a step ever is, see `docs/distributed.md`.
-        plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `roles`, `overrides`,
-            `example` and `strict` have been said there and are refused here.
+        plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `embedding`, `roles`,
+            `overrides`, `example` and `strict` have been said there and are refused here.
         recipe: a name of `eopt recipes`: hyper-parameters as a source gives them; not with `match`. What else is said
             here goes before, and the companion's learning rate keeps its proportion to `lr`.
         warmup: over how many steps the learning rate rises, >= 0. With a `precondition_frequency` above 1 and no
@@ -91,8 +95,8 @@ def create_optimizer(
         >>> [f"{group['lr'] * group['weight_decay']:g}" for group in optimizer.param_groups]
         ['0.0001', '0.0001', '0']
     """
-    routing = {"companion_lr": companion_lr, "match": match, "roles": roles, "overrides": overrides,
-               "example": example, "strict": strict or None}  # fmt: skip
+    routing = {"companion_lr": companion_lr, "match": match, "embedding": embedding, "roles": roles,
+               "overrides": overrides, "example": example, "strict": strict or None}  # fmt: skip
     kwargs = _with_ramp(name, kwargs, warmup)
     if recipe is not None and match is not None:
         raise ValueError(
@@ -125,6 +129,7 @@ def create_optimizer(
         )
         return optimizer
 
+    roles = _with_embedding(roles, embedding)
     if plan is None:
         if match is None:
             _check_unit(name, lr, companion, companion_lr, kwargs)
@@ -145,6 +150,10 @@ def create_optimizer(
         if given:
             raise ValueError(f"{given[0]} is decided by the plan; say it in plan_parameters(...)")
     plan.check(model_or_params)
+    if embedding is not None and not any(route.role == "embedding" for route in plan):
+        raise ValueError(
+            f"embedding={embedding!r}: the model has no table of tokens; leave embedding out, or give overrides"
+        )
 
     if "lr" in (companion_options or {}):
         raise ValueError("companion_options has no 'lr'; give companion_lr, or say it in the plan")
@@ -218,3 +227,12 @@ def _check_unit(name: str, lr: Any, companion: str, companion_lr: Any, options: 
             f"with scale_mode={given!r} lr={lr!r} of {name!r} says nothing about the learning rate of {companion!r}; "
             f"give companion_lr, {default_lr(companion):g} say"
         )
+
+
+def _with_embedding(roles: Mapping[str, str] | None, embedding: str | None) -> Mapping[str, str] | None:
+    """Roles with the optimizer for embeddings."""
+    if embedding is None:
+        return roles
+    if "embedding" in (roles or {}):
+        raise ValueError(f"embedding={embedding!r} and roles['embedding'] say the same twice; give one of them")
+    return {**(roles or {}), "embedding": embedding}

@@ -37,7 +37,7 @@ class Route:
         fallback: its role is a guess, from names, positions or shapes, or unknown.
         view: how the matrix optimizer cuts it into matrices, see `EngineOptions`.
         factor_rows: for the two factors of a `LowRankLinear` that Spectron updates: how many of its rows are A's.
-        options: what an override gives it beside the optimizer.
+        options: what an override gives it beside the optimizer, and what the optimizer takes tables of tokens with.
         factor: with `match`, what AdamW's learning rate was multiplied by; its weight decay is AdamW's divided by it.
         later: where it goes once it requires a gradient; None: it does, or nothing will update it.
     """

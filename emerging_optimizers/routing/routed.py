@@ -91,6 +91,7 @@ class RoutedOptimizer(RuleOptimizer):
                 raise
             return
         self._check_names(param_group)
+        _check_overrides(self._algorithm(param_group))
         defaults, self.defaults = self.defaults, {}  # torch would fill the group with them
         try:
             super().add_param_group({**self._defaults_of(param_group), **param_group})
@@ -219,3 +220,13 @@ def _routes(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         for group in groups
         for name in plain_names(group) or [f"parameter {i}" for i in range(len(group["params"]))]
     }
+
+
+def _check_overrides(cls: type[RuleOptimizer]) -> None:
+    """Raise ValueError for a user's class whose methods would not be called here, where groups have rules alone."""
+    for name in cls.overridable:
+        if not (method := getattr(cls, name)).__module__.startswith("emerging_optimizers."):
+            raise ValueError(
+                f"{cls.__name__}.{name} of {method.__module__} is not called in an optimizer of several algorithms; "
+                f"give {cls.__name__} its parameters itself, or a rule of its own"
+            )

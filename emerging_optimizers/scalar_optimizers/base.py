@@ -1,23 +1,23 @@
-"""Element-wise optimizers out of a function of the gradient and its moments, as published.
+"""The published bases of element-wise optimizers with one moment and with two.
 
-A subclass gives the function and names the options that it takes; one of `update_functions` will do. It is called
-parameter by parameter. A `Rule` is called once for many parameters and compiles: see `lion.py` for how short it is.
+A subclass has a rule (`lion.py` shows how short it is), or gives a function of the gradient and its moments and names
+the options that it takes; one of `update_functions` will do. A function is called parameter by parameter; a rule is
+called once for many, and compiles.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
+from emerging_optimizers.engine import Rule, RuleOptimizer, Scalars, Step
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
 from emerging_optimizers.engine.parts import Part, before_first_step
 from emerging_optimizers.engine.rule import Where
-from emerging_optimizers.engine.weight_decay import WeightDecayT
 
 __all__ = ["SingleMomentumOptimizer", "TwoMomentsOptimizer"]
 
@@ -54,21 +54,31 @@ class UpdateFunctionRule(Rule):
         return Step(update.reshape(grad.shape), type(state)(*(x.view(grad.shape) for x in buffers)))
 
 
-class _FunctionOptimizer(RuleOptimizer):
-    rule = UpdateFunctionRule
+class ScalarOptimizer(RuleOptimizer):
+    """What every optimizer of one or two moments has: two methods around the step of a parameter, to be overridden.
+
+    The step is the class's own rule, or an `update_fn` where one is given.
+    """
+
+    rule: ClassVar[type[Rule]] = UpdateFunctionRule
     state_keys: ClassVar[tuple[str, ...]]
+    update_fn: Callable[..., Tensor] | None = None
+    update_kwarg_names: tuple[str, ...] = ()
+    overridable = ("pre_step_inplace", "post_step_inplace")
     _kept = ("execution", "update_fn", "update_kwarg_names")
 
     def __init__(
         self,
         params: ParamsT,
-        defaults: dict[str, Any],
+        defaults: dict[str, Any] | None = None,
         *,
-        update_fn: Callable[..., Tensor],
-        update_kwarg_names: tuple[str, ...],
-        weight_decay_method: WeightDecayT = "decoupled",
-        **engine: Unpack[EngineOptions],
+        update_fn: Callable[..., Tensor] | None = None,
+        update_kwarg_names: tuple[str, ...] = (),
+        **options: Any,
     ) -> None:
+        defaults = defaults or {}
+        if update_fn is None and self.rule is UpdateFunctionRule:
+            raise TypeError(f"{self._name} has no rule of its own; give update_fn, a function of gradient and moments")
         if missing := set(update_kwarg_names) - defaults.keys():
             raise ValueError(
                 f"{self._name}: update_kwarg_names has {', '.join(map(repr, sorted(missing)))}, which defaults has "
@@ -76,21 +86,21 @@ class _FunctionOptimizer(RuleOptimizer):
             )
         self.update_fn = update_fn
         self.update_kwarg_names = update_kwarg_names
-        super().__init__(params, {**defaults, "weight_decay_method": weight_decay_method}, **engine)
+        super().__init__(params, defaults, **options)
 
     def _make_rule(self, group: Mapping[str, Any]) -> Rule:
+        update_fn = self.update_fn
+        if update_fn is None:
+            return super()._make_rule(group)
+
         def function(grad: Tensor, *buffers: Tensor, step: Any) -> Tensor:
-            return self.update_fn(grad, *buffers, **{n: group[n] for n in self.update_kwarg_names}, step=step)
+            return update_fn(grad, *buffers, **{n: group[n] for n in self.update_kwarg_names}, step=step)
 
         return UpdateFunctionRule(state_keys=self.state_keys, function=function)
 
     def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
         law = super()._law(rule, group)
-        base = _FunctionOptimizer
-        if (
-            type(self).pre_step_inplace is base.pre_step_inplace
-            and type(self).post_step_inplace is base.post_step_inplace
-        ):
+        if all(getattr(type(self), name) is getattr(ScalarOptimizer, name) for name in self.overridable):
             return law
         return _Around(self, group, law.hook if isinstance(law, InPlaceLaw) else law or NoOpWeightUpdateHook())
 
@@ -104,7 +114,7 @@ class _FunctionOptimizer(RuleOptimizer):
 class _Around(InPlaceLaw):
     """A subclass's functions around decay and update."""
 
-    def __init__(self, optimizer: _FunctionOptimizer, group: Any, hook: Any) -> None:
+    def __init__(self, optimizer: ScalarOptimizer, group: Any, hook: Any) -> None:
         super().__init__(hook)
         self.optimizer, self.group = optimizer, group
 
@@ -114,7 +124,7 @@ class _Around(InPlaceLaw):
         self.optimizer.post_step_inplace(p, self.group, before)
 
 
-class SingleMomentumOptimizer(_FunctionOptimizer):
+class SingleMomentumOptimizer(ScalarOptimizer):
     """The base of an optimizer with one moment, `exp_avg`.
 
     Args:
@@ -148,7 +158,7 @@ class SingleMomentumOptimizer(_FunctionOptimizer):
     state_keys = ("exp_avg",)
 
 
-class TwoMomentsOptimizer(_FunctionOptimizer):
+class TwoMomentsOptimizer(ScalarOptimizer):
     """The base of an optimizer with two moments, `exp_avg` and `exp_avg_sq`; otherwise as `SingleMomentumOptimizer`.
 
     Example:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine import EngineOptions, Rule, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_, subtract_
 from emerging_optimizers.engine.hooks import KeepNorm
@@ -38,6 +38,7 @@ from emerging_optimizers.engine.options import (
 from emerging_optimizers.engine.parts import Like, Part
 from emerging_optimizers.engine.rule import Kernel
 from emerging_optimizers.engine.scalars import addcdiv_, addcmul_
+from emerging_optimizers.scalar_optimizers.base import TwoMomentsOptimizer
 
 
 class LaPropState(NamedTuple):
@@ -102,7 +103,7 @@ FrobNormalize = Annotated[
 ]
 
 
-class LaProp(RuleOptimizer):
+class LaProp(TwoMomentsOptimizer):
     """LaProp; the equations are in this module's docstring.
 
     Update: average of G / (√v̂ + ε)

@@ -18,12 +18,13 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, RuleOptimizer, Scalars, Step, lerp
+from emerging_optimizers.engine import EngineOptions, Scalars, Step, lerp
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
 from emerging_optimizers.engine.options import Betas, LearningRate, Params, WeightDecay, WeightDecayMethod, given
 from emerging_optimizers.engine.parts import Decay, Part
 from emerging_optimizers.engine.rule import Kernel, TranslatesState
+from emerging_optimizers.scalar_optimizers.base import SingleMomentumOptimizer
 
 
 class LionState(NamedTuple):
@@ -64,7 +65,7 @@ class LionRule(TranslatesState):
 LionBetas = Annotated[Betas, "weight of the old momentum in the update, and decay of the momentum; each in [0, 1)."]
 
 
-class Lion(RuleOptimizer):
+class Lion(SingleMomentumOptimizer):
     """Lion; the equations are in this module's docstring.
 
     Update: sign(β₁ m + (1 − β₁) G)

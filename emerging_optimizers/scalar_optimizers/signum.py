@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine import EngineOptions, Rule, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import sign_of_average_
 from emerging_optimizers.engine.options import (
@@ -37,6 +37,7 @@ from emerging_optimizers.engine.options import (
 from emerging_optimizers.engine.parts import Decay, Part
 from emerging_optimizers.engine.rule import Kernel
 from emerging_optimizers.engine.scalars import lerp
+from emerging_optimizers.scalar_optimizers.base import SingleMomentumOptimizer
 
 
 class SignumState(NamedTuple):
@@ -98,7 +99,7 @@ UseShapeScaling = Annotated[
 ]
 
 
-class Signum(RuleOptimizer):
+class Signum(SingleMomentumOptimizer):
     """Signum; the equations are in this module's docstring.
 
     Update: sign(m)

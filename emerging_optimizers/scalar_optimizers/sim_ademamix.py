@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, Unpack
 
 from torch import Tensor
 
-from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias
+from emerging_optimizers.engine import EngineOptions, Rule, Scalars, Step, debias
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import adam_of_averages_
 from emerging_optimizers.engine.options import (
@@ -43,6 +43,7 @@ from emerging_optimizers.engine.parts import Decay, Like, Part
 from emerging_optimizers.engine.rule import Kernel
 from emerging_optimizers.engine.scalars import add_, addcmul_
 from emerging_optimizers.scalar_optimizers.ademamix import half_life_warmup
+from emerging_optimizers.scalar_optimizers.base import TwoMomentsOptimizer
 
 
 class SumState(NamedTuple):
@@ -107,7 +108,7 @@ NumBetaFastWarmupSteps = Annotated[
 MinBetaFast = Annotated[float, Option(FRACTION, "where the decay of the momentum begins then, in [0, 1).")]
 
 
-class SimplifiedAdEMAMix(RuleOptimizer):
+class SimplifiedAdEMAMix(TwoMomentsOptimizer):
     """Simplified AdEMAMix; the equations are in this module's docstring.
 
     Update: (α G + m̂_slow) / (√v̂ + ε)

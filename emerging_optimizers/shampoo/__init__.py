@@ -3,6 +3,17 @@
 Layer 3: imports the engine and linalg, never another family of matrix optimizers.
 """
 
-from emerging_optimizers.shampoo.shampoo import Shampoo
+from importlib import import_module
+from typing import Any
 
-__all__ = ["Shampoo"]
+from emerging_optimizers.shampoo.shampoo import KlShampoo, Shampoo, ShampooBase
+
+__all__ = ["KlShampoo", "Shampoo", "ShampooBase"]
+
+PUBLISHED = ("KlMSoap", "KlSoapV3", "ReklsV3")  # here too, of another family
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLISHED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("emerging_optimizers.shampoo.soap_v3"), name)

@@ -41,9 +41,9 @@ from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direct
 from emerging_optimizers.soap.options import FactorEps, StreamList
 from emerging_optimizers.soap.preconditioners import (
     KlSoapPreconditioner,
-    PreconditionerRule,
     ReklsPreconditioner,
     SoapPreconditionerProtocol,
+    SoapPreconditionerRule,
 )
 from emerging_optimizers.soap.soap import SOAP, SOAPRule
 
@@ -93,6 +93,7 @@ class SoapBase(SOAP):
     """
 
     fixed = {"use_kl_shampoo": True}
+    overridable = ("_scalar_update",)
     PreconditionerCls: ClassVar[type[SoapPreconditionerProtocol]] = KlSoapPreconditioner
 
     def __init__(
@@ -117,7 +118,7 @@ class SoapBase(SOAP):
                     f"{self._name}: overlap=True is not possible with the PreconditionerCls "
                     f"{self.PreconditionerCls.__name__}, which refreshes its bases in its own step; give overlap=False"
                 )
-            return PreconditionerRule(cls=self.PreconditionerCls, function=self._scalar_update)
+            return SoapPreconditionerRule(cls=self.PreconditionerCls, function=self._scalar_update)
         owner = next(cls for cls in type(self).__mro__ if "_scalar_update" in vars(cls))
         if owner in (KlSoapV3, KlMSoap):
             return super()._make_rule(group)

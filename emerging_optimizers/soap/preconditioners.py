@@ -5,59 +5,21 @@ where they are not changed; the equations are in `soap.soap`. A class of your ow
 methods of `SoapPreconditionerProtocol`; it is called matrix by matrix.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.engine import Rule, Scalars, Step
-from emerging_optimizers.engine.parts import Part, parts_of
-from emerging_optimizers.engine.rule import Where
+from emerging_optimizers.engine import Scalars
+from emerging_optimizers.engine.preconditioner import PreconditionerProtocol, PreconditionerRule, TensorPair
 from emerging_optimizers.linalg.eigenbasis import floored, follow, kl_sides
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in
 from emerging_optimizers.soap.soap import DEFAULT_RELATIVE_FLOOR, SOAPState
 
 
-@dataclass
-class TensorPair:
-    """What belongs to the rows and what to the columns; unpacks as `L, R = pair`."""
-
-    L: Tensor
-    R: Tensor
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """L, then R."""
-        return iter((self.L, self.R))
-
-
-class _PreconditionerProtocol(Protocol):
-    """Made anew in every step, around the state of one matrix."""
-
-    def __init__(self, state: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> None:
-        """Take the state up; `SoapBase` also hands over its `eps`."""
-
-    @staticmethod
-    def init_state(shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-        """The state before the first step, whose keys are those of the checkpoint."""
-
-    def init_step(self, grad: Tensor, shampoo_beta: float, /) -> None:
-        """Take the first gradient in."""
-
-    def update_kronecker_factors(self, grad: Tensor, shampoo_beta: float, /) -> None:
-        """Take a gradient into the factors."""
-
-    def step(self, grad: Tensor, shampoo_beta: float, /) -> None:
-        """Take any later gradient in."""
-
-    def rebind_state(self, state: dict[str, Tensor], /) -> None:
-        """Put the tensors back that are not changed in place."""
-
-
-class SoapPreconditionerProtocol(_PreconditionerProtocol, Protocol):
+class SoapPreconditionerProtocol(PreconditionerProtocol, Protocol):
     """What `SoapBase` asks of its `PreconditionerCls`."""
 
     exp_avg: Tensor
@@ -68,13 +30,6 @@ class SoapPreconditionerProtocol(_PreconditionerProtocol, Protocol):
 
     def project_out(self, x: Tensor, /) -> Tensor:
         """Out of them."""
-
-
-class ShampooPreconditionerProtocol(_PreconditionerProtocol, Protocol):
-    """The same without bases."""
-
-    def precondition(self, x: Tensor, /) -> Tensor:
-        """Between the factors' roots."""
 
 
 class KlSoapPreconditioner:
@@ -181,51 +136,19 @@ class ReklsPreconditioner(KlSoapPreconditioner):
     _eigh = True
 
 
-@cache
-def _state_of(keys: tuple[str, ...]) -> Any:
-    """A state with these parts; those that SOAP has too are what they are there."""
-    known = parts_of(SOAPState)
-    return NamedTuple("State", [(key, Annotated[Tensor, known.get(key, Part())]) for key in keys])
-
-
 @dataclass(frozen=True, kw_only=True)
-class PreconditionerRule(Rule):
-    """A preconditioner of the user's, matrix by matrix, and a function in its bases."""
+class SoapPreconditionerRule(PreconditionerRule):
+    """A preconditioner of the user's, and a function in its bases."""
 
     reads = ("betas", "shampoo_beta", "eps", "step", "parameters")
-    cls: type[SoapPreconditionerProtocol]
-    function: Callable[..., Tensor]
+    like = SOAPState
 
-    def obstacle(self, where: Where) -> str | None:
-        """The step count that the function is given."""
-        if not where.capturable:
-            return super().obstacle(where)
-        return "a PreconditionerCls of one's own gets the step count as a number; leave capturable False"
-
-    def init(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-        """What the class begins with, for each matrix."""
-        one = self.cls.init_state(shape[1:], device)
-        stacks = {key: x.to(dtype).repeat(shape[0], *(1 for _ in x.shape)) for key, x in one.items()}
-        return _state_of(tuple(stacks))(**stacks)
-
-    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
-        """The published loop."""
-        updates, states = [], []
-        for i, (grad_MN, count) in enumerate(zip(grad, t.step.flatten(), strict=True)):
-            step = int(count)
-            one = {key: x[i].clone() for key, x in state._asdict().items()}
-            preconditioner = self.cls(one, t.eps)
-            beta = 1 - (1 - t.shampoo_beta) / (1 - t.shampoo_beta**step)
-            (preconditioner.init_step if step == 1 else preconditioner.step)(grad_MN, beta)
-            inner = self.function(
-                preconditioner.project_in(grad_MN),
-                preconditioner.exp_avg,
-                preconditioner.exp_avg_sq,
-                betas=t.betas,
-                step=step,
-            )
-            updates.append(preconditioner.project_out(inner))
-            preconditioner.rebind_state(one)
-            states.append(one)
-        new = {key: torch.stack([one[key] for one in states]) for key in states[0]}
-        return Step(torch.stack(updates), type(state)(**new))
+    def one(self, grad_MN: Tensor, state: dict[str, Tensor], t: Scalars, step: int) -> Tensor:
+        """The published step."""
+        preconditioner = self.cls(state, t.eps)
+        self.take_in(preconditioner, grad_MN, t, step)
+        moments = preconditioner.exp_avg, preconditioner.exp_avg_sq
+        inner = self.function(preconditioner.project_in(grad_MN), *moments, betas=t.betas, step=step)
+        update: Tensor = preconditioner.project_out(inner)
+        preconditioner.rebind_state(state)
+        return update

@@ -1,5 +1,5 @@
 """A published path of `weight_update_hooks`."""
 
-from emerging_optimizers.engine.hooks import NoOpWeightUpdateHook, WeightUpdateHook
+from emerging_optimizers.engine.hooks import HookStateT, NoOpWeightUpdateHook, WeightUpdateHook
 
-__all__ = ["NoOpWeightUpdateHook", "WeightUpdateHook"]
+__all__ = ["HookStateT", "NoOpWeightUpdateHook", "WeightUpdateHook"]

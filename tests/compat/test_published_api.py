@@ -1,4 +1,4 @@
-"""Import paths, signatures and state keys of NVIDIA's Emerging-Optimizers (June 2026) hold here too."""
+"""Import paths, signatures and state keys of NVIDIA's Emerging-Optimizers, June 2026 to 0.5.0, hold here too."""
 
 import inspect
 from importlib import import_module
@@ -83,6 +83,7 @@ SIGNATURES = {
             "fp32_matmul_prec": "medium",
             "coefficient_type": "quintic",
             "num_ns_steps": 5,
+            "scale_mode": "unit_spectral_norm",
         },
     ),
     "orthogonalized_optimizers.muon_hyperball:MuonHyperball": (
@@ -219,12 +220,46 @@ SIGNATURES = {
     ),
     "riemannian_optimizers.normalized_optimizer:ObliqueSGD": (
         {"params": REQUIRED, "lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0},
-        {"weight_decay_method": "decoupled", "dim": 0, "eps": 1e-8},
+        {"weight_decay_method": "decoupled", "dim": 0, "eps": 1e-8, "scale_mode": "unit_l2_norm"},
     ),
     "riemannian_optimizers.normalized_optimizer:ObliqueAdam": (
         {"params": REQUIRED, "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0},
-        {"weight_decay_method": "decoupled", "dim": 0, "eps": 1e-8, "correct_bias": True},
+        {
+            "weight_decay_method": "decoupled",
+            "dim": 0,
+            "eps": 1e-8,
+            "correct_bias": True,
+            "scale_mode": "unit_l2_norm",
+        },
     ),
+    "riemannian_optimizers.normalized_optimizer:ObliqueSteepestSGD": (
+        {"params": REQUIRED, "lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0},
+        {"weight_decay_method": "decoupled", "dim": 0, "eps": 1e-8, "scale_mode": "unit_rms_norm"},
+    ),
+    "riemannian_optimizers.normalized_optimizer:ObliqueSteepestAdam": (
+        {"params": REQUIRED, "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0},
+        {
+            "weight_decay_method": "decoupled",
+            "dim": 0,
+            "eps": 1e-8,
+            "correct_bias": True,
+            "scale_mode": "unit_rms_norm",
+        },
+    ),
+    **{
+        f"shampoo.shampoo:{name}": (
+            {
+                "params": REQUIRED,
+                "lr": REQUIRED,
+                "momentum": 0.9,
+                "shampoo_beta": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+            },
+            {"p_root_inv": 4, "scale_mode": "spectral"},
+        )
+        for name in ("ShampooBase", "KlShampoo")
+    },
     "riemannian_optimizers.isospectral:Iso": (
         {"params": REQUIRED, "lr": 1e-3, "momentum": 0.9, "retraction": "qr"},
         {"fp32_matmul_prec": "highest"},
@@ -269,6 +304,30 @@ def load(path: str):
         "contrib.row_norm:row_norm_fn",
         "legacy_soap.tp_rekls:all_gather_grad_and_kronecker_factors_tp",
         "package_info:__version__",
+        *(f"package_info:{name}" for name in ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE", "VERSION")),
+        *(f"orthogonalized_optimizers:{name}" for name in ("HookStateT", "NoOpWeightUpdateHook", "WeightUpdateHook")),
+        "weight_update_hooks.base:HookStateT",
+        "orthogonalized_optimizers.sinkhorn_utils:sinkhorn_balance",
+        "orthogonalized_optimizers.spel:SpelScaleT",
+        "orthogonalized_optimizers.spel:get_spel_scale_factor",
+        "riemannian_optimizers.normalized_optimizer:ObliqueScaleT",
+        *(
+            f"riemannian_optimizers.retractions.stiefel:{name}"
+            for name in (
+                "RetractionT",
+                "cayley_retraction",
+                "newton_schulz_retraction",
+                "polar_retraction",
+                "qr_retraction",
+            )
+        ),
+        *(
+            f"shampoo.shampoo:{name}"
+            for name in ("KlShampooPreconditioner", "ShampooPreconditioner", "get_shampoo_scale_factor")
+        ),
+        "shampoo.matrix_root_inverse_utils:mat_4th_root_inv_via_scaled_cans",
+        "shampoo.matrix_root_inverse_utils:mat_root_inv_via_scaled_cans",
+        *(f"shampoo:{name}" for name in ("KlMSoap", "KlShampoo", "KlSoapV3", "ReklsV3")),
         "shampoo.soap_v3:KlSoapPreconditioner",
         "shampoo.soap_v3:ReklsPreconditioner",
         "shampoo.soap_v3:SoapBase",

@@ -9,6 +9,7 @@ Y (Y^T Y)^(-1/2) for Y = X + D; cayley is (I - A/2)^-1 (I + A/2) X for A = D X^T
 import torch
 from torch import Tensor
 
+from .muon import orthogonalize, schedule
 from .weight_decay import decay_gradient, decay_weight
 
 
@@ -23,6 +24,8 @@ def retract(X: Tensor, D: Tensor, how: str) -> Tensor:
                     y = y - q * (q @ y)
             columns.append(y / torch.sqrt(y @ y))
         return torch.stack(columns, dim=1)
+    if how == "newton_schulz":
+        return orthogonalize(Y, schedule("polar_express", 8))
     if how == "polar":
         values, vectors = torch.linalg.eigh(Y.T @ Y)
         return Y @ vectors @ torch.diag(values**-0.5) @ vectors.T

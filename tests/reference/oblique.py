@@ -1,11 +1,14 @@
-"""SGD and Adam on the oblique manifold: matrices whose columns (dim 0) or rows (dim 1) have norm 1.
+"""SGD and Adam on the oblique manifold: matrices whose columns (dim 0) or rows (dim 1) have norm r.
 
 For each column w of the weight, with the direction b of SGD with momentum (B <- mu B + G) or of Adam:
 
-    u = b - w (w . b)           w <- (k w - lr u) / |k w - lr u|
+    u = b - w (w . b)           w <- (k r w - lr u) / |k r w - lr u|
 
-k is the weight decay's factor. Boumal, 2023, An Introduction to Optimization on Smooth Manifolds.
+and the weight is r w; r is 1, or the root of the column's length. k is the weight decay's factor. The steepest ones
+take r u / |u| for u. Boumal, 2023, An Introduction to Optimization on Smooth Manifolds.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +20,24 @@ from .weight_decay import decay_gradient, decay_weight
 class _Oblique:
     """What both share: the step along the spheres, line by line."""
 
-    def __init__(self, lr: float, weight_decay: float, weight_decay_method: str, dim: int) -> None:
-        self.lr, self.dim = lr, dim
+    steepest = False
+
+    def __init__(self, lr: float, weight_decay: float, weight_decay_method: str, dim: int, scale_mode: str) -> None:
+        self.lr, self.dim, self.scale_mode = lr, dim, scale_mode
         self.weight_decay, self.weight_decay_method = weight_decay, weight_decay_method
         self.t = 0
 
     def _move(self, W: Tensor, B: Tensor) -> Tensor:
         if self.dim == 1:
             W, B = W.T, B.T
-        columns = []
+        columns, r = [], len(W) ** 0.5 if self.scale_mode == "unit_rms_norm" else 1.0
         for w, b in zip(W.T, B.T, strict=True):
             w = w / torch.sqrt((w * w).sum())
             u = b - w * (w * b).sum()
-            moved = decay_weight(w, self.lr, self.weight_decay, self.weight_decay_method) - self.lr * u
-            columns.append(moved / torch.sqrt((moved * moved).sum()))
+            if self.steepest:
+                u = r * u / torch.sqrt((u * u).sum())
+            moved = decay_weight(r * w, self.lr, self.weight_decay, self.weight_decay_method) - self.lr * u
+            columns.append(r * moved / torch.sqrt((moved * moved).sum()))
         new = torch.stack(columns, dim=1)
         return new.T if self.dim == 1 else new
 
@@ -46,8 +53,9 @@ class ReferenceObliqueSGD(_Oblique):
         *,
         weight_decay_method: str = "decoupled",
         dim: int = 0,
+        scale_mode: str = "unit_l2_norm",
     ) -> None:
-        super().__init__(lr, weight_decay, weight_decay_method, dim)
+        super().__init__(lr, weight_decay, weight_decay_method, dim, scale_mode)
         self.momentum = momentum
         self.momentum_buffer = torch.zeros(0)
 
@@ -75,8 +83,9 @@ class ReferenceObliqueAdam(_Oblique):
         dim: int = 0,
         eps: float = 1e-8,
         correct_bias: bool | str = True,
+        scale_mode: str = "unit_l2_norm",
     ) -> None:
-        super().__init__(lr, weight_decay, weight_decay_method, dim)
+        super().__init__(lr, weight_decay, weight_decay_method, dim, scale_mode)
         self.betas, self.eps, self.correct_bias = betas, eps, correct_bias
         self.exp_avg = self.exp_avg_sq = torch.zeros(0)
 
@@ -101,3 +110,21 @@ class ReferenceObliqueAdam(_Oblique):
             root = torch.sqrt(self.exp_avg_sq) / (1 - b2**self.t)
             B = self.exp_avg / (1 - b1**self.t) / (root + self.eps)
         return self._move(W, B)
+
+
+class ReferenceObliqueSteepestSGD(ReferenceObliqueSGD):
+    """Every column by one angle."""
+
+    steepest = True
+
+    def __init__(self, lr: float = 1e-3, momentum: float = 0.9, **options: Any) -> None:
+        super().__init__(lr, momentum, **{"scale_mode": "unit_rms_norm", **options})
+
+
+class ReferenceObliqueSteepestAdam(ReferenceObliqueAdam):
+    """Every column by one angle."""
+
+    steepest = True
+
+    def __init__(self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), **options: Any) -> None:
+        super().__init__(lr, betas, **{"scale_mode": "unit_rms_norm", **options})

@@ -151,13 +151,27 @@ class ReferenceScion(ReferenceOrthogonalized):
 class ReferenceSpel(ReferenceOrthogonalized):
     """Two orthogonalizations."""
 
-    defaults = {"weight_decay": 0.1}
+    defaults = {"weight_decay": 0.1, "scale_mode": "unit_spectral_norm", "tangent": False}
+
+    def step(self, weight: Tensor, grad: Tensor) -> Tensor:
+        self.W = weight.double()
+        return super().step(weight, grad)
+
+    def scale(self, matrix: Tensor) -> float:
+        M, N = matrix.shape
+        return math.sqrt(M / N) if self.scale_mode == "unit_rms_to_rms_norm" and M > N else 1.0
 
     def direction(self, N: Tensor, G: Tensor) -> Tensor:
-        return self.polar(N)
+        if self.tangent:
+            P = self.W / self.scale(N)
+            if P.shape[0] >= P.shape[1]:
+                N = N - P @ (P.T @ N + N.T @ P) / 2
+            else:
+                N = N - (P @ N.T + N @ P.T) @ P / 2
+        return self.scale(N) * self.polar(N)
 
     def move(self, W: Tensor, decayed: Tensor, U: Tensor) -> Tensor:
-        return self.polar(decayed - self.lr * U)
+        return self.scale(U) * self.polar(decayed - self.lr * U)
 
 
 class ReferenceMuonHyperball(ReferenceOrthogonalized):

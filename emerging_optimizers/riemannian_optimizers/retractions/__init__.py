@@ -1,0 +1,1 @@
+"""Published paths of retractions."""
