@@ -21,6 +21,7 @@ class Needs(NamedTuple):
         matrices: into how many matrices an entry of a parameter of some shape is cut.
         weights: it reads the weights, or makes new ones.
         cost: of a step of a parameter of some shape, in operations.
+        wide: weights of a low precision are worked on in float32.
     """
 
     elementwise: bool
@@ -28,6 +29,7 @@ class Needs(NamedTuple):
     matrices: Callable[[Sequence[int]], int]
     weights: bool
     cost: Callable[[Sequence[int]], float]
+    wide: bool = False
 
 
 class Layout:
@@ -86,7 +88,7 @@ class Layout:
         for i, spread, peers in cut:
             p = parameters[i]
             owned = Owned if is_dtensor(p) else OwnedShard
-            shares[i] = owned(p, spread, peers, self._spans_of[p], needs.weights)
+            shares[i] = owned(p, spread, peers, self._spans_of[p], needs.weights, needs.wide)
         return [shares[i] for i in range(len(parameters))]
 
     @staticmethod

@@ -19,7 +19,14 @@ from emerging_optimizers.engine.rule import Rule, translated
 from emerging_optimizers.engine.validate import label, label_of
 
 # Options that shape the state of whatever rule.
-_SHAPING = ("matrix_view", "state_dtype", "weight_update_hook", "weight_decay_method", "cautious")
+_SHAPING = (
+    "matrix_view",
+    "state_dtype",
+    "weight_rounding",
+    "weight_update_hook",
+    "weight_decay_method",
+    "cautious",
+)
 _StatesT = MutableMapping[Any, Any]
 
 
