@@ -42,6 +42,7 @@ class Kept:
         wide: float32 tensors shaped like what is stored; they have memory from `open` to `release`.
         entries: what `state` has of each parameter beside the rule's.
         starts: the same before the first step.
+        rounded_to: of which precision the weights are when they are wide.
         lies_as_stored: whether it lies on processes as the parameter does; otherwise each has the same.
     """
 
@@ -56,6 +57,7 @@ class Kept:
         self._sizes = [x.numel() for x in self._stored]
         self._wide = torch.empty(sum(self._sizes), dtype=torch.float32, device=self._device)
         self.wide = self._shaped(self._wide)
+        self.rounded_to = self._dtype
         self._was = [(share.source, share.source.shape, self._dtype, share.source.device) for share in shares]
         for row, share in enumerate(shares):
             share.kept, share.row = self, row
@@ -89,12 +91,12 @@ class Kept:
         for x in (self._wide, self._spare):
             x.untyped_storage().resize_(0)
 
-    def writes(self, shares: Iterable[Share]) -> list[Write]:
-        """Store the weights, rounded; `shares` are those that have taken a step. What has not moved stays as it is."""
+    def writes(self, shares: Sequence[Share]) -> list[Write]:
+        """Store the weights, rounded; `shares` have taken a step. What has not moved stays as it is."""
         raise NotImplementedError
 
-    def advance(self, shares: Iterable[Share]) -> list[Write]:
-        """What of it is written for shares that have taken a step on other processes alone."""
+    def advance(self, shares: Sequence[Share]) -> list[Write]:
+        """What of that is written on every process, also where there is nothing of the weights."""
         return []
 
     def _fill(self) -> None:
@@ -113,13 +115,14 @@ class Compensated(Kept):
         self.entries = [{"weight_bits": bits} for bits in self._shaped(self._bits)]
         self.starts = [{"weight_bits": torch.zeros((), dtype=torch.int16, device="cpu")}] * len(shares)
         self._high = self._shaped(self._spare)
+        self.rounded_to = torch.float32
 
     def _fill(self) -> None:
         torch._foreach_copy_(self._high, self._stored)
         for i in self._pieces():
             join_bfloat16_(self._wide[i], self._spare[i], self._bits[i])
 
-    def writes(self, shares: Iterable[Share]) -> list[Write]:
+    def writes(self, shares: Sequence[Share]) -> list[Write]:
         """Both parts."""
         return [self._split, partial(torch._foreach_copy_, self._stored, self._high)]
 
@@ -131,7 +134,8 @@ class Compensated(Kept):
 class Stochastic(Kept):
     """Weights rounded by noise that is a hash of "rounding_key" (0-D int64) and of the place in the parameter.
 
-    The key grows by one with each step of its parameter, so the noise depends on nothing else.
+    The key grows by one with each step that has a gradient for its parameter, also if the guard skips it, so that the
+    noise depends on nothing else.
 
     Args:
         shares: of the parameters.
@@ -165,15 +169,13 @@ class Stochastic(Kept):
             noise.add_(base if len(base) == 1 else base.repeat_interleave(lengths, output_size=len(noise)))
             hash_words_(noise).bitwise_and_(0xFFFF)
 
-    def writes(self, shares: Iterable[Share]) -> list[Write]:
+    def writes(self, shares: Sequence[Share]) -> list[Write]:
         """The weights, and the keys of those that have taken a step."""
         return [self._round, *self.advance(shares)]
 
-    def advance(self, shares: Iterable[Share]) -> list[Write]:
+    def advance(self, shares: Sequence[Share]) -> list[Write]:
         """The keys alone."""
         rows = tuple(sorted({share.row for share in shares if share.kept is self}))
-        if len(rows) == len(self._keys):
-            return [partial(self._keys.add_, 1)]
         if self._members[0] != rows:  # made once: a CUDA graph copies nothing from the host
             self._members = rows, torch.tensor(rows, dtype=torch.int64, device=self._device)
         return [partial(self._keys.index_add_, 0, self._members[1], torch.ones_like(self._members[1]))]

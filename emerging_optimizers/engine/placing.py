@@ -14,6 +14,7 @@ from emerging_optimizers.distributed.layout import Layout
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
 from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of
+from emerging_optimizers.engine.kept import KEYS
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rule import Rule, translated
 from emerging_optimizers.engine.validate import label, label_of
@@ -156,7 +157,7 @@ class Places:
             buckets = fill_buckets([(i, p) for p, i in joined.items()], group, rule, saved, self.layout)
             keys = keys_of(buckets)
             for p in joined.keys() & self.homes.keys():
-                left = self.views(p).keys() & saved.get(p, {}).keys() - keys[p]
+                left = self.views(p).keys() & saved.get(p, {}).keys() - keys[p] - {*KEYS}
                 if left:
                     raise ValueError(f"the optimizer state of {label(group, joined[p], p)} also has {', '.join(left)}")
         except ValueError as wrong:

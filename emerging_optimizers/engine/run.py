@@ -61,7 +61,7 @@ class BucketStep:
         self.done.clear()
         watched = watch(bucket, gradients) if self.move.moves and not bucket.hands_out else None
         try:
-            bucket.open()
+            bucket.open(list(gradients))
             try:
                 self._take_chunks(gradients)
             except BaseException:
@@ -225,7 +225,7 @@ class BucketStep:
         if self.l2 is not None or "weight" in reads:
             weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
             if "weight" in reads:
-                extra |= {"weight": weight, "weight_dtype": bucket.param_dtype}
+                extra |= {"weight": weight, "weight_dtype": bucket.rounded_to}
             if self.l2 is not None and "l2" in reads:
                 extra["l2"] = self.l2 * weight
             elif self.l2 is not None:

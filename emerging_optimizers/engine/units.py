@@ -47,6 +47,7 @@ class Units:
         self.dtype = state_dtype(parameters[0])
         self.device = parameters[0].device
         self.param_dtype = parameters[0].dtype
+        self.rounded_to = self.param_dtype if first.kept is None else first.kept.rounded_to
         self.shapes = [p.shape for p in parameters]
         size = max(1, torch.Size(item).numel())
         self.offsets = [0]
@@ -57,7 +58,8 @@ class Units:
         self.lags: dict[int, list[int]] = {}
         # When each row's turn comes, for a rule with a period.
         self.turns = [0] * len(parameters)
-        self.capturable = self.is_open = False
+        self.capturable = False
+        self._stores: list[Write] = []  # what stores the weights that are in float32 now
         self.units = self.offsets[-1] if item else len(parameters)
         self.step = torch.zeros(self.units if counts_steps else 0, dtype=torch.float32, device=self.device)
         self.step_version = self.step._version  # another one: somebody has written the counts
@@ -91,15 +93,19 @@ class Units:
         """Those that there are, by their rows."""
         return {i: grad for i, share in enumerate(self.shares) if (grad := share.grad) is not None}
 
-    def open(self) -> None:
-        """Make the float32 weights of what is kept in less; `count` rounds and stores them."""
-        self.is_open = True
+    def open(self, members: Sequence[int]) -> None:
+        """Make the float32 weights of what is kept in less; `count` rounds and stores them, with those of `members`."""
         for kept in self.kept:
             kept.open()
+        self._stores = self._stores_of(members)
+
+    def _stores_of(self, members: Sequence[int]) -> list[Write]:
+        shares = [self.shares[i] for i in members]
+        return [write for kept in self.kept for write in kept.writes(shares)]
 
     def release(self) -> None:
         """Give their memory back, which a CUDA graph needs."""
-        self.is_open = False
+        self._stores = []
         for kept in self.kept:
             if not self.capturable:
                 kept.release()
@@ -145,9 +151,8 @@ class Units:
             stacks = self.guard_stacks
             news = {name: torch.where(moved, new, stacks[name]) for name, new in news.items()}
             factor = moved.to(self.dtype) if factor is None else factor * moved
-        stepped = [self.shares[i] for i in members]
-        writes: list[Write] = [write for kept in self.kept if self.is_open for write in kept.writes(stepped)]
-        writes += [partial(self.guard_stacks[name].copy_, new) for name, new in news.items()]
+        stores = self._stores if done is None or not self._stores else self._stores_of(members)
+        writes: list[Write] = [*stores, *(partial(self.guard_stacks[name].copy_, new) for name, new in news.items())]
         lags = self.lags
         if factor is not None:
             live = factor > 0

@@ -69,7 +69,8 @@ def round_stochastically(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
     bits = x.view(torch.int32)
     if dtype == torch.bfloat16:
         return (bits + noise).view(torch.bfloat16)[..., _HIGH::2]
-    rounded = (bits + (noise >> 3)).bitwise_and_(-(2**13)).view(torch.float32)
-    steps = (x.abs() * (1 / _SMALLEST) + noise * 2.0**-16).floor_()
+    noise = noise >> 3  # 13 bits, which it is that float16 lacks
+    rounded = (bits + noise).bitwise_and_(-(2**13)).view(torch.float32)
+    steps = (x.abs() * (1 / _SMALLEST) + noise * 2.0**-13).floor_()
     rounded = torch.where(x.abs() < _SMALLEST_NORMAL, (steps * _SMALLEST).copysign_(x), rounded)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
