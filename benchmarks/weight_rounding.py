@@ -5,9 +5,11 @@ bfloat16 weights and gradients, times steps of the four in turns, and saves. The
 weights that are stored, so that nothing differs but them.
 """
 
+import json
 import statistics
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,9 @@ ARMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
         for rounding in ("nearest", "stochastic", "compensated")
     },
 }
-SIZES = {"demo": {}, "width 512, depth 4": {"width": 512, "depth": 4, "heads": 8}}
-ROUNDS = 30
+SIZES: dict[str, dict[str, int]] = {"demo": {}, "width 512, depth 4": {"width": 512, "depth": 4, "heads": 8}}
+TIMED = (*(("demo", name) for name in OPTIMIZERS), ("width 512, depth 4", "adamw"), ("width 512, depth 4", "muon"))
+ROUNDS = 20
 
 
 class _Model(nn.Module):
@@ -114,21 +117,25 @@ def step_times(config: TrainConfig, name: str, text: Text) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train, time, show, save."""
+    """Train, time, show, save; what is held already is not done again."""
     torch.set_num_threads(1)
     config = TrainConfig()
     text = load_text(None, config.context)
-    found: dict[str, list[dict[str, Any]]] = {"times": [], "losses": []}
-    for size, changes in SIZES.items():
-        for name in OPTIMIZERS:
-            found["times"].append({"size": size, **step_times(replace(config, **changes), name, text)})
+    found: dict[str, list[dict[str, Any]]] = (
+        json.loads(OUT.read_text()) if OUT.exists() else {"losses": [], "times": []}
+    )
+    trained = {(row["optimizer"], row["seed"], row["weights"]) for row in found["losses"]}
+    timed = {(row["size"], row["optimizer"]) for row in found["times"]}
+    for seed, name, arm in product(SEEDS, OPTIMIZERS, ARMS):
+        if (name, seed, arm) not in trained:
+            found["losses"].append(train(replace(config, seed=seed), name, arm, text))
+            print(found["losses"][-1], flush=True)
+            write_json(OUT, found)
+    for size, name in TIMED:
+        if (size, name) not in timed:
+            found["times"].append({"size": size, **step_times(replace(config, **SIZES[size]), name, text)})
             print(found["times"][-1], flush=True)
-    for seed in SEEDS:
-        for name in OPTIMIZERS:
-            for arm in ARMS:
-                found["losses"].append(train(replace(config, seed=seed), name, arm, text))
-                print(found["losses"][-1], flush=True)
-                write_json(OUT, found)
+            write_json(OUT, found)
     write_json(OUT.with_suffix(".environment.json"), environment(1, text))
 
 
