@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # one call for many tensors, as DDP has it
 
-from emerging_optimizers.distributed.shares import Share
+from emerging_optimizers.distributed.shares import Part, Share
 from emerging_optimizers.engine.chunks import OUTBOX_PIECE, Chunk, Segment, cut
 from emerging_optimizers.engine.kept import entries_of
 from emerging_optimizers.engine.matrix_view import Block
@@ -45,6 +45,7 @@ class Bucket(Units):
         probe = rule.init(shape, self.dtype, torch.device("meta"))._asdict()
         like_grad = {name for name, x in probe.items() if x is not None and x.shape == shape}
         self.views: list[dict[str, Tensor]] = [self._views(i, like_grad) for i in range(len(rows))]
+        self._sharded = [share for share in self.shares if isinstance(share, Part)]
         # What `state` holds of them.
         self.published = [*map(self._publish, self.shares, self.views)]
 
@@ -89,7 +90,7 @@ class Bucket(Units):
         """Whether every parameter still is what its stacks were made for."""
         kinds = set(map(_KIND, self.parameters))
         alike = kinds == {(self.param_dtype, self.device)} and list(map(_SHAPE, self.parameters)) == self.shapes
-        return alike and all(share.fits() for share in self.shares) and all(kept.fits() for kept in self.kept)
+        return alike and all(share.fits() for share in self._sharded) and all(kept.fits() for kept in self.kept)
 
     def turns_of(self, i: int, period: int) -> Iterator[tuple[Segment, int]]:
         """Row i in runs of items that share a turn of the period; a batch of matrices takes all turns."""

@@ -6,9 +6,11 @@ knows that they are not the parameters. What is worked on as a whole by its owne
 on them.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, pairwise, product
 from math import prod
 from typing import Any, Literal
 
@@ -148,14 +150,13 @@ class Stochastic(Kept):
         self._spare = torch.empty(len(self._wide), dtype=torch.int32, device=self._device)
         self.entries = [{"rounding_key": self._keys[row]} for row in range(len(shares))]
         self.starts = [{"rounding_key": key} for key in self._keys.clone()]
-        found = [runs_of(share) for share in shares]
-        starts, lengths = (torch.cat(xs) for xs in zip(*found, strict=True))
-        ends = lengths.cumsum(0)
+        runs = [(row, start, length) for row, share in enumerate(shares) for start, length in runs_of(share)]
+        ends = [*accumulate(length for _, _, length in runs)]
         # Element q of all is element q + offset of its parameter.
-        self._offsets = words(starts - ends + lengths).to(self._device)
-        rows = [row for row, (some, _) in enumerate(found) for _ in range(len(some))]
-        self._rows = torch.tensor(rows, dtype=torch.int64, device=self._device)
-        self._cuts = [_cut(piece, ends, lengths, self._device) for piece in self._pieces()]
+        offsets = [_wrapped(start + length - end) for (_, start, length), end in zip(runs, ends, strict=True)]
+        self._offsets = torch.tensor(offsets, dtype=torch.int32, device=self._device)
+        self._rows = torch.tensor([row for row, _, _ in runs], dtype=torch.int64, device=self._device)
+        self._cuts = [self._cut(piece, ends) for piece in self._pieces()]
         # Rows that were asked for last, and the same on the device.
         self._members: tuple[tuple[int, ...], Tensor] = ((), self._keys[:0])
 
@@ -164,7 +165,7 @@ class Stochastic(Kept):
         keys = hash_words_(hash_words_(words(self._keys)) + words(self._keys >> 32))
         bases = keys[self._rows] + self._offsets
         for piece, runs, lengths in self._cuts:
-            noise, base = self._spare[piece], bases[runs] + ((piece.start + 2**31) % 2**32 - 2**31)
+            noise, base = self._spare[piece], bases[runs] + _wrapped(piece.start)
             torch.arange(len(noise), out=noise)
             noise.add_(base if len(base) == 1 else base.repeat_interleave(lengths, output_size=len(noise)))
             hash_words_(noise).bitwise_and_(0xFFFF)
@@ -180,42 +181,42 @@ class Stochastic(Kept):
             self._members = rows, torch.tensor(rows, dtype=torch.int64, device=self._device)
         return [partial(self._keys.index_add_, 0, self._members[1], torch.ones_like(self._members[1]))]
 
+    def _cut(self, piece: slice, ends: Sequence[int]) -> tuple[slice, slice, Tensor]:
+        """A piece of all elements, the runs that it is in, and how many elements of each."""
+        runs = slice(bisect_right(ends, piece.start), bisect_left(ends, piece.stop) + 1)
+        inside = [min(end, piece.stop) for end in ends[runs]]
+        lengths = [end - before for before, end in pairwise([piece.start, *inside])]
+        return piece, runs, torch.tensor(lengths, dtype=torch.int64, device=self._device)
+
     def _round(self) -> None:
         rounded = round_stochastically(self._wide, self._spare, self._dtype)
         torch._foreach_copy_(self._stored, self._shaped(rounded))
 
 
-def _cut(piece: slice, ends: Tensor, lengths: Tensor, device: torch.device) -> tuple[slice, slice, Tensor]:
-    """A piece of all elements, the runs that it is in, and how many elements of each."""
-    first = int(torch.searchsorted(ends, piece.start, right=True))
-    runs = slice(first, int(torch.searchsorted(ends, piece.stop)) + 1)
-    inside = ends[runs].clamp_max(piece.stop) - (ends[runs] - lengths[runs]).clamp_min(piece.start)
-    return piece, runs, inside.to(device)
+def _wrapped(x: int) -> int:
+    """As int32 has it."""
+    return (x + 2**31) % 2**32 - 2**31
 
 
-def runs_of(share: Share) -> tuple[Tensor, Tensor]:
+def runs_of(share: Share) -> list[tuple[int, int]]:
     """Of what is stored, in its order: where runs of elements begin in the whole parameter, and how long they are."""
-    shape, stored = share.shape, share.stored.shape
-    boxes = [_runs_in(box, shape, stored) for box in share.boxes() if box.numel]
-    if not boxes:
-        none = torch.zeros(0, dtype=torch.int64, device="cpu")
-        return none, none
-    starts, places, lengths = (torch.cat(xs) for xs in zip(*boxes, strict=True))
-    order = places.argsort()
-    return starts[order], lengths[order]
+    found = sorted(run for box in share.boxes() if box.numel for run in _runs_in(box, share.shape, share.stored.shape))
+    return [(start, length) for _, start, length in found]
 
 
-def _runs_in(box: Box, shape: Sequence[int], stored: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a box: where its runs begin in the whole and in what is stored, and how long they are."""
+def _runs_in(box: Box, shape: Sequence[int], stored: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """The runs of a box: where each begins in what is stored and in the whole, and how long it is."""
     axis = max(0, len(shape) - 1)
     while axis and box.shape[axis] == shape[axis] == stored[axis]:
         axis -= 1
-    start = place = torch.zeros(1, dtype=torch.int64, device="cpu")
-    for k, count in enumerate(box.shape[: axis + 1]):
-        steps = torch.arange(count if k < axis else 1, device="cpu")
-        start = (start.unsqueeze(-1) + (box.starts[k] + steps) * prod(shape[k + 1 :])).flatten()
-        place = (place.unsqueeze(-1) + (box.local[k] + steps) * prod(stored[k + 1 :])).flatten()
-    return start, place, torch.full_like(start, prod(box.shape[axis:]))
+    length = prod(box.shape[axis:])
+    for index in product(*map(range, box.shape[:axis])):
+        at = [*index, *(0 for _ in shape[axis:])]
+        place, start = (
+            sum((i + first) * prod(sizes[k + 1 :]) for k, (i, first) in enumerate(zip(at, firsts, strict=True)))
+            for sizes, firsts in ((stored, box.local), (shape, box.starts))
+        )
+        yield place, start, length
 
 
 def keep(shares: Sequence[Share], indices: Sequence[int], kinds: Sequence[Any], rounding: WeightRoundingT) -> None:

@@ -13,6 +13,7 @@ from emerging_optimizers import SOAP, AdamW, Muon, create_optimizer
 from emerging_optimizers.engine import executors, kept
 from emerging_optimizers.linalg.rounding import join_bfloat16_, round_stochastically, split_bfloat16_
 from tests.cases import CASES, SEEDS, OptimizerCase, parameters
+from tests.engine.test_capturable import Recording
 
 BY_NAME = {case.name: case for case in CASES}
 LOSSLESS = pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
@@ -492,3 +493,27 @@ def test_the_warning_of_lost_updates_names_the_option_and_does_not_come_with_it(
         optimizer = AdamW([w], lr=1e-4, weight_rounding=rounding)
         train(optimizer, [w], range(20))
         assert [("weight_rounding='stochastic'" in str(x.message)) for x in recwarn] == [True]
+
+
+@pytest.mark.parametrize("case", [BY_NAME[n] for n in ("adamw", "muon", "soap")], ids=str)
+@LOSSLESS
+def test_a_recorded_step_repeated_is_the_run(case: OptimizerCase, rounding: str) -> None:
+    """As a CUDA graph has it; one parameter has no gradient."""
+    ps, twins = made(case), made(case)
+    optimizer, twin = (case.make(x, weight_rounding=rounding, capturable=True) for x in (ps, twins))
+    recording = Recording()
+    for t in range(6):
+        held = [p.grad for p in ps]
+        for some in (ps, twins):
+            give(some, t, lambda i: float(i != 1))
+        for p, grad in zip(ps, held, strict=True):
+            p.grad = p.grad if grad is None else grad.copy_(p.grad)
+        twin.step()
+        if t < 3:
+            optimizer.step()
+        elif t == 3:
+            with recording:
+                optimizer.step()
+        else:
+            recording.replay()
+    assert same(all_of(optimizer, [ps[0], *ps[2:]]), all_of(twin, [twins[0], *twins[2:]]))
