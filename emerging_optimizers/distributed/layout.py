@@ -24,6 +24,7 @@ class Needs(NamedTuple):
         matrices: into how many matrices an entry of a parameter of some shape is cut.
         weights: it reads the weights, or makes new ones.
         cost: of a step of a parameter of some shape, in operations.
+        wide: weights of a low precision are worked on in float32.
     """
 
     elementwise: bool
@@ -31,6 +32,7 @@ class Needs(NamedTuple):
     matrices: Callable[[Sequence[int]], int]
     weights: bool
     cost: Callable[[Sequence[int]], float]
+    wide: bool = False
 
 
 def work_of(spread: Spread, needs: Needs) -> WorkT:
@@ -158,7 +160,7 @@ class Layout:
         if (work := work_of(spread, asked.needs)) != "owned":
             return Local(p, spread, peers, work == "elements")
         owned = Owned if is_dtensor(p) else OwnedShard
-        return owned(p, spread, peers, self._spans_of[p], asked.needs.weights)
+        return owned(p, spread, peers, self._spans_of[p], asked.needs.weights, asked.needs.wide)
 
 
 def _wholes(parameters: Sequence[Tensor], shared: Mapping[Tensor, Spread]) -> list[Tensor]:

@@ -48,14 +48,35 @@ class Share:
         indices: which entries of the parameter's first axis are worked on here, and of how many; None: all.
         total: see `Total`; None: a unit is not spread.
         kind: shares of one kind may stand in one stack.
+        stored: what lies here of the parameter, and its `shape` is that of all of it.
+        kept: how what is stored is worked on in float32 (`engine/kept.py`), where that is asked for; `row`: its place
+            there.
     """
 
     source: Tensor
     work: Tensor
+    stored: Tensor
+    shape: tuple[int, ...]
     elsewhere: bool = False
     indices: tuple[Sequence[int], int] | None = None
     total: Total | None = None
     kind: Any = None
+    kept: Any = None
+    row: int = 0
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of what is worked on."""
+        return self.work.grad
+
+    @property
+    def here(self) -> Tensor:
+        """What lies here, in float32 where it is worked on in that; only while it is."""
+        return self.stored if self.kept is None else self.kept.wide[self.row]
+
+    def boxes(self) -> tuple[Box, ...]:
+        """Which parts of the whole lie here."""
+        return (Box((0,) * len(self.shape), self.shape, (0,) * len(self.shape)),)
 
     def fits(self) -> bool:
         """Whether the parameter still lies as it did."""
@@ -69,31 +90,58 @@ class Share:
         """What of a saved tensor belongs into a view of a stack; the processes ask for the same at the same time."""
         return whole_of(value)
 
+    def publish_stored(self, local: Tensor) -> Tensor:
+        """What `state` holds of a tensor that lies as the parameter does."""
+        return local
+
+    def localize_stored(self, value: Tensor) -> Tensor:
+        """What of such a saved tensor belongs here."""
+        return whole_of(value)
+
 
 class Here(Share):
     """A parameter of one process: worked on where it is."""
 
     def __init__(self, p: Tensor) -> None:
-        self.source = self.work = p
+        self.source = self.work = self.stored = p
+        self.shape = tuple(p.shape)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The parameter's own."""
+        return self.source.grad
 
 
 class Part(Share):
     """What a process has of a sharded parameter.
 
     Attributes:
-        shape: of all of it.
         peers: the processes of its mesh.
-        local: what is stored here.
     """
 
     def __init__(self, p: Any, spread: Spread, peers: Peers) -> None:
         self.source, self.peers, self._spread = p, peers, spread
         self.shape = spread.shape
-        self.local: Tensor = local_of(p)
+        self.stored = local_of(p)
+
+    def boxes(self) -> tuple[Box, ...]:
+        """On this process."""
+        return self._spread.boxes(self.peers.rank)
 
     def fits(self) -> bool:
         """Whether what is stored is what was there."""
-        return local_of(self.source) is self.local
+        return local_of(self.source) is self.stored
+
+    def publish_stored(self, local: Tensor) -> Tensor:
+        """Sharded like the parameter."""
+        return as_sharded(local, self.source, self.shape)
+
+    def localize_stored(self, value: Tensor) -> Tensor:
+        """Its own part of it."""
+        if is_sharded(value, like=self.source):
+            return local_of(value)
+        value = whole_of(value)
+        return cut_out(value, self.boxes(), self.stored) if value.shape == self.shape else value
 
     def _shape(self, view: Tensor) -> tuple[int, ...]:
         """Of the state of all entries of the first axis, of which a view has those that are worked on here."""
@@ -123,10 +171,10 @@ class Local(Part):
     def __init__(self, p: Tensor, spread: Spread, peers: Peers, by_element: bool) -> None:
         super().__init__(p, spread, peers)
         self._by_element = by_element
-        self._boxes = spread.boxes(peers.rank)
+        self._boxes = self.boxes()
         # A rule is not asked to work on no matrix; elements are counted, since their norms are summed.
         self.elsewhere = not by_element and not self._boxes
-        self.work = torch.empty(p.shape, dtype=p.dtype, device="meta") if self.elsewhere else self.local.detach()
+        self.work = torch.empty(p.shape, dtype=p.dtype, device="meta") if self.elsewhere else self.stored.detach()
         self.work.grad_dtype = None  # the user's gradient may have another
         cut = by_element and spread.is_cut
         self.total = Total(peers, spread.copies) if cut else None
@@ -138,7 +186,9 @@ class Local(Part):
         """Sharded like the parameter."""
         if not view.ndim or not self._spread.is_cut:
             return view
-        here = torch.empty((0, *view.shape[1:]), dtype=view.dtype, device=self.local.device) if self.elsewhere else view
+        here = (
+            torch.empty((0, *view.shape[1:]), dtype=view.dtype, device=self.stored.device) if self.elsewhere else view
+        )
         return as_sharded(here, self.source, self.shape if self._by_element else self._shape(view))
 
     def localize(self, value: Tensor, view: Tensor) -> Tensor:
@@ -149,7 +199,7 @@ class Local(Part):
         if self.elsewhere:
             return view
         if self._by_element and view.ndim and self._spread.is_cut and value.shape == self.shape:
-            return cut_out(value, self._boxes, self.local)
+            return cut_out(value, self._boxes, self.stored)
         return self._entries(value, view)
 
 
@@ -170,9 +220,12 @@ class Owned(Part):
         peers: the processes of its mesh.
         spans: its owners, in the order of the entries that they own; one owner has all.
         weights: whether the owner needs the weights, and hands out new ones; otherwise it hands out a direction.
+        wide: whether weights of a low precision are worked on in float32.
     """
 
-    def __init__(self, p: Tensor, spread: Spread, peers: Peers, spans: Sequence[Span], weights: bool) -> None:
+    def __init__(
+        self, p: Tensor, spread: Spread, peers: Peers, spans: Sequence[Span], weights: bool, wide: bool
+    ) -> None:
         super().__init__(p, spread, peers)
         self.weights = weights
         self.spans = {span.rank: span for span in spans}
@@ -182,9 +235,9 @@ class Owned(Part):
             mine = None
         self.elsewhere = mine is None
         # The direction is handed out in the dtype in which it was computed.
-        dtype = p.dtype if weights or p.dtype == torch.float64 else torch.float32
+        dtype = p.dtype if (weights and not wide) or p.dtype == torch.float64 else torch.float32
         shape = (mine.stop - mine.start, *self.shape[1:]) if mine is not None and self.is_batch else self.shape
-        self.work = torch.zeros(shape, dtype=dtype, device="meta" if self.elsewhere else self.local.device)
+        self.work = torch.zeros(shape, dtype=dtype, device="meta" if self.elsewhere else self.stored.device)
         self.work.grad_dtype = None
         self.indices = (range(mine.start, mine.stop), self.shape[0]) if self.is_batch and mine is not None else None
         # What travels apart does not stand in one stack, which would wait for both.
@@ -197,7 +250,7 @@ class Owned(Part):
 
     def publish(self, view: Tensor) -> Tensor:
         """A DTensor on the owners alone, of which other processes hold nothing."""
-        return on_owners(view, self.local.device, self.peers, tuple(self.spans), self._shape(view))
+        return on_owners(view, self.stored.device, self.peers, tuple(self.spans), self._shape(view))
 
     def localize(self, value: Tensor, view: Tensor) -> Tensor:
         """What this process owns of it."""
@@ -223,8 +276,10 @@ class Owned(Part):
 class OwnedShard(Owned):
     """A parameter of which every process has a shard that is a plain tensor; it has one owner."""
 
-    def __init__(self, p: Tensor, spread: Spread, peers: Peers, spans: Sequence[Span], weights: bool) -> None:
-        super().__init__(p, spread, peers, spans, weights)
+    def __init__(
+        self, p: Tensor, spread: Spread, peers: Peers, spans: Sequence[Span], weights: bool, wide: bool
+    ) -> None:
+        super().__init__(p, spread, peers, spans, weights, wide)
         (self.owner,) = self.spans
         self._was = p.shape, p.dtype, p.device
 
@@ -234,10 +289,18 @@ class OwnedShard(Owned):
 
     def publish(self, view: Tensor) -> Tensor:
         """The state of all of it on its owner, and tensors without elements elsewhere."""
-        return torch.empty(0, dtype=view.dtype, device=self.local.device) if self.elsewhere else view
+        return torch.empty(0, dtype=view.dtype, device=self.stored.device) if self.elsewhere else view
 
     def localize(self, value: Tensor, view: Tensor) -> Tensor:
         """It is what belongs here."""
+        return value
+
+    def publish_stored(self, local: Tensor) -> Tensor:
+        """A shard, too."""
+        return local
+
+    def localize_stored(self, value: Tensor) -> Tensor:
+        """A shard, too."""
         return value
 
 

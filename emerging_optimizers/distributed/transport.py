@@ -63,11 +63,11 @@ class Shipment:
     # ---- to the owners ------------------------------------------------------------------------------------------
 
     def fetch(self) -> None:
-        """Send gradients, and weights where they are read, to their owners; does not wait."""
+        """Send gradients, and weights where they are read (`Share.here`), to their owners; does not wait."""
         gradients = {share.source: local_gradient(share.source) for share in self.shares}
         dtypes = {g.dtype for g in gradients.values() if g is not None}
-        dtypes |= {share.source.dtype for share in self.shares if share.weights or not dtypes}
-        dtype = _widest(dtypes)
+        dtypes |= {share.work.dtype for share in self.shares if share.weights}
+        dtype = _widest(dtypes or {self.shares[0].source.dtype})
         pieces: list[Tensor] = []
         sizes = []
         for parcels in self._to_owners:
@@ -84,14 +84,14 @@ class Shipment:
     def _packed(parcel: _Parcel, gradients: Mapping[Tensor, Tensor | None]) -> list[Tensor]:
         """Pieces of the gradient, zeros where there is none, and of the weight."""
         share, routes = parcel
-        local, grad = share.local, gradients[share.source]
+        grad = gradients[share.source]
         found = [
-            torch.zeros(_size(route), dtype=local.dtype, device=local.device)
+            torch.zeros(_size(route), dtype=share.stored.dtype, device=share.stored.device)
             if grad is None
             else grad[route.in_storage].reshape(-1)
             for route in routes
         ]
-        return found + [local[route.in_storage].reshape(-1) for route in routes if share.weights]
+        return found + [share.here[route.in_storage].reshape(-1) for route in routes if share.weights]
 
     def arrive(self) -> None:
         """Wait for what was sent to this process, and put gradients and weights together."""
@@ -155,22 +155,22 @@ class Shipment:
                     stop = start + _size(route)
                     piece = buffer[start:stop].view(route.shape)
                     start = stop
-                    if route.shape == share.local.shape:
+                    if route.shape == share.stored.shape:
                         parts[id(share)] = piece
                         continue
                     part = parts.get(id(share))
                     if part is None:
-                        part = parts[id(share)] = piece.new_empty(share.local.shape)
+                        part = parts[id(share)] = piece.new_empty(share.stored.shape)
                     part[route.in_storage] = piece
         return [
-            Arrival(share, parts[id(share)] if id(share) in parts else torch.empty_like(share.local), words[id(share)])
+            Arrival(share, parts[id(share)] if id(share) in parts else torch.empty_like(share.stored), words[id(share)])
             for share in self.shares
         ]
 
     # ---- the exchange -------------------------------------------------------------------------------------------
 
     def _begin(self, pieces: list[Tensor], sizes: list[int], counts: list[int], dtype: torch.dtype) -> None:
-        device = self.shares[0].local.device
+        device = self.shares[0].stored.device
         self._sent = torch.cat([x.to(dtype) for x in pieces]) if pieces else torch.empty(0, dtype=dtype, device=device)
         self._received = torch.empty(sum(counts), dtype=dtype, device=device)
         self._counts = counts

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # one call for many tensors, as DDP has it
 
-from emerging_optimizers.distributed.shares import Share
+from emerging_optimizers.distributed.shares import Part, Share
 from emerging_optimizers.engine.chunks import OUTBOX_PIECE, Chunk, Segment, cut
+from emerging_optimizers.engine.kept import entries_of
 from emerging_optimizers.engine.matrix_view import Block
 from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule
@@ -44,7 +45,7 @@ class Bucket(Units):
         probe = rule.init(shape, self.dtype, torch.device("meta"))._asdict()
         like_grad = {name for name, x in probe.items() if x is not None and x.shape == shape}
         self.views: list[dict[str, Tensor]] = [self._views(i, like_grad) for i in range(len(rows))]
-        self._sharded = [share for share in self.shares if share.work is not share.source]
+        self._sharded = [share for share in self.shares if isinstance(share, Part)]
         # What `state` holds of them.
         self.published = [*map(self._publish, self.shares, self.views)]
 
@@ -65,7 +66,8 @@ class Bucket(Units):
 
     @staticmethod
     def _publish(share: Share, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: share.publish(view) for key, view in views.items()}
+        """With what is kept of the weight, which stands under the same keys in each of its blocks."""
+        return {**{key: share.publish(view) for key, view in views.items()}, **entries_of(share)}
 
     def kind_of(self, rule: Rule) -> Any:
         """What makes a rule's state what it is, and its turns; as it compares."""
@@ -88,7 +90,7 @@ class Bucket(Units):
         """Whether every parameter still is what its stacks were made for."""
         kinds = set(map(_KIND, self.parameters))
         alike = kinds == {(self.param_dtype, self.device)} and list(map(_SHAPE, self.parameters)) == self.shapes
-        return alike and all(share.fits() for share in self._sharded)
+        return alike and all(share.fits() for share in self._sharded) and all(kept.fits() for kept in self.kept)
 
     def turns_of(self, i: int, period: int) -> Iterator[tuple[Segment, int]]:
         """Row i in runs of items that share a turn of the period; a batch of matrices takes all turns."""

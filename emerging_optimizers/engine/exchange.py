@@ -1,6 +1,7 @@
 """One step of parameters that are spread over processes: what is owned here is worked on while the next travels."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,7 +15,8 @@ from emerging_optimizers.distributed.shares import Local, Owned, Part
 from emerging_optimizers.distributed.transport import FAILED, STAYS, Arrival, Shipment
 from emerging_optimizers.engine.alike import Agreement, facts_of
 from emerging_optimizers.engine.buckets import Bucket
-from emerging_optimizers.engine.commit import commit
+from emerging_optimizers.engine.commit import Write, commit
+from emerging_optimizers.engine.kept import kept_of, opened
 from emerging_optimizers.engine.moving import Movement
 from emerging_optimizers.engine.validate import label_of
 
@@ -54,7 +56,7 @@ class Exchange:
         """What the buckets need, for parameters in the order that all processes have; None in one process."""
         found = {id(s.source): s for _, bucket in buckets for s in bucket.shares}
         shares = [found[id(p)] for p in parameters if id(p) in found]
-        return cls(name, buckets, shares) if any(s.work is not s.source for s in shares) else None
+        return cls(name, buckets, shares) if any(isinstance(s, Part) for s in shares) else None
 
     def agree(self, groups: GroupsT) -> None:
         """Raise on every process where they are about to take different steps."""
@@ -87,9 +89,12 @@ class Exchange:
             grad = local_gradient(share.source)  # where there is nothing of it, too: it may take an exchange
             if not share.elsewhere:
                 share.work.grad = grad
+            elif grad is not None and share.kept is not None:
+                commit(share.kept.advance([share]))
         try:
             for shipment in self._shipments:
-                shipment.fetch()
+                with opened(kept_of(share for share in shipment.shares if share.weights)):
+                    shipment.fetch()
             problem = self._run(self._at_home, start, take, None, None)
             for shipment, buckets in zip(self._shipments, self._owned, strict=True):
                 shipment.arrive()
@@ -149,11 +154,14 @@ class Exchange:
             some_stay = STAYS in words.values() or not _looks(share)
             by_group.setdefault((self._group[id(share)], some_stay), []).append(arrival)
         for (index, some_stay), members in by_group.items():
-            parts = [x.share.local for x in members]
-            if members[0].share.weights:
-                torch._foreach_copy_(parts, [x.part for x in members])
-            else:
-                commit(Movement(None, groups[index]).land(parts, [x.part for x in members], some_stay))
+            shares, arrived = [x.share for x in members], [x.part for x in members]
+            with opened(kept := kept_of(shares)):
+                here = [share.here for share in shares]
+                if shares[0].weights:
+                    writes: list[Write] = [partial(torch._foreach_copy_, here, arrived)]
+                else:
+                    writes = Movement(None, groups[index]).land(here, arrived, some_stay)
+                commit([*writes, *(write for some in kept if writes for write in some.writes(shares))])
         return failed
 
 
@@ -166,7 +174,7 @@ def _say_what_stays(shipment: Shipment, bucket: Bucket, factor: Tensor) -> None:
 
 def _looks(share: Owned) -> bool:
     """Whether the host sees what an owner says without waiting."""
-    return share.local.device.type == "cpu"
+    return share.stored.device.type == "cpu"
 
 
 def _agreements(shared: Iterable[tuple[Tensor, Peers]]) -> list[tuple[Agreement, list[Tensor]]]:

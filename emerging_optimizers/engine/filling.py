@@ -13,6 +13,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.chunks import Chunk, keep_pages
 from emerging_optimizers.engine.flops import step_flops
 from emerging_optimizers.engine.hooks import make_hook
+from emerging_optimizers.engine.kept import KEYS, keep, localized, opened
 from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.rule import Rule, StartsFromWeight
 from emerging_optimizers.engine.units import count_of
@@ -35,9 +36,13 @@ def fill_buckets(
     group = asked.group
     index = {p: i for i, p in enumerate(group["params"])}
     kinds: dict[Any, list[tuple[int, Share, Block]]] = {}
-    for p, share in zip(asked.parameters, layout.shares(asked), strict=True):
-        for block in blocks(share.work, rule.elementwise, group["matrix_view"]):
-            kind = (block.item, share.work.dtype, share.work.device, share.kind)
+    shares = layout.shares(asked)
+    cuts = [blocks(share.work, rule.elementwise, group["matrix_view"]) for share in shares]
+    items = [tuple(block.item for block in cut) for cut in cuts]
+    keep(shares, [index[p] for p in asked.parameters], items, group["weight_rounding"])
+    for p, share, cut in zip(asked.parameters, shares, cuts, strict=True):
+        for block in cut:
+            kind = (block.item, share.work.dtype, share.work.device, share.kind, share.kept)
             kinds.setdefault(kind, []).append((index[p], share, block))
     turns = _turns(asked, rule)
     buckets = []
@@ -53,7 +58,7 @@ def fill_buckets(
     names = {p: label(group, index[p], p) for p in asked.parameters}
     for p, state in saved.items():
         unknown = set() if others is None else state.keys() - keys[p] - others
-        missing = {key for key in keys[p] - state.keys() if not key.startswith("guard_")}
+        missing = {key for key in keys[p] - state.keys() if not key.startswith("guard_") and key not in KEYS}
         if unknown or (missing and (others is not None or keys[p] & state.keys())):
             raise _misfit(names[p], missing, unknown)
     for bucket in buckets:
@@ -89,6 +94,7 @@ def needs(rule: Rule, group: Mapping[str, Any]) -> Needs:
         matrices=matrices,
         weights=law is not None or reads_weights or group["weight_decay_method"] == "l2",
         cost=cost,
+        wide=group["weight_rounding"] != "nearest",
     )
 
 
@@ -129,19 +135,37 @@ def adopt(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> None:
     if missing:
         raise _misfit(name, missing, ())
     share = bucket.shares[i]
+    values = _kept_values(share, saved, name)
+    if not share.elsewhere:
+        values += [(view, _fitting(key, share, saved[key], view, name)) for key, view in views.items() if key in saved]
+        if bucket.step.numel():
+            count_of(next(value for view, value in values if view is views["step" + end]), name)
+    for view, value in values:  # the guard's may be missing: it was turned on since
+        if value is not view:
+            view.copy_(value)
     if share.elsewhere:
         return
-    values = {key: _fitting(key, share, saved[key], view, name) for key, view in views.items() if key in saved}
-    if bucket.step.numel():
-        count_of(values["step" + end], name)
-    for key, value in values.items():  # the guard's may be missing: it was turned on since
-        if value is not views[key]:
-            views[key].copy_(value)
     if bucket.step.numel():
         bucket.set_count(i, name)
     else:
         bucket.counts[i] = 0
     bucket.step_version = bucket.step._version
+
+
+def _kept_values(share: Share, saved: Mapping[str, Any], name: str) -> list[tuple[Tensor, Tensor]]:
+    """What belongs into what is kept of a weight: what is saved, or what is there before the first step."""
+    kept = share.kept
+    if kept is None:
+        return []
+    entries, starts = kept.entries[share.row], kept.starts[share.row]
+    values = {key: localized(share, torch.as_tensor(saved[key])) if key in saved else starts[key] for key in entries}
+    for key, entry in entries.items():
+        if values[key].shape != entry.shape and key in saved:
+            raise ValueError(
+                f"the optimizer state {key!r} of {name} has shape {tuple(values[key].shape)}; {tuple(entry.shape)} is "
+                "needed"
+            )
+    return [(entry, values[key]) for key, entry in entries.items()]
 
 
 def _fitting(key: str, share: Share, value: Any, view: Tensor, name: str) -> Tensor:
@@ -172,7 +196,7 @@ def _misfit(name: str, missing: Iterable[str], unknown: Iterable[str]) -> ValueE
 def start(bucket: Bucket, rule: StartsFromWeight, group: Mapping[str, Any]) -> None:
     """Make the state of matrices before their first step, and of those that have lost it."""
     again = bucket.flagged()
-    new = {i: p for i, p in enumerate(bucket.parameters) if p.grad is not None and (i in again or not bucket.counts[i])}
+    new = {i: bucket.parameters[i] for i in bucket.gradients() if i in again or not bucket.counts[i]}
     counts = [0 if i in again else count for i, count in enumerate(bucket.counts)]
     if not new:
         bucket.counts = counts
@@ -181,7 +205,8 @@ def start(bucket: Bucket, rule: StartsFromWeight, group: Mapping[str, Any]) -> N
     chunk = Chunk(bucket, (bucket.whole[i] for i in new))
     order = {p: i for i, p in enumerate(group["params"])}
     labels = [label(group, order[p], p) for i in new for p in (bucket.sources[i],) for _ in range(bucket.items(i))]
-    state = rule.start(bucket.stack(chunk, new), labels)
+    with opened(bucket.kept):
+        state = rule.start(bucket.stack(chunk, new), labels)
     bucket.write(chunk, state)
     bucket.counts = counts
     bucket.forget_flags()

@@ -10,6 +10,7 @@ from torch import Tensor
 from emerging_optimizers.distributed.dtensor import is_dtensor, local_of, spread_of
 from emerging_optimizers.engine.executors import Way
 from emerging_optimizers.engine.hooks import REPLACE, InPlaceLaw, Law, make_hook
+from emerging_optimizers.engine.kept import WeightRoundingT
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.parts import rounded_parts
@@ -110,10 +111,15 @@ def _check_hook(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
         raise ValueError(f"{given}: it is about singular values, and this optimizer is element-wise; leave it None")
 
 
-def check_parameter(p: Tensor, rule: Rule, label: str, owner: str) -> None:
-    """Raise for a parameter that cannot be updated."""
+def check_parameter(p: Tensor, rule: Rule, rounding: WeightRoundingT, label: str, owner: str) -> None:
+    """Raise for a parameter that cannot be updated, or whose weights cannot be rounded so."""
     if p.dtype not in DTYPES:
         raise ValueError(f"{owner}: {label} has dtype {p.dtype}; allowed are {', '.join(map(str, DTYPES))}")
+    if p.dtype == torch.float16 and rounding == "compensated":
+        raise ValueError(
+            f"{owner}: weight_rounding='compensated' is not possible for {label}, which is torch.float16: with 16 bits "
+            "more only bfloat16 is float32. Give weight_rounding='stochastic', or a bfloat16 parameter"
+        )
     if p.layout != torch.strided:
         raise ValueError(f"{owner}: {label} has layout {p.layout}; only dense tensors can be updated")
     if is_dtensor(p):

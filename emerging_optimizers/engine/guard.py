@@ -77,7 +77,7 @@ def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any], rul
 
 
 def _unit_norms(bucket: Bucket, members: Sequence[int]) -> Tensor:
-    grads = [bucket.blocks[i].of(g) for i in members if (g := bucket.parameters[i].grad) is not None]
+    grads = [bucket.blocks[i].of(g) for i in members if (g := bucket.shares[i].grad) is not None]
     if bucket.item and any(bucket.items(i) > 1 for i in members):
         batches = [g.reshape(-1, *bucket.item) for g in grads]
         return torch.cat([torch.linalg.vector_norm(g, dim=(1, 2), dtype=bucket.dtype) for g in batches])

@@ -23,8 +23,9 @@ def warn_of_rounding(owner: str, index: int, lr: Any, dtype: torch.dtype, share:
     """That a low precision rounds the updates of a group away."""
     warnings.warn(
         f"{owner}: {share:.0%} of the weights in param_groups[{index}] that were looked at stayed where they were at "
-        f"lr={float(lr):.3g}: in {dtype} an update below half a unit in the last place is rounded away. Keep the "
-        "weights in float32 and compute in low precision (torch.autocast, or FSDP's mixed precision), or raise lr",
+        f"lr={float(lr):.3g}: in {dtype} an update below half a unit in the last place is rounded away. Give "
+        "weight_rounding='stochastic' or, for bfloat16, 'compensated', or keep the weights in float32 and compute in "
+        "low precision (torch.autocast, or FSDP's mixed precision)",
         UserWarning,
         stacklevel=2,
     )

@@ -185,7 +185,7 @@ class RuleOptimizer(DeclaredOptimizer):
         group = self.param_groups[index]
         owner = self._algorithm(group).__name__
         for i, p in enumerate(group["params"]):
-            check_parameter(p, rule, label(group, i, p), owner)
+            check_parameter(p, rule, group["weight_rounding"], label(group, i, p), owner)
         for i, whole in enumerate(self._places.layout.wholes(group)):
             check_view(whole, rule, group["matrix_view"], label(group, i, whole), owner)
 

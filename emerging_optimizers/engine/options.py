@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine.hooks import HOOKS, WeightUpdateHookT, make_hook
+from emerging_optimizers.engine.kept import WeightRoundingT
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, is_view
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import SCHEDULES, NSCoeffT
@@ -222,6 +223,18 @@ class EngineOptions(TypedDict, total=False):
             "SOAP family, in half the memory; everything is computed in float32 as before, and second moments and "
             "factors stay in it. Refused where an optimizer has neither. None: float32. Per group.",
             default=None,
+        ),
+    ]
+    weight_rounding: Annotated[
+        WeightRoundingT,
+        Option(
+            one_of(*get_args(WeightRoundingT)),
+            "what becomes of the part of an update that bfloat16 or float16 weights cannot hold: "
+            '"nearest" drops it, and with it every update below half a unit in the last place; "stochastic" lets it '
+            'decide by chance between the two neighbours, right on average; "compensated" (bfloat16) keeps it, as 16 '
+            "more bits in the state: the weights learn as in float32, bitwise. Weights in float32 and float64 have "
+            "nothing to round. Per group.",
+            default="nearest",
         ),
     ]
     weight_update_hook: Annotated[

@@ -15,12 +15,20 @@ from emerging_optimizers.distributed.table import WorkPlan, entry_of, unshared
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
 from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of, needs
+from emerging_optimizers.engine.kept import KEYS
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rule import Rule, translated
 from emerging_optimizers.engine.validate import label, label_of, place
 
 # Options that shape the state of whatever rule.
-_SHAPING = ("matrix_view", "state_dtype", "weight_update_hook", "weight_decay_method", "cautious")
+_SHAPING = (
+    "matrix_view",
+    "state_dtype",
+    "weight_rounding",
+    "weight_update_hook",
+    "weight_decay_method",
+    "cautious",
+)
 _StatesT = MutableMapping[Any, Any]
 
 
@@ -172,7 +180,7 @@ class Places:
             buckets = fill_buckets(asked, rule, saved, self.layout)
             keys = keys_of(buckets)
             for p in {*asked.parameters} & self.homes.keys():
-                left = self.views(p).keys() & saved.get(p, {}).keys() - keys[p]
+                left = self.views(p).keys() & saved.get(p, {}).keys() - keys[p] - {*KEYS}
                 if left:
                     raise ValueError(f"the optimizer state of {label_of([group], p)} also has {', '.join(left)}")
         except ValueError as wrong:

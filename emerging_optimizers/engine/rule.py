@@ -27,7 +27,7 @@ class Scalars(Protocol):
     Attributes:
         step: how many times each matrix has been updated, this time included. It broadcasts against the gradient.
         weight: the parameters as a stack like the gradient.
-        weight_dtype: the parameters' own dtype; comes with `weight`.
+        weight_dtype: to which `weight`, with which it comes, has been rounded.
         parameters: the torch parameters behind the stack, which then holds one.
         l2: what l2 weight decay adds to the gradient; None: nothing. Of other rules the engine adds it itself.
     """

@@ -55,18 +55,24 @@ class BucketStep:
         Whatever is raised, a chunk has moved as a whole, with its counts, or not at all.
         """
         bucket = self.bucket
-        gradients = {i: g for i, p in enumerate(bucket.parameters) if (g := p.grad) is not None}
+        gradients = bucket.gradients()
         if not gradients:
             return
         self.done.clear()
         watched = watch(bucket, gradients) if self.move.moves and not bucket.hands_out else None
         try:
-            self._take_chunks(gradients)
-        except BaseException:
-            if self.done:
-                bucket.count(list(gradients), self.factor, self.news, self.done)
-            raise
-        bucket.count(list(gradients), self.factor, self.news)
+            bucket.open(list(gradients))
+            try:
+                self._take_chunks(gradients)
+            except BaseException:
+                if self.done:
+                    bucket.count(list(gradients), self.factor, self.news, self.done)
+                raise
+            if not self.move.moves:  # nothing is stored
+                bucket.release()
+            bucket.count(list(gradients), self.factor, self.news)
+        finally:
+            bucket.release()
         if watched is not None and self.factor is None:
             bucket.unmoved = watched.unmoved()
         if (flags := lost(bucket.state)) is not None:
@@ -219,7 +225,7 @@ class BucketStep:
         if self.l2 is not None or "weight" in reads:
             weight = bucket.stack(chunk, {segment.row: bucket.parameters[segment.row] for segment in chunk})
             if "weight" in reads:
-                extra |= {"weight": weight, "weight_dtype": bucket.param_dtype}
+                extra |= {"weight": weight, "weight_dtype": bucket.rounded_to}
             if self.l2 is not None and "l2" in reads:
                 extra["l2"] = self.l2 * weight
             elif self.l2 is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from emerging_optimizers.distributed.shares import Owned, Share
 from emerging_optimizers.engine.chunks import Segment
 from emerging_optimizers.engine.commit import Write, commit
+from emerging_optimizers.engine.kept import kept_of
 from emerging_optimizers.engine.matrix_view import Block
 from emerging_optimizers.engine.transit import Transit
 
@@ -36,6 +37,8 @@ class Units:
         self.parameters = parameters = [share.work for share in self.shares]
         self.blocks = [block for _, block in rows]
         self.item = item = self.blocks[0].item
+        # What of them is worked on in float32 and stored in less; an owner's wholes are put together elsewhere.
+        self.kept = kept_of(share for share in self.shares if not isinstance(share, Owned))
         first = self.shares[0]
         self.elsewhere = first.elsewhere
         self.total = first.total
@@ -44,6 +47,7 @@ class Units:
         self.dtype = state_dtype(parameters[0])
         self.device = parameters[0].device
         self.param_dtype = parameters[0].dtype
+        self.rounded_to = self.param_dtype if first.kept is None else first.kept.rounded_to
         self.shapes = [p.shape for p in parameters]
         size = max(1, torch.Size(item).numel())
         self.offsets = [0]
@@ -55,6 +59,7 @@ class Units:
         # When each row's turn comes, for a rule with a period.
         self.turns = [0] * len(parameters)
         self.capturable = False
+        self._stores: list[Write] = []  # what stores the weights that are in float32 now
         self.units = self.offsets[-1] if item else len(parameters)
         self.step = torch.zeros(self.units if counts_steps else 0, dtype=torch.float32, device=self.device)
         self.step_version = self.step._version  # another one: somebody has written the counts
@@ -83,6 +88,27 @@ class Units:
     def looks(self) -> bool:
         """Whether the host may look at a value: it waits for nothing, and no graph is to repeat the step without it."""
         return self.on_host and not self.capturable
+
+    def gradients(self) -> dict[int, Tensor]:
+        """Those that there are, by their rows."""
+        return {i: grad for i, share in enumerate(self.shares) if (grad := share.grad) is not None}
+
+    def open(self, members: Sequence[int]) -> None:
+        """Make the float32 weights of what is kept in less; `count` rounds and stores them, with those of `members`."""
+        for kept in self.kept:
+            kept.open()
+        self._stores = self._stores_of(members)
+
+    def _stores_of(self, members: Sequence[int]) -> list[Write]:
+        shares = [self.shares[i] for i in members]
+        return [write for kept in self.kept for write in kept.writes(shares)]
+
+    def release(self) -> None:
+        """Give their memory back, which a CUDA graph needs."""
+        self._stores = []
+        for kept in self.kept:
+            if not self.capturable:
+                kept.release()
 
     def unit_view(self, i: int, stack: Tensor) -> Tensor:
         """What a stack over units holds for row i: (b,) for a batch of b matrices, else 0-D."""
@@ -125,7 +151,8 @@ class Units:
             stacks = self.guard_stacks
             news = {name: torch.where(moved, new, stacks[name]) for name, new in news.items()}
             factor = moved.to(self.dtype) if factor is None else factor * moved
-        writes: list[Write] = [partial(self.guard_stacks[name].copy_, new) for name, new in news.items()]
+        stores = self._stores if done is None or not self._stores else self._stores_of(members)
+        writes: list[Write] = [*stores, *(partial(self.guard_stacks[name].copy_, new) for name, new in news.items())]
         lags = self.lags
         if factor is not None:
             live = factor > 0

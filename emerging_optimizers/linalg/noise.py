@@ -1,4 +1,4 @@
-"""Normal numbers without a generator: a function of the seed, the step and the place in the matrix.
+"""Random numbers without a generator: a function of the seed, the step and the place in the matrix.
 
 A generator's numbers depend on what was drawn before, so a stack and its matrices one by one, a run and its resumption,
 a CPU and an accelerator would each see others. These do not: every number is the hash of where it stands, as in
@@ -6,14 +6,14 @@ Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3.
 """
 
 import math
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-WordT = TypeVar("WordT", int, Tensor)
 _MASK = 2**32 - 1
+# Of Wellons 2018, lowbias32: shifts, and between them factors.
+_SHIFTS, _FACTORS = (16, 15, 16), (0x7FEB352D, 0x846CA68B)
 
 
 def run_seed() -> int:
@@ -55,11 +55,10 @@ def counted_normal(like_BMN: Tensor, step_B11: Tensor, seed: int, stream: int) -
 def _counted_normal(like_BMN: Tensor, step_B11: Tensor, key: int) -> Tensor:
     _, M, N = like_BMN.shape
     half = (N + 1) // 2
-    device = like_BMN.device
-    key_B11 = _hash((step_B11.long() + key) & _MASK)
-    row_BM1 = _hash((key_B11 + torch.arange(M, device=device).unsqueeze(-1)) & _MASK)
-    bits = _hash((row_BM1 + torch.arange(2 * half, device=device)) & _MASK)
-    u = (bits.to(like_BMN.dtype) + 0.5) * 2.0**-32  # in (0, 1]
+    key_B11 = hash_words_(words(step_B11.long() + key))
+    row_BM1 = hash_words_(key_B11 + _count(M, like_BMN.device).unsqueeze(-1))
+    bits = hash_words_(row_BM1 + _count(2 * half, like_BMN.device))
+    u = ((bits.long() & _MASK).to(like_BMN.dtype) + 0.5) * 2.0**-32  # in (0, 1]
     radius, angle = (-2 * u[..., :half].log()).sqrt(), (2 * math.pi) * u[..., half:]
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[..., :N].contiguous()
 
@@ -76,8 +75,33 @@ def _hash_seed(seed: int) -> int:
     return key
 
 
-def _hash(x: WordT) -> WordT:
-    """32 bits to 32 bits, by Wellons 2018, lowbias32; the factors are chosen so that int64 does not overflow."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & _MASK
-    return x ^ (x >> 16)
+def _hash(x: int) -> int:
+    """`hash_words_` of a number in [0, 2^32)."""
+    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return x ^ (x >> _SHIFTS[-1])
+
+
+def words(x: Tensor) -> Tensor:
+    """The lowest 32 bits of int64 numbers, as int32."""
+    return ((x + 2**31) & _MASK).sub_(2**31).to(torch.int32)
+
+
+def hash_words_(x: Tensor) -> Tensor:
+    """32 bits to 32 bits (Wellons 2018, lowbias32), in place, of words as int32, whose products wrap around.
+
+    Example:
+        >>> hash_words_(torch.tensor([0, 1, 2], dtype=torch.int32)).tolist()
+        [0, 1753845952, -787275391]
+    """
+    shifted = torch.empty_like(x)
+    for shift, factor in zip(_SHIFTS, (*_FACTORS, None), strict=True):
+        torch.bitwise_right_shift(x, shift, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_(_MASK >> shift))  # the sign is a bit like the others
+        if factor is not None:
+            x.mul_(factor if factor < 2**31 else factor - 2**32)
+    return x
+
+
+def _count(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, dtype=torch.int32, device=device)

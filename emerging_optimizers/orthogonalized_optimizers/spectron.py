@@ -181,7 +181,9 @@ class SpectronRule(StartsFromWeight):
         """Whether each weight is A B^T but for one rounding to its dtype, in its largest entry and in norm; (B,)."""
         residual = torch.baddbmm(weight, A, B.mT, alpha=-1)
         info = torch.finfo(dtype)
-        share = 0.51 * info.eps + 2**-16  # of the product itself, where its terms cancel or another kernel forms it
+        # A unit in the last place, as chance may have rounded it; 2^-16 of the product itself, where its terms cancel
+        # or another kernel forms it.
+        share = 1.01 * info.eps + 2**-16
         floor = info.eps * info.tiny  # spacing of float16's subnormals
         largest = _largest(residual) <= share * _largest(weight) + floor
         return largest & (_norm(residual) <= share * _norm(weight) + floor * residual[0].numel() ** 0.5)
