@@ -160,7 +160,8 @@ def entry_of(name: str, spread: Spread, needs: Needs, spans: Sequence[Span], dty
     held = sum(box.numel for box in boxes if box is not None)
     numel = prod(spread.shape)
     # Directions travel in the dtype of the computation, new weights in their own.
-    back = dtype if needs.weights or dtype == torch.float64 else torch.float32
+    own = torch.float32 if needs.wide and dtype.itemsize < 4 else dtype
+    back = own if needs.weights or dtype == torch.float64 else torch.float32
     several = len(spans) > 1
     return Entry(
         name=name,
@@ -169,7 +170,7 @@ def entry_of(name: str, spread: Spread, needs: Needs, spans: Sequence[Span], dty
         loads=tuple((span.rank, job.piece(span.stop - span.start)) for span in spans),
         ranks=ranks,
         # Each element is fetched from one of its copies, and delivered to all.
-        fetched=(numel - held) * dtype.itemsize * (1 + needs.weights),
+        fetched=(numel - held) * (dtype.itemsize + needs.weights * own.itemsize),
         delivered=(numel * spread.copies - held) * back.itemsize,
         collective=ALL_TO_ALL,
         reason="matrices are cut: each goes to one owner" if several else "it is cut, and its update needs the whole",
