@@ -19,7 +19,17 @@ PAGES = (
     ROOT / "CONTRIBUTING.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("distributed", "migrate", "optimizers", "qk_clip", "routing", "spectron", "trust", "watching")
+        for name in (
+            "distributed",
+            "field",
+            "migrate",
+            "optimizers",
+            "qk_clip",
+            "routing",
+            "spectron",
+            "trust",
+            "watching",
+        )
     ),
 )
 # As under torchrun with one process, for the page about several.
