@@ -168,6 +168,8 @@ class Local(Part):
         by_element: whether its elements are worked on by themselves; otherwise the entries of its first axis.
     """
 
+    given: Tensor | None = None  # the part of the gradient that lies here, as long as a step takes
+
     def __init__(self, p: Tensor, spread: Spread, peers: Peers, by_element: bool) -> None:
         super().__init__(p, spread, peers)
         self._by_element = by_element
@@ -175,12 +177,16 @@ class Local(Part):
         # A rule is not asked to work on no matrix; elements are counted, since their norms are summed.
         self.elsewhere = not by_element and not self._boxes
         self.work = torch.empty(p.shape, dtype=p.dtype, device="meta") if self.elsewhere else self.stored.detach()
-        self.work.grad_dtype = None  # the user's gradient may have another
         cut = by_element and spread.is_cut
         self.total = Total(peers, spread.copies) if cut else None
         here = [k for box in self._boxes for k in range(box.starts[0], box.stops[0])] if p.ndim else []
         self.indices = (here, p.shape[0]) if spread.is_cut and not by_element and here else None
         self.kind = ("local", peers, spread.copies) if cut else ("local", self.elsewhere)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What is given."""
+        return self.given
 
     def publish(self, view: Tensor) -> Tensor:
         """Sharded like the parameter."""

@@ -88,7 +88,7 @@ class Exchange:
         for share in self._local:
             grad = local_gradient(share.source)  # where there is nothing of it, too: it may take an exchange
             if not share.elsewhere:
-                share.work.grad = grad
+                share.given = grad
             elif grad is not None and share.kept is not None:
                 commit(share.kept.advance([share]))
         try:
@@ -103,7 +103,7 @@ class Exchange:
             failed = [x for shipment in self._shipments for x in self._land(shipment.land(), groups)]
         finally:
             for share in self._local:
-                share.work.grad = None
+                share.given = None
         if problem is not None:
             raise problem
         if failed:

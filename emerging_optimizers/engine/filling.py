@@ -13,7 +13,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.chunks import Chunk, keep_pages
 from emerging_optimizers.engine.flops import step_flops
 from emerging_optimizers.engine.hooks import make_hook
-from emerging_optimizers.engine.kept import KEYS, keep, localized, opened
+from emerging_optimizers.engine.kept import KEYS, keep, localized
 from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.rule import Rule, StartsFromWeight
 from emerging_optimizers.engine.units import count_of
@@ -205,8 +205,11 @@ def start(bucket: Bucket, rule: StartsFromWeight, group: Mapping[str, Any]) -> N
     chunk = Chunk(bucket, (bucket.whole[i] for i in new))
     order = {p: i for i, p in enumerate(group["params"])}
     labels = [label(group, order[p], p) for i in new for p in (bucket.sources[i],) for _ in range(bucket.items(i))]
-    with opened(bucket.kept):
-        state = rule.start(bucket.stack(chunk, new), labels)
+    try:
+        bucket.open(())
+        state = rule.start(bucket.stack(chunk, {i: bucket.parameters[i] for i in new}), labels)
+    finally:
+        bucket.release()
     bucket.write(chunk, state)
     bucket.counts = counts
     bucket.forget_flags()

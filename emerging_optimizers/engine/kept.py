@@ -41,7 +41,7 @@ class Kept:
         shares: of the parameters.
 
     Attributes:
-        wide: float32 tensors shaped like what is stored; they have memory from `open` to `release`.
+        wide: float32 tensors shaped like what is stored; from `release` to `open` they only have the shape.
         entries: what `state` has of each parameter beside the rule's.
         starts: the same before the first step.
         rounded_to: of which precision the weights are when they are wide.
@@ -51,22 +51,33 @@ class Kept:
     entries: Sequence[Mapping[str, Tensor]]
     starts: Sequence[Mapping[str, Tensor]]
     lies_as_stored = False
-    _spare: Tensor  # what is needed beside the weights while they are wide
+    # What is needed beside the weights while they are wide.
+    _spare: Any = None
+    _spare_dtype: torch.dtype
 
     def __init__(self, shares: Sequence[Share]) -> None:
+        self._shares = shares
         self._stored = [share.stored for share in shares]
         self._dtype, self._device = self._stored[0].dtype, self._stored[0].device
         self._sizes = [x.numel() for x in self._stored]
-        self._wide = torch.empty(sum(self._sizes), dtype=torch.float32, device=self._device)
-        self.wide = self._shaped(self._wide)
-        self.rounded_to = self._dtype
+        self._count = sum(self._sizes)
         self._was = [(share.source, share.source.shape, self._dtype, share.source.device) for share in shares]
+        self.rounded_to = self._dtype
+        nothing = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._absent = [nothing.expand(x.shape) for x in self._stored]
+        self._wide: Tensor | None = None
         for row, share in enumerate(shares):
             share.kept, share.row = self, row
-            if not isinstance(share, Owned):
-                wide = torch.empty(share.work.shape, dtype=torch.float32, device="meta")
-                share.work = wide if share.elsewhere else self.wide[row]
-                share.work.grad_dtype = None  # the user's gradient has another
+            if share.elsewhere and not isinstance(share, Owned):
+                share.work = share.work.float()
+        self._show(self._absent)
+
+    def _show(self, wide: list[Tensor]) -> None:
+        """Have them worked on."""
+        self.wide = wide
+        for share in self._shares:
+            if not (share.elsewhere or isinstance(share, Owned)):
+                share.work = wide[share.row]
 
     def _shaped(self, flat: Tensor) -> list[Tensor]:
         """Numbers of all the parameters as tensors like what is stored."""
@@ -74,9 +85,8 @@ class Kept:
 
     def _pieces(self) -> list[slice]:
         """All the numbers, as one call takes them."""
-        count = len(self._wide)
         size = PIECE if self._device.type == "cpu" else AT_A_TIME
-        return [slice(a, min(count, a + size)) for a in range(0, count, size)]
+        return [slice(a, min(self._count, a + size)) for a in range(0, self._count, size)]
 
     def fits(self) -> bool:
         """Whether the parameters are still of that kind."""
@@ -84,14 +94,18 @@ class Kept:
 
     def open(self) -> None:
         """Make the float32 weights."""
-        for x in (self._wide, self._spare):
-            x.untyped_storage().resize_(x.numel() * x.itemsize)
-        self._fill()
+        if self._wide is None:
+            wide = torch.empty(self._count, dtype=torch.float32, device=self._device)
+            self._spare = torch.empty(self._count, dtype=self._spare_dtype, device=self._device)
+            self._wide = wide
+            self._show(self._shaped(wide))
+        self._fill(self._wide)
 
     def release(self) -> None:
         """Give the memory of the float32 weights back."""
-        for x in (self._wide, self._spare):
-            x.untyped_storage().resize_(0)
+        if self._wide is not None:
+            self._show(self._absent)
+            self._wide = self._spare = None
 
     def writes(self, shares: Sequence[Share]) -> list[Write]:
         """Store the weights, rounded; `shares` have taken a step. What has not moved stays as it is."""
@@ -101,7 +115,7 @@ class Kept:
         """What of that is written on every process, also where there is nothing of the weights."""
         return []
 
-    def _fill(self) -> None:
+    def _fill(self, wide: Tensor) -> None:
         raise NotImplementedError
 
 
@@ -112,23 +126,22 @@ class Compensated(Kept):
 
     def __init__(self, shares: Sequence[Share]) -> None:
         super().__init__(shares)
-        self._bits = torch.zeros(len(self._wide), dtype=torch.int16, device=self._device)
-        self._spare = torch.empty(len(self._wide), dtype=self._dtype, device=self._device)
+        self._spare_dtype, self.rounded_to = self._dtype, torch.float32
+        self._bits = torch.zeros(self._count, dtype=torch.int16, device=self._device)
         self.entries = [{"weight_bits": bits} for bits in self._shaped(self._bits)]
         self.starts = [{"weight_bits": torch.zeros((), dtype=torch.int16, device="cpu")}] * len(shares)
-        self._high = self._shaped(self._spare)
-        self.rounded_to = torch.float32
 
-    def _fill(self) -> None:
-        torch._foreach_copy_(self._high, self._stored)
+    def _fill(self, wide: Tensor) -> None:
+        torch._foreach_copy_(self._shaped(self._spare), self._stored)
         for i in self._pieces():
-            join_bfloat16_(self._wide[i], self._spare[i], self._bits[i])
+            join_bfloat16_(wide[i], self._spare[i], self._bits[i])
 
     def writes(self, shares: Sequence[Share]) -> list[Write]:
         """Both parts."""
-        return [self._split, partial(torch._foreach_copy_, self._stored, self._high)]
+        return [self._split, partial(torch._foreach_copy_, self._stored, self._shaped(self._spare))]
 
     def _split(self) -> None:
+        assert self._wide is not None
         for i in self._pieces():
             split_bfloat16_(self._spare[i], self._bits[i], self._wide[i])
 
@@ -147,7 +160,7 @@ class Stochastic(Kept):
     def __init__(self, shares: Sequence[Share], indices: Sequence[int]) -> None:
         super().__init__(shares)
         self._keys = torch.tensor(indices, dtype=torch.int64, device=self._device) << 32
-        self._spare = torch.empty(len(self._wide), dtype=torch.int32, device=self._device)
+        self._spare_dtype = torch.int32
         self.entries = [{"rounding_key": self._keys[row]} for row in range(len(shares))]
         self.starts = [{"rounding_key": key} for key in self._keys.clone()]
         runs = [(row, start, length) for row, share in enumerate(shares) for start, length in runs_of(share)]
@@ -160,7 +173,7 @@ class Stochastic(Kept):
         # Rows that were asked for last, and the same on the device.
         self._members: tuple[tuple[int, ...], Tensor] = ((), self._keys[:0])
 
-    def _fill(self) -> None:
+    def _fill(self, wide: Tensor) -> None:
         torch._foreach_copy_(self.wide, self._stored)
         keys = hash_words_(hash_words_(words(self._keys)) + words(self._keys >> 32))
         bases = keys[self._rows] + self._offsets
@@ -189,6 +202,7 @@ class Stochastic(Kept):
         return piece, runs, torch.tensor(lengths, dtype=torch.int64, device=self._device)
 
     def _round(self) -> None:
+        assert self._wide is not None
         rounded = round_stochastically(self._wide, self._spare, self._dtype)
         torch._foreach_copy_(self._stored, self._shaped(rounded))
 

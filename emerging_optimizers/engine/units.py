@@ -97,7 +97,12 @@ class Units:
         """Make the float32 weights of what is kept in less; `count` rounds and stores them, with those of `members`."""
         for kept in self.kept:
             kept.open()
+        self._follow_kept()
         self._stores = self._stores_of(members)
+
+    def _follow_kept(self) -> None:
+        if self.kept:
+            self.parameters[:] = [share.work for share in self.shares]
 
     def _stores_of(self, members: Sequence[int]) -> list[Write]:
         shares = [self.shares[i] for i in members]
@@ -109,6 +114,7 @@ class Units:
         for kept in self.kept:
             if not self.capturable:
                 kept.release()
+        self._follow_kept()
 
     def unit_view(self, i: int, stack: Tensor) -> Tensor:
         """What a stack over units holds for row i: (b,) for a batch of b matrices, else 0-D."""
