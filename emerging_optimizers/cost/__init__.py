@@ -111,8 +111,10 @@ def estimate(
         try:
             if isinstance(optimizer, str):  # the rate changes no cost; some have none to start from
                 known = entry(optimizer)
-                rate = {"lr": 1e-3} if known.start is None and known.in_adams_unit else {}
-                made = create_optimizer(optimizer, copied, **{**rate, **options})
+                more = {"lr": 1e-3} if known.start is None and known.in_adams_unit else {}
+                if "precondition_frequency" in options:
+                    more |= {"refresh_ramp": 0}  # what it is about is a step far behind the ramp
+                made = create_optimizer(optimizer, copied, **{**more, **options})
             else:
                 made = optimizer(copied)
             looked: set[Tensor] = set()

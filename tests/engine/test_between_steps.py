@@ -440,7 +440,7 @@ def test_a_misspelled_option_in_a_group_is_refused(way: str, name: str, meant: s
         ("soap", {}, "max_precond_dim", 4),
         ("soap", {}, "use_kl_shampoo", True),
         ("soap", {"use_kl_shampoo": True}, "use_kl_shampoo", False),
-        ("soap", {}, "precondition_frequency", 3),
+        ("soap", {"refresh_ramp": 0}, "precondition_frequency", 3),
         ("soap", {}, "matrix_view", ("split", 3)),
         ("soap", {}, "state_dtype", torch.bfloat16),
         ("muon", {}, "matrix_view", ("split", 2, 4)),
