@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Annotated, Any, ClassVar
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.columns import in_columns
 
 Json = Annotated[bool, "Print JSON."]
 _MODEL = (
@@ -26,12 +27,6 @@ def show(value: Any, as_json: bool) -> None:
         print(json.dumps(plain, indent=1, default=str))
     else:
         print(value)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{x:{width}}" for x, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def asked(answer: Callable[[], Any]) -> Any:
@@ -69,7 +64,8 @@ class List:
             for name, entry in OPTIMIZERS.items()
             if name in names
         ]
-        show(found if self.json else aligned([[*found[0]], *([*row.values()] for row in found)]), self.json)
+        rows = [[*found[0]], *([*row.values()] for row in found)]
+        show(found if self.json else "\n".join(in_columns(rows)), self.json)
 
 
 @dataclass(frozen=True, kw_only=True)

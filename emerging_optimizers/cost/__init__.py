@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from emerging_optimizers.columns import in_columns
 from emerging_optimizers.cost.meter import WARM_STEPS, Meter
 from emerging_optimizers.cost.timings import Timings
 from emerging_optimizers.engine import RuleOptimizer
@@ -57,10 +58,7 @@ class Estimate(Cost):
         rows = [("parameter", "shape", "state bytes", "GFLOP a step", "ms a step")]
         rows += [(name, *_texts(cost)) for name, cost in self.by_parameter.items()]
         rows += [("all", *_texts(self)), ("a step's temporaries", "", f"{self.peak_bytes:,}", "", "")]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        sides = ("<", "<", ">", ">", ">")
-        layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-        return "\n".join(layout.format(*row).rstrip() for row in rows) + self.products
+        return "\n".join(in_columns(rows, right=(2, 3, 4))) + self.products
 
 
 def estimate(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from emerging_optimizers.columns import in_columns
 from emerging_optimizers.cost.ledger import Ledger, Mesh, Place, Update, owners_of, sharding_of_weight
 from emerging_optimizers.cost.models import Decoder, read_model
 from emerging_optimizers.distributed.owners import least_load
@@ -116,11 +117,7 @@ class Scale:
 
     def __str__(self) -> str:
         header = ("parameters", "shape", "count", "worked on", "GFLOP each", "state MiB each")
-        table = [header, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        sides = ("<", "<", ">", "<", ">", ">")
-        layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-        lines = [layout.format(*cells).rstrip() for cells in table]
+        lines = in_columns([header, *map(_cells, self.rows)], right=(2, 4, 5))
         machine = self.machine
         return "\n".join(
             [

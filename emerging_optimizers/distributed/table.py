@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from emerging_optimizers.columns import in_columns
 from emerging_optimizers.distributed.dtensor import Spread
 from emerging_optimizers.distributed.layout import Needs, job_of, work_of
 from emerging_optimizers.distributed.owners import Span, least_load
@@ -197,17 +198,6 @@ def layer_name(name: str, rows: int) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) if rows > WHOLE else name
 
 
-def in_columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines; the last column is as long as it is.
-
-    Example:
-        >>> in_columns([("a", "shape"), ("bcd", "2x3")])
-        ['a    shape', 'bcd  2x3']
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-
-
 def in_runs(ranks: Iterable[int]) -> str:
     """Rising numbers, in a few words.
 
@@ -224,8 +214,9 @@ def in_runs(ranks: Iterable[int]) -> str:
 def _bytes(number: int) -> str:
     if not number:
         return "-"
+    size = float(number)
     for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024  # type: ignore[assignment]
-    return f"{number:.4g} GiB"
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

@@ -6,6 +6,7 @@ knows that they are not the parameters. What is worked on as a whole by its owne
 on them.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ AT_A_TIME, AT_A_TIME_ON_CPU = 2**24, 2**20
 PIECE = 2**17
 
 
-class Kept:
+class Kept(ABC):
     """What is stored of some parameters of one low precision, and the same in float32.
 
     Args:
@@ -107,16 +108,17 @@ class Kept:
             self._show(self._absent)
             self._wide = self._spare = None
 
+    @abstractmethod
     def writes(self, shares: Sequence[Share]) -> list[Write]:
         """Store the weights, rounded; `shares` have taken a step. What has not moved stays as it is."""
-        raise NotImplementedError
 
     def advance(self, shares: Sequence[Share]) -> list[Write]:
         """What of that is written on every process, also where there is nothing of the weights."""
         return []
 
+    @abstractmethod
     def _fill(self, wide: Tensor) -> None:
-        raise NotImplementedError
+        """The weights in float32, as one after the other."""
 
 
 class Compensated(Kept):

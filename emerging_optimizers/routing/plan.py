@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from emerging_optimizers import registry
-from emerging_optimizers.distributed.table import WorkPlan, in_columns, layer_name
+from emerging_optimizers.columns import in_columns
+from emerging_optimizers.distributed.table import WorkPlan, layer_name
 from emerging_optimizers.engine.groups import DTYPES
 from emerging_optimizers.engine.matrix_view import MatrixViewT
 from emerging_optimizers.linalg.precision import newton_schulz_in_words

@@ -293,7 +293,7 @@ class ShampooBase(RuleOptimizer):
         if cls._scalar_update is ShampooBase._scalar_update:
             raise NotImplementedError(f"{self._name} has no _scalar_update; override it, or use Shampoo")
         home = next(c for c in cls.__mro__ if "rule" in vars(c))  # whose preconditioner its rule is
-        if cls._scalar_update is Shampoo._scalar_update and cls.PreconditionerCls is home.PreconditionerCls:  # type: ignore[attr-defined]
+        if cls._scalar_update is Shampoo._scalar_update and cls.PreconditionerCls is home.PreconditionerCls:  # type: ignore[attr-defined]  # a ShampooBase
             return super()._make_rule(group)
         return rule_of(OneByOneRule, {**group, "cls": cls.PreconditionerCls, "function": self._scalar_update})
 

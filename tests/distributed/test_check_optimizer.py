@@ -16,8 +16,9 @@ BY_DEFAULT = ("adamw", "soap")
 
 def failures(name: str) -> list[Any]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    layout = lambda x: distribute_tensor(x, mesh, [Shard(0)])  # noqa: E731
-    return check_optimizer(made_by(name), layout=layout, raises=False).failures
+    return check_optimizer(
+        made_by(name), layout=lambda x: distribute_tensor(x, mesh, [Shard(0)]), raises=False
+    ).failures
 
 
 def slow_unless(name: str) -> Any:
