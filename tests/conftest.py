@@ -1,5 +1,6 @@
 """Fixtures that every test shares, and what of the table is collected."""
 
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What importing and collecting have left stays: a collection, which many tests ask for, passes over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +173,10 @@ def test_a_terminal_of_ascii_is_no_error() -> None:
 def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     words = ["train", "--optimizers", "adamw", *TINY.replace("--steps 4", "--steps 2000").split(), "--out", str(folder)]
+    # Where the tests run in the background, a shell has told all of them to ignore the interrupt.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        [*EOPT, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [*EOPT, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=heeding
     ) as process:
         metrics = folder / "adamw" / "metrics.jsonl"
         for _ in range(600):

@@ -1,6 +1,7 @@
 """What every optimizer owes its users, over the whole table."""
 
 import copy
+import io
 import pickle
 from typing import Any
 
@@ -30,8 +31,15 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 # ---- learning ---------------------------------------------------------------------------------------------------
 
 
-@every_case
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+# Half a second each: the options of an optimizer, whose steps the other tests take too, and a second seed are slow.
+@pytest.mark.parametrize(
+    ("case", "seed"),
+    [
+        pytest.param(case, seed, id=f"{case}-{seed}", marks=[] if case in SEEDS and not seed else [pytest.mark.slow])
+        for case in CASES
+        for seed in (0, 1)
+    ],
+)
 def test_it_descends(case: OptimizerCase, seed: int, device: torch.device) -> None:
     """Each parameter has a target of its own; the learning rate falls to zero."""
     ps = parameters(case, device=device, copies=1, seed=seed)
@@ -154,39 +162,46 @@ def test_state_is_float32_or_float64(case: OptimizerCase, dtype: torch.dtype, de
         assert all(value.shape == p.shape for key, value in optimizer.state[p].items() if key.startswith("exp_avg"))
 
 
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stop", [1, 2, 4])
-def test_resume_is_bitwise(
-    case: OptimizerCase, dtype: torch.dtype, stop: int, device: torch.device, tmp_path: Any
-) -> None:
-    through, _ = run(case, 6, dtype=dtype, device=device)
-    ps, optimizer = run(case, stop, dtype=dtype, device=device)
-    torch.save({"weights": clones(ps), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True, map_location=device)
-
-    resumed = [torch.nn.Parameter(weight) for weight in saved["weights"]]
-    optimizer = case.make(resumed, lr=123.0)
-    optimizer.load_state_dict(saved["optimizer"])
-    for t in range(stop + 1, 7):
-        set_gradients(resumed, t)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(case, torch.float32, id=f"{case}-float32") for case in CASES]
+    + [pytest.param(case, torch.bfloat16, id=f"{case}-bfloat16") for case in SEEDS],
+)
+def test_resume_is_bitwise(case: OptimizerCase, dtype: torch.dtype, device: torch.device) -> None:
+    through = parameters(case, dtype, device)
+    optimizer = case.make(through)
+    files = {}
+    for t in range(1, 7):
+        set_gradients(through, t)
         optimizer.step()
-    assert same(resumed, through)
+        if t in (1, 2, 4):
+            files[t] = io.BytesIO()
+            torch.save({"weights": clones(through), "optimizer": optimizer.state_dict()}, files[t])
+
+    for stop, file in files.items():
+        file.seek(0)
+        saved = torch.load(file, weights_only=True, map_location=device)
+        resumed = [torch.nn.Parameter(weight) for weight in saved["weights"]]
+        optimizer = case.make(resumed, lr=123.0)
+        optimizer.load_state_dict(saved["optimizer"])
+        for t in range(stop + 1, 7):
+            set_gradients(resumed, t)
+            optimizer.step()
+        assert same(resumed, through), f"after a checkpoint of step {stop}"
 
 
 @every_case
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
-def test_a_copy_goes_on_by_itself(case: OptimizerCase, how: Any) -> None:
+def test_a_copy_goes_on_by_itself(case: OptimizerCase) -> None:
     through, _ = run(case, 5, execution="per_matrix")
-    ps, optimizer = run(case, 3, execution="per_matrix")
-    copied, twin = how((ps, optimizer))
-    before = snapshot(optimizer)
-    for t in range(4, 6):
-        set_gradients(copied, t)
-        twin.step()
-    assert same(copied, through)
-    assert same(snapshot(optimizer), before)
-    assert twin.execution == "per_matrix"
+    pair = run(case, 3, execution="per_matrix")
+    before = snapshot(pair[1])
+    for copied, twin in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
+        for t in range(4, 6):
+            set_gradients(copied, t)
+            twin.step()
+        assert same(copied, through)
+        assert same(snapshot(pair[1]), before)
+        assert twin.execution == "per_matrix"
 
 
 @every_optimizer

@@ -19,7 +19,7 @@ DEVICES = ("cpu", "cuda")
 # Tensors of fewer elements are gathered before they are looked at, so many at a time: a call costs as much as 20,000
 # elements, and what is gathered is read from the cache.
 _SMALL = 2**14
-_GATHERED = 64
+_GATHERED = 32
 # Elements of a piece that stays in the cache between two kernels.
 _PIECE = 2**17
 
@@ -197,7 +197,7 @@ def are_below(tensors: list[Tensor], limit: float) -> bool:
 def squares(tensors: list[Tensor]) -> list[Tensor]:
     """Squared norms that bound those of all the tensors, 0-D each; the tensors are only read."""
     small = [x if x.ndim == 1 else x.reshape(-1) for x in tensors if x.numel() < _SMALL]
-    found = [_square(x) for x in tensors if x.numel() >= _SMALL]
+    found = [] if len(small) == len(tensors) else [_square(x) for x in tensors if x.numel() >= _SMALL]
     for start in range(0, len(small), _GATHERED):
         pieces = small[start : start + _GATHERED]
         found.append(_square(torch.cat(pieces) if len(pieces) > 1 else pieces[0]))

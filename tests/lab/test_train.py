@@ -62,14 +62,14 @@ def test_a_run_learns_and_leaves_its_files(tiny, tmp_path):
 
 
 def test_a_killed_run_continues_with_the_same_losses(tiny, tiny_args, tmp_path):
-    long = replace(tiny, steps=150, eval_every=10, checkpoint_every=7)
+    long = replace(tiny, steps=80, eval_every=10, checkpoint_every=7)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_train(long, whole, Console(quiet=True))
 
-    changes = ["--steps", "150", "--eval-every", "10", "--checkpoint-every", "7", "--out", str(killed)]
+    changes = ["--steps", "80", "--eval-every", "10", "--checkpoint-every", "7", "--out", str(killed)]
     command = [*EOPT, "train", *tiny_args, *changes]
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path)
-    victim, delay = random.choice(long.optimizers), random.uniform(0, 0.3)
+    victim, delay = random.choice(long.optimizers), random.uniform(0, 0.15)
     print(f"to be killed {delay:.3f} s after the first checkpoint of {victim}")
     while not (killed / victim / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.005)
