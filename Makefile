@@ -50,7 +50,7 @@ demo: $(ENV) ## train a small GPT on real text with AdamW, Muon and SOAP and dra
 
 grid: $(ENV) ## run the learning-rate grid behind the demo's defaults
 	@echo "grid: every optimizer over its learning rates (longer than the demo)"
-	$(PY) -m emerging_optimizers.lab grid $(ARGS)
+	$(PY) -m emerging_optimizers.lab grid --resume $(ARGS)
 
 match: $(ENV) ## fit the factors of match="adamw" on three small tasks (40 minutes; needs scikit-learn's digits)
 	@echo "match: every optimizer over its factor and AdamW's rate; what the results hold is not trained again"
@@ -59,9 +59,9 @@ match: $(ENV) ## fit the factors of match="adamw" on three small tasks (40 minut
 # Each command also leaves its tables, ready for the pages under docs/, in runs/*/tables.md.
 findings: $(ENV) ## repeat the experiments of docs/spikes.md and docs/precision.md and renew their figures
 	@echo "findings: the spike, eigenbasis and precision experiments, then docs/images"
-	$(PY) -m emerging_optimizers.lab spike --out runs/spike
-	$(PY) -m emerging_optimizers.lab eigenbasis --out runs/eigenbasis
-	$(PY) -m emerging_optimizers.lab precision --out runs/precision
+	$(PY) -m emerging_optimizers.lab spike --out runs/spike --overwrite
+	$(PY) -m emerging_optimizers.lab eigenbasis --out runs/eigenbasis --overwrite
+	$(PY) -m emerging_optimizers.lab precision --out runs/precision --overwrite
 	@for name in warmup sweep aftershock spectra; do cp runs/spike/$$name.png docs/images/spike_$$name.png; done
 	@cp runs/eigenbasis/eigenbasis.png docs/images/precision_spike.png
 	@cp runs/precision/precision.png docs/images/

@@ -8,12 +8,22 @@ tables.md           the tables that the terminal shows
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
+from emerging_optimizers.cli.progress import Progress, Say
 from emerging_optimizers.lab.experiment import Result
-from emerging_optimizers.lab.record import environment, json_bytes, sealed, sole_writer, write_atomically
+from emerging_optimizers.lab.places import RESULT, Existing, claim, same_request
+from emerging_optimizers.lab.record import (
+    environment,
+    json_bytes,
+    read_json,
+    reading,
+    sealed,
+    sole_writer,
+    write_atomically,
+)
 from emerging_optimizers.lab.runs import GridRow, TrainResult
 from emerging_optimizers.lab.views.describe import Table, View
 from emerging_optimizers.lab.views.grid import grid_view
@@ -22,20 +32,48 @@ from emerging_optimizers.lab.views.train import train_view
 R = TypeVar("R", bound=Result)
 
 
-def carry_out(run: Callable[[], R], view: Callable[[R], View], out: Path, command: Sequence[str]) -> None:
+def carry_out(
+    run: Callable[[bool, Say], R], view: Callable[[R], View], out: Path, command: Sequence[str], existing: Existing
+) -> None:
     """Runs an experiment, writes its files and shows its tables; meanwhile nobody else writes into the folder.
 
     Args:
-        run: Makes the result.
+        run: Makes the result; told whether it goes on with what the folder holds, and whom to tell how far it is.
         view: What a result shows.
         out: The folder.
         command: The command line.
+        existing: What may become of results that are there.
     """
     with sole_writer(out):
-        result = run()
-        shown = view(result)
-        files = save(result, shown, out, command)
+        resume = claim(out, command[1], existing)
+        with Progress(" ".join(command[:2])) as say:
+            result = run(resume, say)
+            say("drawing")
+            shown = view(result)
+            files = save(result, shown, out, command)
     show(shown.tables, files)
+
+
+def in_one_go(kind: Any, config: Any, out: Path, make: Callable[[Say], R]) -> Callable[[bool, Say], R]:
+    """An experiment without parts: to go on with it is to read what it has made.
+
+    Args:
+        kind: The class of its results.
+        config: The request.
+        out: The folder.
+        make: Runs it, and says how far it is.
+    """
+
+    def run(resume: bool, say: Say) -> R:
+        if not resume:
+            return make(say)
+        path = out / RESULT
+        with reading(path, "bring it back, or give --overwrite or another --out"):
+            result = kind.from_json(read_json(path))
+        same_request(out, result.config, config)
+        return result
+
+    return run
 
 
 def save(result: Result, view: View, folder: Path, command: Sequence[str] = ()) -> tuple[Path, ...]:
