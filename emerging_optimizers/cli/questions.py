@@ -106,7 +106,7 @@ class Estimate:
         "The parameters, as in COUNT*ROWSxCOLUMNS,...; by default the hidden matrices of GPT-2 small",
     ] = "12*4*768x768,12*3072x768,12*768x3072"
     device: Annotated[str, "Where the step would run."] = "cpu"
-    seconds: Annotated[bool, "Time the operations, which needs the memory of the largest one's operands."] = True
+    seconds: Annotated[bool, "Time the operations, in little memory."] = True
     model: Annotated[str | None, f"In place of --shapes: {_MODEL}"] = None
     mesh: Annotated[str | None, _MESH] = None
     expert_parallel: Annotated[int, "Ranks over which the experts of a layer are spread."] = 1
