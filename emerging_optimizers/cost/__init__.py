@@ -110,6 +110,7 @@ def estimate(
     with FakeTensorMode(), torch.no_grad():
         copied = copy.deepcopy(target, {id(x): _fake(x, device) for x in _tensors(target)})
         try:
+            made: torch.optim.Optimizer
             if isinstance(optimizer, str):  # the rate changes no cost; some have none to start from
                 known = entry(optimizer)
                 more = {"lr": 1e-3} if known.start is None and known.in_adams_unit else {}
