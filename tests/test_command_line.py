@@ -115,6 +115,9 @@ def test_help_and_version(capsys: Any) -> None:
         status, out, _ = ended(f"{name} --help", capsys)
         assert status == 0
         assert f"usage: eopt {name}" in out.replace("\n", " ")
+        assert "{None}" not in out
+        assert "--json" in out
+        assert ended(f"{name} --version", capsys) == (0, f"eopt {__version__}\n", "")
 
 
 def test_what_help_says_of_the_labs_commands_is_what_they_say() -> None:
@@ -136,6 +139,15 @@ def test_json(words: str, capsys: Any) -> None:
     status, out, _ = ended(f"{words} --json", capsys)
     assert status == 0
     assert json.loads(out)
+
+
+def test_json_of_an_experiment(capsys: Any, tmp_path: Path) -> None:
+    words = "precision --shape 4 6 --ranges 1e2 --draws 2 --json"
+    status, out, _ = ended(f"{words} --out {tmp_path / 'run'}", capsys)
+    assert status == 0
+    found = json.loads(out)
+    assert all(Path(path).is_file() for path in found["files"])
+    assert {*found["tables"][0]} == {"title", "head", "rows"}
 
 
 def test_a_run_that_diverges_is_a_failure(capsys: Any, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def run(args: list[str]) -> None:
         if not args:
             raise UsageError("no command is given")
         return
-    if args[0] == "--version":
+    if "--version" in args:
         print(f"eopt {__version__}")
         return
     name, words = args[0].lower(), args[1:]

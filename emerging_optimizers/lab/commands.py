@@ -16,7 +16,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from emerging_optimizers.cli import FailedError, StoppedError, UsageError
 from emerging_optimizers.cli.progress import Progress, Say
@@ -50,7 +50,26 @@ def parsed(kind: type[CommandT], words: Sequence[str], default: CommandT | None 
     """A command of the words behind its name; asks for help and mistakes end the process with status 0 and 2."""
     name = f"eopt {kind.__name__.lower()}"
     said: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=words, prog=name, config=(tyro.conf.FlagCreatePairsOff,), **said)
+    return tyro.cli(kind, args=words, prog=name, config=(tyro.conf.FlagCreatePairsOff,), registry=PLAIN, **said)
+
+
+PLAIN = ConstructorRegistry()
+
+
+@PLAIN.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """An option that may be left out is shown as what it takes, without the words of Python's types."""
+    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if len(kinds) != 1 or type(None) not in get_args(info.type) or kinds[0] not in (int, float, str, Path):
+        return None
+    kind: Any = kinds[0]
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    )
 
 
 @contextmanager
@@ -65,11 +84,11 @@ def resumable(folder: Path, processes: int | None) -> Iterator[None]:
         raise StoppedError(f"interrupted; `{shlex.join(words)}` goes on") from None
 
 
-def _shown(result: "TrainResult") -> None:
+def _shown(result: "TrainResult", as_json: bool) -> None:
     """Shows a run; one that has diverged is a failure."""
     from emerging_optimizers.lab.present import present_training
 
-    present_training(result)
+    present_training(result, as_json=as_json)
     if lost := [run.optimizer for run in result.runs if not math.isfinite(run.final_loss)]:
         given = ",".join(f"{name}=..." for name in lost)
         raise FailedError(f"{', '.join(lost)} diverged: the last loss is not finite; give a lower rate, --lr {given}")
@@ -81,6 +100,8 @@ class Overwriting:
 
     overwrite: bool = False
     """Replace the results that are there; without it they are left alone and the command ends."""
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +138,7 @@ class Train(Overwriting):
             folder = self.out or new_folder()
             with resumable(folder, self.nproc):
                 if self.nproc is None:
-                    _shown(run_train(self.config, folder, overwrite=self.overwrite))
+                    _shown(run_train(self.config, folder, overwrite=self.overwrite), self.json)
                 else:
                     from emerging_optimizers.lab.sharded import begin
 
@@ -140,7 +161,7 @@ class Train(Overwriting):
             raise UsageError(f"{folder} was begun {how}")
         with resumable(folder, self.nproc):
             if self.nproc is None:
-                _shown(resume_train(folder))
+                _shown(resume_train(folder), self.json)
             else:
                 go_on(folder, read_run(folder)[0], self.nproc)
 
@@ -164,7 +185,7 @@ class Grid(Continuing):
 
         with sole_writer(self.out.parent, self.out.name):
             resume = claim(self.out, "grid", self.existing)
-            present_grid(run_grid(self.config, self.out, resume=resume), self.out)
+            present_grid(run_grid(self.config, self.out, resume=resume), self.out, as_json=self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +212,7 @@ class Spike(Continuing):
 
         require_positive(self, "processes")
         run = in_one_go(SpikeResult, self.config, self.out, sweep)
-        carry_out(run, spike_view, self.out, ("eopt", "spike", *args), self.existing)
+        carry_out(run, spike_view, self.out, ("eopt", "spike", *args), self.existing, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +230,7 @@ class Eigenbasis(Continuing):
         from emerging_optimizers.lab.views.eigenbasis import eigenbasis_view
 
         run = in_one_go(EigenbasisResult, self.config, self.out, partial(run_eigenbasis, self.config))
-        carry_out(run, eigenbasis_view, self.out, ("eopt", "eigenbasis", *args), self.existing)
+        carry_out(run, eigenbasis_view, self.out, ("eopt", "eigenbasis", *args), self.existing, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +248,7 @@ class Precision(Continuing):
         from emerging_optimizers.lab.views.precision import precision_view
 
         run = in_one_go(PrecisionResult, self.config, self.out, lambda say: run_precision(self.config))
-        carry_out(run, precision_view, self.out, ("eopt", "precision", *args), self.existing)
+        carry_out(run, precision_view, self.out, ("eopt", "precision", *args), self.existing, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +277,7 @@ class TF32(Continuing):
 
         require_positive(self, "processes")
         with sole_writer(self.out):
-            carry_out(runs, tf32_view, self.out, ("eopt", "tf32", *args), self.existing)
+            carry_out(runs, tf32_view, self.out, ("eopt", "tf32", *args), self.existing, self.json)
             (self.out / UNSAVED).unlink(missing_ok=True)
 
 
@@ -271,10 +292,14 @@ class Report(Overwriting):
 
     def run(self, args: Sequence[str]) -> None:
         """Writes the file and says where it is."""
+        from emerging_optimizers.lab.present import show
         from emerging_optimizers.lab.report import write_report
 
         with Progress("eopt report"):
             sections = write_report(self.runs, self.out, overwrite=self.overwrite)
+        if self.json:
+            show((), (self.out,), as_json=True)
+            return
         for section in sections:
             print(f"{section.view.title} ({self.runs / section.id})")
         print(self.out)
