@@ -143,6 +143,7 @@ class Train(Overwriting):
                     from emerging_optimizers.lab.sharded import begin
 
                     begin(self.config, folder, self.nproc, self.overwrite)
+                    self._say(folder)
             return
         Existing(resume=True, overwrite=self.overwrite)  # which cannot be
         if self.out is not None:
@@ -164,6 +165,14 @@ class Train(Overwriting):
                 _shown(resume_train(folder), self.json)
             else:
                 go_on(folder, read_run(folder)[0], self.nproc)
+                self._say(folder)
+
+    def _say(self, folder: Path) -> None:
+        """Where a run of several processes is; its losses have been shown as they came."""
+        if self.json:
+            from emerging_optimizers.lab.present import show
+
+            show((), (folder,), as_json=True)
 
 
 @dataclass(frozen=True, kw_only=True)
