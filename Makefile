@@ -34,7 +34,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid match findings notebooks bench bench-gpu bench-page test check lint format-check types contracts test-all test-gpu test-kernels new tables fingerprint fingerprint-check format clean clean-env
+.PHONY: help env demo grid match findings notebooks bench bench-gpu bench-page test check lint format-check types contracts lock audit test-all test-gpu test-kernels new tables fingerprint fingerprint-check format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -50,7 +50,7 @@ demo: $(ENV) ## train a small GPT on real text with AdamW, Muon and SOAP and dra
 
 grid: $(ENV) ## run the learning-rate grid behind the demo's defaults
 	@echo "grid: every optimizer over its learning rates (longer than the demo)"
-	$(PY) -m emerging_optimizers.lab grid $(ARGS)
+	$(PY) -m emerging_optimizers.lab grid --resume $(ARGS)
 
 match: $(ENV) ## fit the factors of match="adamw" on three small tasks (40 minutes; needs scikit-learn's digits)
 	@echo "match: every optimizer over its factor and AdamW's rate; what the results hold is not trained again"
@@ -59,9 +59,9 @@ match: $(ENV) ## fit the factors of match="adamw" on three small tasks (40 minut
 # Each command also leaves its tables, ready for the pages under docs/, in runs/*/tables.md.
 findings: $(ENV) ## repeat the experiments of docs/spikes.md and docs/precision.md and renew their figures
 	@echo "findings: the spike, eigenbasis and precision experiments, then docs/images"
-	$(PY) -m emerging_optimizers.lab spike --out runs/spike
-	$(PY) -m emerging_optimizers.lab eigenbasis --out runs/eigenbasis
-	$(PY) -m emerging_optimizers.lab precision --out runs/precision
+	$(PY) -m emerging_optimizers.lab spike --out runs/spike --overwrite
+	$(PY) -m emerging_optimizers.lab eigenbasis --out runs/eigenbasis --overwrite
+	$(PY) -m emerging_optimizers.lab precision --out runs/precision --overwrite
 	@for name in warmup sweep aftershock spectra; do cp runs/spike/$$name.png docs/images/spike_$$name.png; done
 	@cp runs/eigenbasis/eigenbasis.png docs/images/precision_spike.png
 	@cp runs/precision/precision.png docs/images/
@@ -103,7 +103,21 @@ contracts: $(ENV)
 	@echo "contracts: import-linter"
 	@$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-logo
 
-test-all: check $(FRAMEWORKS) ## like test, with the slow sweeps and the examples of every framework
+lock: ## write requirements-dev.lock again: the packages of the development environment with their hashes (needs uv)
+	@uv pip compile pyproject.toml --extra lab --extra dev --universal --python-version 3.11 --generate-hashes \
+	  -c constraints.txt --no-emit-package torch --no-header --no-annotate -q \
+	  | awk '/^[a-z]/ {keep = $$0 !~ /^(cuda|nvidia|triton)/} keep' > requirements-dev.lock
+
+# Without a network, or without pip-audit, nothing can be asked: that is said, and is no failure.
+audit: $(ENV) ## ask whether a package of requirements-dev.lock has a known vulnerability (needs the network)
+	@if ! $(PY) -m pip_audit --version >/dev/null 2>&1; then \
+	  echo "audit: left out, pip-audit is not installed ($(PY) -m pip install pip-audit)"; \
+	elif ! $(PY) -c "import socket; socket.create_connection(('pypi.org', 443), 5)" >/dev/null 2>&1; then \
+	  echo "audit: left out, the network does not reach pypi.org, where pip-audit asks"; \
+	else echo "audit: pip-audit over requirements-dev.lock"; \
+	  $(PY) -m pip_audit --disable-pip --require-hashes -r requirements-dev.lock; fi
+
+test-all: check audit $(FRAMEWORKS) ## like test, with the slow sweeps and the examples of every framework
 	@echo "test-all: pytest with the slow sweeps"
 	$(PYTEST) $(PARALLEL) $(ARGS)
 

@@ -1,5 +1,7 @@
 """`eopt`: wrong and awkward command lines end with a sentence or two, the right exit status, and no traceback."""
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -14,6 +16,8 @@ from typing import Any
 import pytest
 
 from emerging_optimizers._version import __version__
+from emerging_optimizers.cli import progress
+from emerging_optimizers.cli.progress import Progress
 from emerging_optimizers.cli.questions import QUESTIONS
 from emerging_optimizers.lab.__main__ import LAB, main
 from emerging_optimizers.lab.commands import COMMANDS
@@ -78,6 +82,7 @@ def ended(words: str, capsys: Any) -> tuple[int, str, str]:
         ("train --steps 0", 2, "--steps is 0; it must be at least 1"),
         ("train --width 10 --heads 3", 2, "cannot be split"),
         ("train --text nowhere.txt", 2, "nowhere.txt"),
+        ("spike --overwrite --resume", 2, "give one of the two"),
         ("train --resume nowhere", 2, "nowhere holds no run"),
         ("train --resume", 2, "runs"),
         ("train --average 2", 2, "--average 2 is no decay"),
@@ -111,6 +116,9 @@ def test_help_and_version(capsys: Any) -> None:
         status, out, _ = ended(f"{name} --help", capsys)
         assert status == 0
         assert f"usage: eopt {name}" in out.replace("\n", " ")
+        assert "{None}" not in out
+        assert "--json" in out
+        assert ended(f"{name} --version", capsys) == (0, f"eopt {__version__}\n", "")
 
 
 def test_what_help_says_of_the_labs_commands_is_what_they_say() -> None:
@@ -132,6 +140,15 @@ def test_json(words: str, capsys: Any) -> None:
     status, out, _ = ended(f"{words} --json", capsys)
     assert status == 0
     assert json.loads(out)
+
+
+def test_json_of_an_experiment(capsys: Any, tmp_path: Path) -> None:
+    words = "precision --shape 4 6 --ranges 1e2 --draws 2 --json"
+    status, out, _ = ended(f"{words} --out {tmp_path / 'run'}", capsys)
+    assert status == 0
+    found = json.loads(out)
+    assert all(Path(path).is_file() for path in found["files"])
+    assert {*found["tables"][0]} == {"title", "head", "rows"}
 
 
 def test_a_run_that_diverges_is_a_failure(capsys: Any, tmp_path: Path) -> None:
@@ -188,3 +205,38 @@ def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert f"eopt: interrupted; `eopt train --resume '{folder}'` goes on" in err
     assert "Traceback" not in err
+
+
+class Stream(io.StringIO):
+    """A place to write that may say that it is a terminal."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: terminal  # type: ignore[method-assign]
+
+
+def test_who_waits_is_told_on_a_terminal_by_one_line_and_elsewhere_by_plain_ones(monkeypatch: Any) -> None:
+    monkeypatch.setattr(progress, "LINES_S", (0.05, 0.1))
+    monkeypatch.setattr(progress, "EVERY_S", 60.0)
+    terminal, file = Stream(True), Stream(False)
+    for stream in (terminal, file):
+        with Progress("eopt grid", stream) as say:
+            say("run 3 of 16")
+            time.sleep(0.5)
+    assert file.getvalue() == "eopt grid: run 3 of 16, 0 s\n" * 2
+    assert terminal.getvalue() == "\r\x1b[Keopt grid: run 3 of 16, 0 s\r\x1b[K"
+
+
+def test_what_is_quick_and_what_fails_leave_no_line() -> None:
+    stream = Stream(True)
+    with contextlib.suppress(ValueError), Progress("eopt plan", stream):
+        raise ValueError
+    assert stream.getvalue() == ""
+
+
+def test_progress_is_not_part_of_an_answer(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(progress, "LINES_S", (0.0,))
+    status, out, err = ended("check lion --json", capsys)
+    assert status == 0
+    assert json.loads(out)
+    assert err.startswith("eopt check: ")

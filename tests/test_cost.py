@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emerging_optimizers import create_optimizer, estimate
 from emerging_optimizers.cost.meter import Like, Meter
@@ -138,7 +139,7 @@ def test_seconds_and_the_table() -> None:
     cost = estimate([("w", matrix(32, 32))], "muon")
     assert cost.seconds is not None
     assert 0 < cost.seconds < 10
-    assert str(cost).splitlines()[1].startswith("w")
+    assert str(cost).splitlines()[1].split()[:3] == ["1", "x", "32x32"]
 
 
 def test_options_belong_to_a_name() -> None:
@@ -157,6 +158,34 @@ def test_a_device_that_is_not_there_is_named_before_anything_runs() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["estimate", "muon", "--shapes", "2*8x4,4x4", "--no-seconds"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["parameter", "8x4", "8x4", "4x4", "all", "a", "Newton-Schulz"]
+    assert [line.split()[0] for line in lines] == ["count", "2", "1", "all", "temporaries", "Newton-Schulz"]
     with pytest.raises(SystemExit, match="lion2"):
         main(["estimate", "lion2"])
+
+
+def test_a_large_call_is_timed_by_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many sides are cut as there are, and the time grows by the work."""
+    timed = []
+    monkeypatch.setattr(Timings, "_measured", lambda self, operation: timed.append(operation) or 1.0)
+    with FakeTensorMode(), Meter(()) as meter:
+        a, b = torch.empty(40_000, 50_000), torch.empty(50_000, 40_000).mT.contiguous().mT
+        _ = a @ b
+        _ = a.add(a)
+    seconds = {str(op.func): Timings()._time(op) for op in meter.operations}
+    mm, add = (next(op for op in timed if name in str(op.func)) for name in ("mm", "add"))
+    left, right = mm.tensors()
+    assert left.shape[1] == right.shape[0]
+    assert right.stride[0] == 1
+    assert 2 * left.shape[0] * left.shape[1] * right.shape[1] <= 2**32
+    assert seconds["aten.mm.default"] == 40_000 * 40_000 * 50_000 / (left.shape[0] * left.shape[1] * right.shape[1])
+    assert sum(x.nbytes for x in add.tensors()) <= 2**26
+    assert seconds["aten.add.Tensor"] == 40_000 * 50_000 / (add.tensors()[0].shape[0] * add.tensors()[0].shape[1])
+
+
+def test_an_estimate_makes_nothing_as_large_as_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix of 256 MiB; what is made to be timed has a quarter of that in all of its operands."""
+    made = []
+    monkeypatch.setattr(Timings, "_measured", lambda self, operation: made.append(operation) or 1e-6)
+    cost = estimate([matrix(8192, 8192)], "muon")
+    assert cost.seconds is not None
+    assert max(sum(x.nbytes for x in operation.tensors()) for operation in made if not operation.func.is_view) <= 2**26

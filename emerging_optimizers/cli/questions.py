@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import Annotated, Any, ClassVar
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.progress import Progress
 from emerging_optimizers.columns import in_columns
 
 Json = Annotated[bool, "Print JSON."]
@@ -29,10 +30,11 @@ def show(value: Any, as_json: bool) -> None:
         print(value)
 
 
-def asked(answer: Callable[[], Any]) -> Any:
+def asked(command: str, answer: Callable[[], Any]) -> Any:
     """What a question has for an answer; a request that cannot be met is a `UsageError`."""
     try:
-        return answer()
+        with Progress(f"eopt {command}"):
+            return answer()
     except (ValueError, TypeError, RuntimeError, OverflowError, OSError) as error:
         raise UsageError(" ".join(str(error).split()) or type(error).__name__) from error
 
@@ -104,7 +106,7 @@ class Estimate:
         "The parameters, as in COUNT*ROWSxCOLUMNS,...; by default the hidden matrices of GPT-2 small",
     ] = "12*4*768x768,12*3072x768,12*768x3072"
     device: Annotated[str, "Where the step would run."] = "cpu"
-    seconds: Annotated[bool, "Time the operations, which needs the memory of the largest one's operands."] = True
+    seconds: Annotated[bool, "Time the operations, in little memory."] = True
     model: Annotated[str | None, f"In place of --shapes: {_MODEL}"] = None
     mesh: Annotated[str | None, _MESH] = None
     expert_parallel: Annotated[int, "Ranks over which the experts of a layer are spread."] = 1
@@ -121,7 +123,7 @@ class Estimate:
         """Counts, times and shows."""
         if (self.model is None) != (self.mesh is None):
             raise UsageError("--model and --mesh belong together, as in --model llama-7b --mesh 8x8; give both or none")
-        show(asked(self._on_one if self.mesh is None else self._on_a_mesh), self.json)
+        show(asked("estimate", self._on_one if self.mesh is None else self._on_a_mesh), self.json)
 
     def _on_one(self) -> object:
         import torch
@@ -179,9 +181,10 @@ class Plan:
         from emerging_optimizers.cost.scale import plan_at_scale
 
         found = asked(
+            "plan",
             lambda: plan_at_scale(
                 self.model, self.optimizer.lower(), self.mesh, expert_parallel=self.expert_parallel, dtype=self.dtype
-            )
+            ),
         )
         show(found, self.json)
 
@@ -204,7 +207,7 @@ class Check:
         from emerging_optimizers.testing.conformance import check_optimizer, made_by
 
         name = self.subject if ":" in self.subject else self.subject.lower()
-        report = asked(lambda: check_optimizer(made_by(name, self.lr), name=name, raises=False))
+        report = asked("check", lambda: check_optimizer(made_by(name, self.lr), name=name, raises=False))
         show(report.to_json() if self.json else report, self.json)
         if report.failures:
             raise SystemExit(1)

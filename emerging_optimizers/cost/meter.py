@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -80,9 +81,22 @@ class Like:
         """Of the memory over which it lies."""
         return _span(self.shape, self.stride) * self.dtype.itemsize
 
+    def capped(self, side: int) -> "Like":
+        """One without a longer side, whose axes lie in memory in the same order."""
+        shape = tuple(min(size, side) for size in self.shape)
+        stride, inner = list(self.stride), 1
+        for axis in sorted(range(len(shape)), key=lambda i: (self.stride[i], -i)):
+            if stride[axis]:
+                stride[axis], inner = inner, inner * shape[axis]
+        return replace(self, shape=shape, stride=tuple(stride))
+
+    def empty(self, device: torch.device | None = None) -> Tensor:
+        """One whose data says nothing."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device or self.device)
+
     def make(self) -> Tensor:
         """One with data: positive, so that a root of it is finite."""
-        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        x = self.empty()
         return x.uniform_(0.5, 1) if x.is_floating_point() else x.fill_(1)
 
 
@@ -109,6 +123,29 @@ class Operation:
                     return x
 
         return cls(func, tuple(map(frozen, args)), tuple((key, frozen(x)) for key, x in kwargs.items()))
+
+    def capped(self, side: int) -> "Operation":
+        """The same call on tensors, and for sizes, of which no side is longer."""
+
+        def smaller(x: Any) -> Any:
+            match x:
+                case Like():
+                    return x.capped(side)
+                case ("list" | "tuple" | "Size", *items):
+                    return (x[0], *(min(i, side) if type(i) is int else smaller(i) for i in items))
+                case _:
+                    return x
+
+        return Operation(self.func, tuple(map(smaller, self.args)), tuple((k, smaller(x)) for k, x in self.kwargs))
+
+    def work(self) -> tuple[float, int]:
+        """Operations of arithmetic, and bytes that are read or written; nothing is computed."""
+        with FakeTensorMode():
+            args, kwargs = self.make(lambda like: like.empty())
+            out = self.func(*args, **kwargs)
+            touched = [x for x in tree_leaves([args, kwargs, out]) if isinstance(x, Tensor)]
+            moved = 0 if self.func.is_view else sum(_span(x.shape, x.stride()) * x.dtype.itemsize for x in touched)
+            return flops_of(self.func, args, kwargs, out), moved
 
     def tensors(self) -> list[Like]:
         """In the order in which `make` asks for them."""

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,10 @@ from emerging_optimizers.routing import create_optimizer
 
 COLD_BYTES = 64 * 2**20  # no less than caches hold
 LEAST_CALLS, MOST_CALLS = 3, 21
+# What is timed at most, in bytes and operations of a call: more is not faster for each of them, and an estimate holds
+# nothing as large as the model. On accelerators small calls say nothing of large ones.
+MOST_WORK = {"cpu": (2**26, 2**32), "cuda": (2**30, 2**40)}
+SHORTEST_SIDE = 64
 
 
 class Timings:
@@ -53,14 +58,34 @@ class Timings:
         return max(0.0, step - self.total(meter.operations)) / count
 
     def _time(self, operation: Operation) -> float:
+        """Of a call; of a large one, those of a smaller one times what it has more of work."""
+        try:
+            flops, moved = operation.work()
+            timed = _small_enough(operation, flops, moved)
+            if timed is operation:
+                return self._measured(operation)
+            less_flops, less_moved = timed.work()
+            more = flops / less_flops if less_flops else moved / max(1, less_moved)
+            return more * self._measured(timed)
+        except (RuntimeError, TypeError, IndexError):  # it reads values, or has sizes that nobody sees belong together
+            sizes = [x.nbytes for x in operation.tensors()]
+            copied = COLD_BYTES // 4
+            if sum(sizes) <= MOST_WORK["cpu"][0]:
+                return self._measured(operation)
+            like = Like((copied // 4,), (1,), torch.float32, operation.tensors()[0].device, False)
+            return sum(sizes) / copied * self._measured(Operation(torch.ops.aten.clone.default, (like,), ()))
+
+    def _measured(self, operation: Operation) -> float:
         """Median of a few calls, after one that is not counted."""
         likes = operation.tensors()
+        if operation.func.is_view:  # which touches nothing, and is as quick without data
+            likes = [replace(x, device=torch.device("meta"), cold=False) for x in likes]
         device = likes[0].device if likes else torch.device("cpu")
         cold = [x for x in likes if x.cold and x.nbytes and x.dtype.is_floating_point]
         # As in a step, which walks through weights and state: each call's part lies behind that of the call before.
         region = COLD_BYTES // max(1, len(cold)) // ALIGNED * ALIGNED
         walks = sum(x.nbytes for x in cold) >= 2**16 and all(x.nbytes * LEAST_CALLS < region for x in cold)
-        made = [None if walks and x in cold else x.make() for x in likes]
+        made = [None if walks and x in cold else x.empty() if operation.func.is_view else x.make() for x in likes]
         calls = min(region // x.nbytes for x in cold) if walks else MOST_CALLS
         memory = self._refilled(device) if walks else None
 
@@ -98,3 +123,17 @@ class Timings:
         if device not in self._memory:
             self._memory[device] = torch.empty(COLD_BYTES // 4, dtype=torch.int32, device=device)
         return self._memory[device].fill_(0x3F403F40).view(torch.uint8)
+
+
+def _small_enough(operation: Operation, flops: float, moved: int) -> Operation:
+    """The call itself, or a smaller one that is no more than what is timed."""
+    likes = operation.tensors()
+    most_moved, most_flops = MOST_WORK["cuda" if any(x.device.type == "cuda" for x in likes) else "cpu"]
+    side = max((size for x in likes for size in x.shape), default=2**26)
+    while (flops > most_flops or moved > most_moved) and side > SHORTEST_SIDE:
+        side = max(SHORTEST_SIDE, int(side / 1.5))
+        smaller = operation.capped(side)
+        flops, moved = smaller.work()
+        if flops <= most_flops and moved <= most_moved:
+            return smaller
+    return operation

@@ -7,5 +7,5 @@ commands       ``__main__``; ``present`` (files and terminal) and ``report`` (th
 drawing        ``plots`` (matplotlib, imported nowhere else) and ``page`` (HTML)
 views          each figure and each table of an experiment, described once as data
 experiments    ``spike``, ``eigenbasis``, ``precision``, ``train``, ``grid``, ``tf32``: a config, a run, a result
-shared         requests, run folders, measures, text and model
+shared         requests, places (what may become of what is there), run folders, measures, text and model
 """

@@ -9,7 +9,6 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from emerging_optimizers._version import __version__
 from emerging_optimizers.cli import FailedError, UsageError
@@ -19,7 +18,7 @@ from emerging_optimizers.cli.questions import QUESTIONS
 # What help says of the lab's commands, whose own texts cannot be read without the extra; a test compares them.
 LAB = {
     "train": "Train a small GPT on real text with several optimizers and compare them.",
-    "grid": "Run each optimizer over its learning rates; results already in the file are kept.",
+    "grid": "Run each optimizer over its learning rates.",
     "spike": "Send one gradient that is far too large through each optimizer: recovery and aftershock.",
     "eigenbasis": "Follow SOAP's eigenbases around a gradient spike, in float32 and in emulated reduced precision.",
     "precision": "Measure eigenvalues and KL updates in float32 and in emulated reduced precision over the spectrum's "
@@ -75,7 +74,7 @@ def run(args: list[str]) -> None:
         if not args:
             raise UsageError("no command is given")
         return
-    if args[0] == "--version":
+    if "--version" in args:
         print(f"eopt {__version__}")
         return
     name, words = args[0].lower(), args[1:]
@@ -91,17 +90,14 @@ def run(args: list[str]) -> None:
 
 def _lab_command(name: str, words: list[str]) -> None:
     try:
-        import tyro
-
-        from emerging_optimizers.lab.commands import COMMANDS
+        from emerging_optimizers.lab.commands import COMMANDS, parsed
     except ImportError as missing:
         if (missing.name or "").startswith("emerging_optimizers"):
             raise
         raise FailedError(
             f"`eopt {name}` needs {missing.name}; pip install 'emerging-optimizers[lab]' installs what the lab needs"
         ) from None
-    command: Any = tyro.cli(COMMANDS[name], args=words, prog=f"eopt {name}")
-    command.run(words)
+    parsed(COMMANDS[name], words).run(words)
 
 
 def help_text() -> str:

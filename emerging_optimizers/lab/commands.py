@@ -13,20 +13,24 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from emerging_optimizers.cli import FailedError, StoppedError, UsageError
+from emerging_optimizers.cli.progress import Progress, Say
 from emerging_optimizers.lab.config import TrainConfig
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
+from emerging_optimizers.lab.places import Existing
 from emerging_optimizers.lab.precision import PrecisionConfig
 from emerging_optimizers.lab.spike import SpikeConfig
 from emerging_optimizers.lab.tf32 import TF32Config
 
 if TYPE_CHECKING:
     from emerging_optimizers.lab.runs import TrainResult
+
+CommandT = TypeVar("CommandT")
 
 NEWEST = Path("newest")
 
@@ -42,6 +46,32 @@ ResumeFolder = Annotated[
 ]
 
 
+def parsed(kind: type[CommandT], words: Sequence[str], default: CommandT | None = None) -> CommandT:
+    """A command of the words behind its name; asks for help and mistakes end the process with status 0 and 2."""
+    name = f"eopt {kind.__name__.lower()}"
+    said: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=words, prog=name, config=(tyro.conf.FlagCreatePairsOff,), registry=PLAIN, **said)
+
+
+PLAIN = ConstructorRegistry()
+
+
+@PLAIN.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """An option that may be left out is shown as what it takes, without the words of Python's types."""
+    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if len(kinds) != 1 or type(None) not in get_args(info.type) or kinds[0] not in (int, float, str, Path):
+        return None
+    kind: Any = kinds[0]
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=lambda words: kind(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kind),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    )
+
+
 @contextmanager
 def resumable(folder: Path, processes: int | None) -> Iterator[None]:
     """A block whose interrupt names the command by which its run goes on."""
@@ -54,18 +84,41 @@ def resumable(folder: Path, processes: int | None) -> Iterator[None]:
         raise StoppedError(f"interrupted; `{shlex.join(words)}` goes on") from None
 
 
-def _shown(result: "TrainResult") -> None:
+def _shown(result: "TrainResult", as_json: bool) -> None:
     """Shows a run; one that has diverged is a failure."""
     from emerging_optimizers.lab.present import present_training
 
-    present_training(result)
+    present_training(result, as_json=as_json)
     if lost := [run.optimizer for run in result.runs if not math.isfinite(run.final_loss)]:
         given = ",".join(f"{name}=..." for name in lost)
         raise FailedError(f"{', '.join(lost)} diverged: the last loss is not finite; give a lower rate, --lr {given}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Overwriting:
+    """What every command has that writes."""
+
+    overwrite: bool = False
+    """Replace the results that are there; without it they are left alone and the command ends."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuing(Overwriting):
+    """What a command has whose results are continued in their place."""
+
+    resume: bool = False
+    """Go on with the results that are there; what they hold already is not run again."""
+
+    @property
+    def existing(self) -> Existing:
+        """What may become of results that are there."""
+        return Existing(resume=self.resume, overwrite=self.overwrite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Overwriting):
     """Train a small GPT on real text with several optimizers and compare them."""
 
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
@@ -85,18 +138,20 @@ class Train:
             folder = self.out or new_folder()
             with resumable(folder, self.nproc):
                 if self.nproc is None:
-                    _shown(run_train(self.config, folder))
+                    _shown(run_train(self.config, folder, overwrite=self.overwrite), self.json)
                 else:
                     from emerging_optimizers.lab.sharded import begin
 
-                    begin(self.config, folder, self.nproc)
+                    begin(self.config, folder, self.nproc, self.overwrite)
+                    self._say(folder)
             return
+        Existing(resume=True, overwrite=self.overwrite)  # which cannot be
         if self.out is not None:
             raise UsageError("--resume continues a run in its own folder; leave out --out")
         folder = newest_run() if self.resume == NEWEST else self.resume
         stored = asdict(read_run(folder)[0])
         # Parsed again with the stored values as defaults, what differs from them is what was asked for.
-        asked = asdict(tyro.cli(Train, args=args, default=Train(config=TrainConfig.from_json(stored))).config)
+        asked = asdict(parsed(Train, args, Train(config=TrainConfig.from_json(stored))).config)
         if changed := [key for key in stored if asked[key] != stored[key]]:
             differences = "; ".join(f"--{key.replace('_', '-')} is {asked[key]}, was {stored[key]}" for key in changed)
             raise UsageError(f"{folder} was begun with other settings: {differences}")
@@ -107,33 +162,43 @@ class Train:
             raise UsageError(f"{folder} was begun {how}")
         with resumable(folder, self.nproc):
             if self.nproc is None:
-                _shown(resume_train(folder))
+                _shown(resume_train(folder), self.json)
             else:
                 go_on(folder, read_run(folder)[0], self.nproc)
+                self._say(folder)
+
+    def _say(self, folder: Path) -> None:
+        """Where a run of several processes is; its losses have been shown as they came."""
+        if self.json:
+            from emerging_optimizers.lab.present import show
+
+            show((), (folder,), as_json=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """Run each optimizer over its learning rates; results already in the file are kept."""
+class Grid(Continuing):
+    """Run each optimizer over its learning rates."""
 
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
         default_factory=lambda: TrainConfig(optimizers=("adamw", "muon", "soap", "rekls"))
     )
     out: Path = Path("benchmarks/results/train_grid.json")
     """The results; environment and figure stand beside it under the same name."""
-    fresh: bool = False
-    """Forget the results in the file."""
 
     def run(self, args: Sequence[str]) -> None:
         """Runs what is missing."""
         from emerging_optimizers.lab.grid import run_grid
+        from emerging_optimizers.lab.places import claim
         from emerging_optimizers.lab.present import present_grid
+        from emerging_optimizers.lab.record import sole_writer
 
-        present_grid(run_grid(self.config, self.out, fresh=self.fresh), self.out)
+        with sole_writer(self.out.parent, self.out.name):
+            resume = claim(self.out, "grid", self.existing)
+            present_grid(run_grid(self.config, self.out, resume=resume), self.out, as_json=self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spike:
+class Spike(Continuing):
     """Send one gradient that is far too large through each optimizer: recovery and aftershock."""
 
     config: tyro.conf.OmitArgPrefixes[SpikeConfig] = field(default_factory=SpikeConfig)
@@ -145,21 +210,22 @@ class Spike:
     def run(self, args: Sequence[str]) -> None:
         """Runs the sweep, shows its tables and writes its files."""
         from emerging_optimizers.lab.experiment import require_positive
-        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.present import carry_out, in_one_go
         from emerging_optimizers.lab.spike import SpikeResult, run_spike
         from emerging_optimizers.lab.views.spike import spike_view
 
-        def sweep() -> SpikeResult:
+        def sweep(say: Say) -> SpikeResult:
             # The drawing library takes two seconds to import: meanwhile the processes start.
             Thread(target=import_module, args=("emerging_optimizers.lab.plots",)).start()
-            return run_spike(self.config, self.processes)
+            return run_spike(self.config, self.processes, say)
 
         require_positive(self, "processes")
-        carry_out(sweep, spike_view, self.out, ("eopt", "spike", *args))
+        run = in_one_go(SpikeResult, self.config, self.out, sweep)
+        carry_out(run, spike_view, self.out, ("eopt", "spike", *args), self.existing, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigenbasis:
+class Eigenbasis(Continuing):
     """Follow SOAP's eigenbases around a gradient spike, in float32 and in emulated reduced precision."""
 
     config: tyro.conf.OmitArgPrefixes[EigenbasisConfig] = field(default_factory=EigenbasisConfig)
@@ -168,15 +234,16 @@ class Eigenbasis:
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the experiment, shows its tables and writes its files."""
-        from emerging_optimizers.lab.eigenbasis import run_eigenbasis
-        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.eigenbasis import EigenbasisResult, run_eigenbasis
+        from emerging_optimizers.lab.present import carry_out, in_one_go
         from emerging_optimizers.lab.views.eigenbasis import eigenbasis_view
 
-        carry_out(partial(run_eigenbasis, self.config), eigenbasis_view, self.out, ("eopt", "eigenbasis", *args))
+        run = in_one_go(EigenbasisResult, self.config, self.out, partial(run_eigenbasis, self.config))
+        carry_out(run, eigenbasis_view, self.out, ("eopt", "eigenbasis", *args), self.existing, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision:
+class Precision(Continuing):
     """Measure eigenvalues and KL updates in float32 and in emulated reduced precision over the spectrum's range."""
 
     config: tyro.conf.OmitArgPrefixes[PrecisionConfig] = field(default_factory=PrecisionConfig)
@@ -185,52 +252,64 @@ class Precision:
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the experiment, shows its tables and writes its files."""
-        from emerging_optimizers.lab.precision import run_precision
-        from emerging_optimizers.lab.present import carry_out
+        from emerging_optimizers.lab.precision import PrecisionResult, run_precision
+        from emerging_optimizers.lab.present import carry_out, in_one_go
         from emerging_optimizers.lab.views.precision import precision_view
 
-        carry_out(partial(run_precision, self.config), precision_view, self.out, ("eopt", "precision", *args))
+        run = in_one_go(PrecisionResult, self.config, self.out, lambda say: run_precision(self.config))
+        carry_out(run, precision_view, self.out, ("eopt", "precision", *args), self.existing, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TF32:
+class TF32(Continuing):
     """Train with SOAP and REKLS in float32 and in emulated TF32, with and without a spike, and compare the losses."""
 
     config: tyro.conf.OmitArgPrefixes[TF32Config] = field(default_factory=TF32Config)
     out: Path = Path("runs/tf32")
-    """Folder of the result and the figure; runs that it holds already are not repeated."""
+    """Folder of the result and the figure."""
     processes: int = 2
     """Processes that share the runs; they change no number."""
 
     def run(self, args: Sequence[str]) -> None:
         """Runs what is missing, shows the table and writes the files."""
         from emerging_optimizers.lab.experiment import require_positive
+        from emerging_optimizers.lab.places import UNSAVED
         from emerging_optimizers.lab.present import carry_out
         from emerging_optimizers.lab.record import sole_writer
-        from emerging_optimizers.lab.tf32 import UNSAVED, run_tf32
+        from emerging_optimizers.lab.tf32 import TF32Result, run_tf32
         from emerging_optimizers.lab.views.tf32 import tf32_view
+
+        def runs(resume: bool, say: Say) -> TF32Result:
+            if not resume:
+                (self.out / UNSAVED).unlink(missing_ok=True)
+            return run_tf32(self.config, self.out / "result.json", self.processes, resume=resume, say=say)
 
         require_positive(self, "processes")
         with sole_writer(self.out):
-            run = partial(run_tf32, self.config, self.out / "result.json", self.processes)
-            carry_out(run, tf32_view, self.out, ("eopt", "tf32", *args))
+            carry_out(runs, tf32_view, self.out, ("eopt", "tf32", *args), self.existing, self.json)
             (self.out / UNSAVED).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Overwriting):
     """Put the results of every finished run into one HTML file, with tables and interactive figures."""
 
     runs: Path = Path("runs")
     """The folder that holds the run folders."""
     out: Path = Path("runs/report.html")
-    """The file."""
+    """The file; a report that is there is replaced."""
 
     def run(self, args: Sequence[str]) -> None:
         """Writes the file and says where it is."""
+        from emerging_optimizers.lab.present import show
         from emerging_optimizers.lab.report import write_report
 
-        for section in write_report(self.runs, self.out):
+        with Progress("eopt report"):
+            sections = write_report(self.runs, self.out, overwrite=self.overwrite)
+        if self.json:
+            show((), (self.out,), as_json=True)
+            return
+        for section in sections:
             print(f"{section.view.title} ({self.runs / section.id})")
         print(self.out)
 

@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.progress import Say, quiet
 from emerging_optimizers.lab.config import Names
 from emerging_optimizers.lab.experiment import (
     from_json,
@@ -149,11 +151,12 @@ class EigenbasisResult:
         return cls(config=EigenbasisConfig(**stored["config"]), runs=runs)
 
 
-def run_eigenbasis(config: EigenbasisConfig) -> EigenbasisResult:
+def run_eigenbasis(config: EigenbasisConfig, say: Say = quiet) -> EigenbasisResult:
     """Runs every optimizer at every precision.
 
     Args:
         config: The experiment.
+        say: Told how many runs have ended.
 
     Returns:
         The runs; the same configuration gives the same numbers on one machine.
@@ -166,8 +169,11 @@ def run_eigenbasis(config: EigenbasisConfig) -> EigenbasisResult:
     """
     precisions = (*config.precisions, *({"highest"} - set(config.precisions)))
     with reproducible(config):
-        runs = tuple(_run(config, name, precision) for precision in precisions for name in config.optimizers)
-    return EigenbasisResult(config=config, runs=runs)
+        runs: list[EigenbasisRun] = []
+        for precision, name in (wanted := [*product(precisions, config.optimizers)]):
+            say(f"{len(runs)} of {len(wanted)} runs")
+            runs.append(_run(config, name, precision))
+    return EigenbasisResult(config=config, runs=tuple(runs))
 
 
 def _run(config: EigenbasisConfig, optimizer: str, precision: str) -> EigenbasisRun:

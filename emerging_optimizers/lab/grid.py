@@ -9,6 +9,7 @@ from rich.console import Console
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.lab.config import GRID, GRID_FACTORS, Arm, TrainConfig
 from emerging_optimizers.lab.data import load_text
+from emerging_optimizers.lab.places import same_request
 from emerging_optimizers.lab.progress import print_changes, watching
 from emerging_optimizers.lab.record import (
     environment,
@@ -24,7 +25,7 @@ from emerging_optimizers.lab.train import make_model, make_optimizer, train_one
 
 
 def run_grid(
-    config: TrainConfig, out: Path, *, fresh: bool = False, console: Console | None = None
+    config: TrainConfig, out: Path, *, resume: bool = True, console: Console | None = None
 ) -> tuple[GridRow, ...]:
     """Runs each optimizer over its learning rates and saves every result as it comes.
 
@@ -34,7 +35,7 @@ def run_grid(
     Args:
         config: The job and the optimizers.
         out: The JSON file.
-        fresh: Whether to forget the results in the file.
+        resume: Whether to keep the results in the file.
         console: Where to show progress.
 
     Returns:
@@ -45,26 +46,23 @@ def run_grid(
             refuses, or an optimizer has no learning rate to begin at.
     """
     with sole_writer(out.parent, out.name):
-        return _run_grid(config, out, fresh, console or Console())
+        return _run_grid(config, out, resume, console or Console(stderr=True))
 
 
-def _run_grid(config: TrainConfig, out: Path, fresh: bool, console: Console) -> tuple[GridRow, ...]:
+def _run_grid(config: TrainConfig, out: Path, resume: bool, console: Console) -> tuple[GridRow, ...]:
     text = load_text(config.text, config.context)
     job = {key: value for key, value in asdict(config).items() if key not in ("optimizers", "lr", "companion_lr")}
     job["text_sha256"] = text.sha256
     now, environment_path = environment(config.threads, text), out.with_suffix(".environment.json")
     rows: list[GridRow] = []
     beside: dict[Path, bytes] = {}
-    if os.path.lexists(out) and not fresh:
-        with reading(out, "bring it back, or give --fresh or another --out"):
+    if os.path.lexists(out) and resume:
+        with reading(out, "bring it back, or give --overwrite or another --out"):
             stored = read_json(out)
             rows = [GridRow.from_json(row) for row in stored["runs"]]
-            changed = [key for key in job if stored["job"].get(key) != job[key]]
+            there = dict(stored["job"])
             then = dict(read_json(environment_path))
-        if changed:
-            raise UsageError(
-                f"{out} holds another job (it differs in {', '.join(changed)}): give --fresh or another --out"
-            )
+        same_request(out, there, job)
         print_changes(console, then, now)
     else:
         beside = {environment_path: json_bytes(now)}

@@ -10,6 +10,7 @@ from emerging_optimizers.cli import UsageError
 from emerging_optimizers.lab.config import TrainConfig
 from emerging_optimizers.lab.eigenbasis import EigenbasisResult
 from emerging_optimizers.lab.page import Section, render
+from emerging_optimizers.lab.places import claim_page
 from emerging_optimizers.lab.precision import PrecisionResult
 from emerging_optimizers.lab.record import read_json, reading, sole_writer, write_atomically
 from emerging_optimizers.lab.runs import TrainResult
@@ -59,19 +60,20 @@ KINDS = (
 )
 
 
-def write_report(runs: Path, out: Path) -> tuple[Section, ...]:
+def write_report(runs: Path, out: Path, *, overwrite: bool = False) -> tuple[Section, ...]:
     """Writes the report of every finished run.
 
     Args:
         runs: The folder that holds the run folders.
-        out: The HTML file; one that is there is replaced.
+        out: The HTML file; a report that is there is replaced.
+        overwrite: Whether any other file is replaced, too.
 
     Returns:
         The sections of the report.
 
     Raises:
-        UsageError: There is no finished run, a result cannot be read, another report is being written to the file, or
-            the disk refuses. Nothing has been written then.
+        UsageError: There is no finished run, a result cannot be read, the file is no report, another one is being
+            written to it, or the disk refuses. Nothing has been written then.
 
     Example:
         >>> from emerging_optimizers.lab.present import save
@@ -89,6 +91,7 @@ def write_report(runs: Path, out: Path) -> tuple[Section, ...]:
         raise UsageError(f"there is no finished run under {runs}; one of {commands} makes one, or give another --runs")
     html = render(sections, [kind.command for kind, paths in found.items() if not paths])
     with sole_writer(out.parent, out.name):
+        claim_page(out, overwrite)
         write_atomically({out: html.encode()})
     return sections
 

@@ -26,20 +26,21 @@ from emerging_optimizers.averaging import WeightAverage
 from emerging_optimizers.cli import FailedError, UsageError
 from emerging_optimizers.lab.config import Arm, TrainConfig
 from emerging_optimizers.lab.data import Text, load_text
-from emerging_optimizers.lab.record import environment, read_json, sole_writer, write_json
-from emerging_optimizers.lab.train import evaluate, lr_factor, make_model, make_optimizer, read_run
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, sole_writer, write_atomically
+from emerging_optimizers.lab.train import evaluate, lr_factor, make_model, make_optimizer, make_room, read_run
 
 
-def begin(config: TrainConfig, folder: Path, processes: int) -> None:
+def begin(config: TrainConfig, folder: Path, processes: int, overwrite: bool = False) -> None:
     """Trains with each optimizer on several processes.
 
     Args:
         config: The job.
         folder: For the request and the checkpoints.
         processes: How many.
+        overwrite: Whether a run that the folder holds is replaced.
 
     Raises:
-        UsageError: The folder holds a run already, the job cannot be run as it stands, or a process has failed.
+        UsageError: The folder holds something already, the job cannot be run as it stands, or a process has failed.
     """
     _check(config, processes)
     if config.spike is not None:
@@ -49,12 +50,12 @@ def begin(config: TrainConfig, folder: Path, processes: int) -> None:
     for name, arm in arms.items():
         make_optimizer(name, arm, make_model(config, text))
     with sole_writer(folder):
-        if os.path.lexists(folder / "config.json"):
-            raise UsageError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --out")
-        write_json(folder / "environment.json", environment(config.threads, text))
+        make_room(folder, overwrite)
         arms_json = {name: asdict(arm) for name, arm in arms.items()}
-        write_json(folder / "config.json", {"config": asdict(config), "arms": arms_json, "sharded": True})
-    go_on(folder, config, processes)
+        request = {"config": asdict(config), "arms": arms_json, "sharded": True}
+        files = {"environment.json": environment(config.threads, text), "config.json": request}
+        write_atomically({folder / name: json_bytes(value) for name, value in files.items()})
+        go_on(folder, config, processes)
 
 
 def is_sharded(folder: Path) -> bool:
@@ -102,7 +103,7 @@ def _train_one(config: TrainConfig, name: str, arm: Arm, text: Text, folder: Pat
         if last or step % config.eval_every == 0:
             shown = f"loss {_mean(loss):.3f}  validation {evaluate(model, *held_out, average):.3f}"
             if dist.get_rank() == 0:
-                print(f"{name:>12}  step {step}/{config.steps}  {shown}", flush=True)
+                print(f"{name:>12}  step {step}/{config.steps}  {shown}", file=sys.stderr, flush=True)
         if last or step % config.checkpoint_every == 0:
             save(_states(parts), checkpoint_id=folder / f"step-{step:06}")
 

@@ -8,7 +8,7 @@ Nothing here imports torch before an experiment runs, so that ``eopt --help`` an
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.progress import Say, quiet
 from emerging_optimizers.lab.config import Names
 from emerging_optimizers.lab.experiment import (
     from_json,
@@ -201,13 +202,14 @@ class SpikeResult:
         return cls(config=SpikeConfig(**stored["config"]), arms=tuple(arms))
 
 
-def run_spike(config: SpikeConfig, processes: int = 1) -> SpikeResult:
+def run_spike(config: SpikeConfig, processes: int = 1, say: Say = quiet) -> SpikeResult:
     """Runs every optimizer through every scenario.
 
     Args:
         config: The sweep.
         processes: Among how many processes the optimizers are shared out; it changes no number. A script that gives
             more than one keeps its own work under ``if __name__ == "__main__":``, since they import it.
+        say: Told how many optimizers have ended.
 
     Returns:
         The trajectories; the same configuration gives the same numbers on one machine.
@@ -222,15 +224,26 @@ def run_spike(config: SpikeConfig, processes: int = 1) -> SpikeResult:
     """
     arms = {name: find_arm(name, config.spike_guard) for name in config.optimizers}
     if processes == 1:
-        return SpikeResult(config=config, arms=tuple(run_arm(config, name, arm) for name, arm in arms.items()))
+        alone = ((name, run_arm(config, name, arm)) for name, arm in arms.items())
+        return SpikeResult(config=config, arms=tuple(_counted(alone, len(arms), say).values()))
     # Not "fork": a process that has used torch may hold locks. The fork server imports it once for all.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     context.set_forkserver_preload([__name__, "torch._dynamo"])
     with ProcessPoolExecutor(processes, context) as pool:
         # The costliest come last in the default; begun first, they leave no process idle at the end.
         names = tuple(reversed(arms))
-        results = dict(zip(names, pool.map(partial(run_arm, config), names, map(arms.get, names)), strict=True))
+        shared = pool.map(partial(run_arm, config), names, map(arms.get, names))
+        results = _counted(zip(names, shared, strict=True), len(arms), say)
     return SpikeResult(config=config, arms=tuple(results[name] for name in arms))
+
+
+def _counted(results: Iterable[tuple[str, SpikeArmResult]], count: int, say: Say) -> dict[str, SpikeArmResult]:
+    found: dict[str, SpikeArmResult] = {}
+    say(f"0 of {count} optimizers")
+    for name, result in results:
+        found[name] = result
+        say(f"{len(found)} of {count} optimizers")
+    return found
 
 
 def run_arm(config: SpikeConfig, name: str, arm: SpikeArm) -> SpikeArmResult:

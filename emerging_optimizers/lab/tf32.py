@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.progress import Say, quiet
 from emerging_optimizers.lab.config import TUNED, Names, TrainConfig
 from emerging_optimizers.lab.experiment import from_json, require_distinct, require_positive, to_json
+from emerging_optimizers.lab.places import UNSAVED, same_request
 from emerging_optimizers.lab.record import read_json, reading, sealed, sole_writer, write_json
 
 # Each with KL factors. "published": start and update of the published library; "default": this library's.
 OPTIMIZERS = {"soap_kl": "soap", "rekls": "rekls"}
 FORMS = ("published", "default")
 PRECISIONS = ("float32", "tf32")
-# The runs of an experiment that has not ended.
-UNSAVED = "runs.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,14 @@ class TF32Result:
         return cls(config=TF32Config(**stored["config"]), runs=tuple(TF32Run(**run) for run in stored["runs"]))
 
 
-def run_tf32(config: TF32Config, out: Path | None = None, processes: int = 1) -> TF32Result:
+def run_tf32(
+    config: TF32Config,
+    out: Path | None = None,
+    processes: int = 1,
+    *,
+    resume: bool = True,
+    say: Say = quiet,
+) -> TF32Result:
     """Trains at both precisions; a run that the file holds already is not repeated.
 
     Args:
@@ -140,6 +147,8 @@ def run_tf32(config: TF32Config, out: Path | None = None, processes: int = 1) ->
         out: The result of an experiment that ended. Until it is written, every run is added to a file beside it
             (UNSAVED) as it ends, so that a reader finds whole results only.
         processes: Among how many processes the runs are shared out; it changes no number.
+        resume: Whether to keep the runs in the file.
+        say: Told how many have ended.
 
     Returns:
         The runs; the same configuration gives the same losses on one machine.
@@ -148,19 +157,18 @@ def run_tf32(config: TF32Config, out: Path | None = None, processes: int = 1) ->
         UsageError: The file is damaged or holds runs of another job, another process writes there, or the disk refuses.
     """
     with sole_writer(out.parent) if out is not None else nullcontext():
-        return _run_tf32(config, out, processes)
+        return _run_tf32(config, out, processes, resume, say)
 
 
-def _run_tf32(config: TF32Config, out: Path | None, processes: int) -> TF32Result:
+def _run_tf32(config: TF32Config, out: Path | None, processes: int, resume: bool, say: Say) -> TF32Result:
     done: dict[Any, TF32Run] = {}
     unsaved = None if out is None else out.with_name(UNSAVED)
     held = next((path for path in (unsaved, out) if path is not None and os.path.lexists(path)), None)
-    if held is not None:
-        with reading(held, "bring it back, remove it, or give another --out"):
+    if held is not None and resume:
+        with reading(held, "bring it back, or give --overwrite or another --out"):
             stored = TF32Result.from_json(read_json(held))
         alike = replace(stored.config, optimizers=config.optimizers, seeds=config.seeds)
-        if alike != config:
-            raise UsageError(f"{held} holds runs of another job, {stored.config}; remove it or give another --out")
+        same_request(held, alike, config)
         done = {run.key: run for run in stored.runs}
     wanted = [
         TF32Run(optimizer=optimizer, form=form, spike=spike, seed=seed, precision=precision)
@@ -171,9 +179,11 @@ def _run_tf32(config: TF32Config, out: Path | None, processes: int) -> TF32Resul
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         futures = [pool.submit(train_once, config, run) for run in wanted if run.key not in done]
         try:
-            for future in as_completed(futures):
+            say(f"{len(wanted) - len(futures)} of {len(wanted)} runs")
+            for ended, future in enumerate(as_completed(futures), len(wanted) - len(futures) + 1):
                 run = future.result()
                 done[run.key] = run
+                say(f"{ended} of {len(wanted)} runs")
                 if unsaved is not None:
                     write_json(unsaved, sealed(TF32Result(config=config, runs=tuple(done.values())).to_json()))
         finally:

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, checke
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.measures import recovery, summary
 from emerging_optimizers.lab.model import GPT
+from emerging_optimizers.lab.places import TRAINED, Existing, claim
 from emerging_optimizers.lab.progress import Watch, print_changes, watching
 from emerging_optimizers.lab.record import (
     environment,
@@ -31,6 +33,7 @@ from emerging_optimizers.lab.record import (
     reading,
     sealed,
     sole_writer,
+    storing,
     write_atomically,
     write_json,
 )
@@ -41,7 +44,9 @@ RUNS = Path("runs")
 _AGAIN = "bring it back, or begin the run again with another --out"
 
 
-def run_train(config: TrainConfig, out: Path | None = None, console: Console | None = None) -> TrainResult:
+def run_train(
+    config: TrainConfig, out: Path | None = None, console: Console | None = None, *, overwrite: bool = False
+) -> TrainResult:
     """Trains the same model on the same data with each optimizer and compares them.
 
     Where the job has a gradient spike, each optimizer runs three times: without the spike, with it, and with it behind
@@ -51,12 +56,13 @@ def run_train(config: TrainConfig, out: Path | None = None, console: Console | N
         config: The job.
         out: Folder of the run; by default a new one under ``runs/`` named by the time.
         console: Where to show progress.
+        overwrite: Whether a run that the folder holds is replaced.
 
     Returns:
         What each optimizer did, and where the files are.
 
     Raises:
-        UsageError: The folder holds a run already, another process writes there, or the job cannot be run as it
+        UsageError: The folder holds something already, another process writes there, or the job cannot be run as it
             stands: nothing has been written then. Or the disk refuses.
     """
     folder = out or new_folder()
@@ -68,10 +74,9 @@ def run_train(config: TrainConfig, out: Path | None = None, console: Console | N
     request = {"config": asdict(config), "arms": {name: asdict(arm) for name, arm in arms.items()}}
     files = {"environment.json": environment(config.threads, text), "config.json": request}
     with sole_writer(folder):
-        if os.path.lexists(folder / "config.json"):
-            raise UsageError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --out")
+        make_room(folder, overwrite)
         write_atomically({folder / name: json_bytes(value) for name, value in files.items()})
-        return _compare(folder, config, arms, text, console or Console())
+        return _compare(folder, config, arms, text, console or Console(stderr=True))
 
 
 def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
@@ -90,7 +95,7 @@ def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
         UsageError: There is no run in the folder, its text has changed, one of its files is damaged, another process
             writes there, or the disk refuses.
     """
-    console = console or Console()
+    console = console or Console(stderr=True)
     config, arms = read_run(folder)
     text = load_text(config.text, config.context)
     now = environment(config.threads, text)
@@ -113,6 +118,20 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Arm]]:
         stored = read_json(path)
         config = TrainConfig.from_json(stored["config"])
         return config, {name: checked(Arm(**stored["arms"][name])) for name in config.optimizers}
+
+
+def make_room(folder: Path, overwrite: bool) -> None:
+    """Removes the run that a folder holds, if it may; the sole writer of the folder asks, when all else is checked."""
+    claim(folder, "train", Existing(overwrite=overwrite))
+    if not os.path.lexists(folder / TRAINED):
+        return
+    config, _ = read_run(folder)
+    with storing(folder):
+        for title in (title for name in config.optimizers for title in titles(config, name)):
+            if (folder / title).is_dir():
+                shutil.rmtree(folder / title)
+        for name in ("summary.json", "spike.json", "loss.png", "spike.png"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def new_folder() -> Path:

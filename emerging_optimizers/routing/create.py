@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers import registry
-from emerging_optimizers.engine import EngineOptions
+from emerging_optimizers.engine import EngineOptions, RuleOptimizer
 from emerging_optimizers.routing.choice import OverrideT, Suggestion, default_lr
 from emerging_optimizers.routing.groups import Router, group_options
 from emerging_optimizers.routing.match import as_adamws
@@ -39,7 +38,7 @@ def create_optimizer(
     recipe: str | None = None,
     warmup: int | None = None,
     **kwargs: Any,
-) -> torch.optim.Optimizer:
+) -> RuleOptimizer:
     """Make an optimizer by name, for a model or for parameters.
 
     Given a model, its parameters are routed (`plan_parameters` says how, and shows it): hidden matrices get the
@@ -124,7 +123,7 @@ def create_optimizer(
                  if value is not None]  # fmt: skip
         if given:
             raise ValueError(f"{given[0]} belongs to a model; given are parameters, which all go to {name!r}")
-        optimizer: torch.optim.Optimizer = registry.entry(name).load()(
+        optimizer: RuleOptimizer = registry.entry(name).load()(
             model_or_params, lr=default_lr(name) if lr is None else lr, **kwargs
         )
         return optimizer

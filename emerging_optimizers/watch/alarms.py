@@ -1,8 +1,8 @@
 """When a measure alarms, and what the alarm says."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import NamedTuple
 
@@ -113,16 +113,42 @@ class Judge:
 
 
 def _alarm(step: int, name: str, measure: str, value: float, usual: float | None, limit: float) -> Alarm:
-    advice = THRESHOLDS[measure].advice if isfinite(value) else NONFINITE
-    compared = f"above {limit:.3g}" if usual is None else f"{value / usual:.3g} times its usual {usual:.3g}"
-    if not isfinite(value):
-        compared = "not a finite number"
-    return Alarm(
-        step=step,
-        parameter=name,
-        measure=measure,
-        value=value,
-        usual=usual,
-        threshold=limit,
-        message=f"step {step}: {measure} of {name} is {value:.3g}, {compared}; {advice}.",
-    )
+    alarm = Alarm(step=step, parameter=name, measure=measure, value=value, usual=usual, threshold=limit, message="")
+    text = f"step {step}: {measure} of {name} is {value:.3g}, {_compared(alarm)}; {_advice(alarm)}."
+    return replace(alarm, message=text)
+
+
+def in_one_sentence(alarms: Sequence[Alarm]) -> str:
+    """What the alarms of one reading of a step come to: how many there are of each measure, and the worst of them.
+
+    Example:
+        >>> one = Alarm(step=3, parameter="a", measure="ns_residual", value=1.6, usual=None, threshold=1.5, message="")
+        >>> in_one_sentence([one, replace(one, parameter="b", value=1.75)]).partition(";")[0]
+        "step 3: ns_residual of 2 parameters, worst 'b' at 1.75, above 1.5"
+    """
+    if len(alarms) == 1:
+        return alarms[0].message
+    found = []
+    for measure in dict.fromkeys(alarm.measure for alarm in alarms):
+        those = [alarm for alarm in alarms if alarm.measure == measure]
+        worst = max(those, key=_excess)
+        many = f"{len(those)} parameters, worst" if len(those) > 1 else "one parameter,"
+        compared, advice = _compared(worst), _advice(worst)
+        found.append(f"{measure} of {many} {worst.parameter!r} at {worst.value:.3g}, {compared}; {advice}")
+    return f"step {alarms[0].step}: {'. '.join(found)}."
+
+
+def _excess(alarm: Alarm) -> float:
+    return alarm.value / alarm.threshold if isfinite(alarm.value) else inf
+
+
+def _advice(alarm: Alarm) -> str:
+    return THRESHOLDS[alarm.measure].advice if isfinite(alarm.value) else NONFINITE
+
+
+def _compared(alarm: Alarm) -> str:
+    if not isfinite(alarm.value):
+        return "not a finite number"
+    if alarm.usual is None:
+        return f"above {alarm.threshold:.3g}"
+    return f"{alarm.value / alarm.usual:.3g} times its usual {alarm.usual:.3g}"

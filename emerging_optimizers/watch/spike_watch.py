@@ -49,7 +49,7 @@ from emerging_optimizers.engine.matrix_view import Block, blocks
 from emerging_optimizers.engine.options import COUNT, POSITIVE, WHOLE, optional
 from emerging_optimizers.engine.transit import Transit
 from emerging_optimizers.engine.validate import check_group, place, suggest
-from emerging_optimizers.watch.alarms import THRESHOLDS, Alarm, Judge
+from emerging_optimizers.watch.alarms import THRESHOLDS, Alarm, Judge, in_one_sentence
 from emerging_optimizers.watch.measures import Measures, Member
 from emerging_optimizers.watch.stacks import wide
 
@@ -77,8 +77,8 @@ class SpikeWatch:
     Args:
         optimizer: what to watch.
         every: steps between observations, >= 1.
-        on_alarm: called with each `Alarm`; None: a RuntimeWarning. A value alarms when it leaves its range, and again
-            only after it has been back.
+        on_alarm: called with each `Alarm`; None: one RuntimeWarning for all that are read of a step. A value
+            alarms when it leaves its range, and again only after it has been back.
         thresholds: limits that replace those of `THRESHOLDS`, by measure; None turns one off.
         path: a file to which JSON lines are appended, one for each observation of a parameter and for each alarm.
         tensorboard: a folder, or a writer with torch's `add_scalar`; the measures become `<measure>/<parameter>`.
@@ -129,6 +129,7 @@ spike_guard=2.0 scales such gradients down.
         defaults = {measure: threshold.limit for measure, threshold in THRESHOLDS.items()}
         self._judge, self._measures = Judge({**defaults, **thresholds}), Measures(optimizer)
         self._readings: deque[_Reading] = deque()
+        self._alarms: list[Alarm] = []  # of the reading that is taken in, to be warned about
         self._due = False
         self._members: list[Member] = []  # of the step that is being observed
         for _ in self._parameters():  # raises for what it cannot measure
@@ -256,6 +257,7 @@ spike_guard=2.0 scales such gradients down.
         for name, norm in zip(names, norms, strict=True):
             if self._compare(step, name, "grad_norm", norm):
                 self._due = True
+        self._warn()
 
     def _take_observation(
         self, step: int, keys: Sequence[tuple[str, str]], ages: dict[str, dict[str, float]], values: Sequence[float]
@@ -272,6 +274,7 @@ spike_guard=2.0 scales such gradients down.
                     self._compare(step, name, measure, value)
         if self._file is not None:
             self._file.flush()
+        self._warn()
 
     def _compare(self, step: int, name: str, measure: str, value: float) -> bool:
         """Alarm where a value leaves its range; whether it does so now."""
@@ -280,10 +283,16 @@ spike_guard=2.0 scales such gradients down.
             return False
         self._write({"kind": "alarm", **asdict(alarm)})
         if self.on_alarm is None:
-            warnings.warn(alarm.message, RuntimeWarning, stacklevel=2)
+            self._alarms.append(alarm)
         else:
             self.on_alarm(alarm)
         return True
+
+    def _warn(self) -> None:
+        """Of all parameters at once: a spike of the loss is one in every gradient."""
+        alarms, self._alarms = self._alarms, []
+        if alarms:
+            warnings.warn(in_one_sentence(alarms), RuntimeWarning, stacklevel=2)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:

@@ -37,10 +37,10 @@ def test_a_grid_continues_where_it_stopped(tiny, tmp_path, monkeypatch):
     assert stored["best"]["muon"]["final_loss"] == min(r.final_loss for r in rows if r.optimizer == "muon")
     assert set(rows[0].curve) == {3, 6}
 
-    with pytest.raises(UsageError, match=r"holds another job \(it differs in steps\)"):
+    with pytest.raises(UsageError, match=r"holds results of another job \(it differs in steps\)"):
         run_grid(replace(tiny, steps=7), out, console=quiet)
     runs.clear()
-    run_grid(replace(tiny, optimizers=("adamw",)), out, fresh=True, console=quiet)
+    run_grid(replace(tiny, optimizers=("adamw",)), out, resume=False, console=quiet)
     assert len(runs) == len(GRID["adamw"])
     assert set(json.loads(out.read_text())["best"]) == {"adamw"}
 

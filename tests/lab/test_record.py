@@ -549,7 +549,7 @@ def test_damaged_results_that_would_be_continued_are_named(command, name, text, 
     path.write_text(text) if text else path.mkdir()
     before = contents(tmp_path)
     with pytest.raises(SystemExit, match=rf"eopt: {path} cannot be read \(.*bring it back, .*--out"):
-        main([command, "--out", str(path if command == "grid" else tmp_path)])
+        main([command, "--resume", "--out", str(path if command == "grid" else tmp_path)])
     assert contents(tmp_path) == before
 
 
@@ -568,5 +568,5 @@ def test_a_new_grid_that_is_refused_leaves_the_old_one(tmp_path):
     for name in ("grid.json", "grid.environment.json"):
         (tmp_path / name).write_text("old")
     with pytest.raises(SystemExit, match="mu0n"):
-        main(["grid", "--fresh", "--optimizers", "mu0n", "--lr", "mu0n=0.1", "--out", str(tmp_path / "grid.json")])
+        main(["grid", "--overwrite", "--optimizers", "mu0n", "--lr", "mu0n=0.1", "--out", str(tmp_path / "grid.json")])
     assert set(contents(tmp_path).values()) == {b"old"}

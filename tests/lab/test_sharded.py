@@ -13,7 +13,7 @@ from emerging_optimizers.lab.train import run_train
 
 def shown(capfd):
     """Losses and held-out losses by optimizer and step; three decimals, which rounding hardly reaches."""
-    lines = re.findall(r"(\w+)  step (\d+)/\d+  loss ([\d.]+)  validation ([\d.]+)", capfd.readouterr().out)
+    lines = re.findall(r"(\w+)  step (\d+)/\d+  loss ([\d.]+)  validation ([\d.]+)", capfd.readouterr().err)
     return {(name, int(step)): [float(loss), float(held_out)] for name, step, loss, held_out in lines}
 
 
@@ -30,7 +30,7 @@ def test_two_processes_show_the_losses_of_one(tiny, tiny_args, tmp_path, capfd):
         main(["train", "--resume", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match=r"was begun without --nproc; leave it out$"):
         main(["train", "--resume", str(tmp_path / "whole"), "--nproc", "2"])
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(SystemExit, match="holds results of `eopt train` already"):
         main(["train", *tiny_args, "--nproc", "2", "--out", str(tmp_path / "run")])
 
 

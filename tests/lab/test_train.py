@@ -57,7 +57,7 @@ def test_a_run_learns_and_leaves_its_files(tiny, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["optimizer"] for row in summary] == ["adamw", "muon", "soap"]
 
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="holds results of `eopt train` already"):
         run_train(tiny, folder, Console(quiet=True))
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -441,3 +442,26 @@ def test_a_spike_on_an_accelerator_alarms_without_waiting(device: torch.device) 
     with SpikeWatch(optimizer, every=10, on_alarm=alarms.append):
         run_with_spike(optimizer, None, 33)
     assert {a.step for a in alarms} == {33}
+
+
+def test_a_spike_in_every_gradient_is_one_warning_and_every_alarm_is_in_the_file(tmp_path: Path) -> None:
+    weights = [(f"layer.{i}.weight", nn.Parameter(torch.ones(4, 2))) for i in range(6)]
+    optimizer = AdamW(weights, lr=0.1)
+    path = tmp_path / "watch.jsonl"
+    with (
+        SpikeWatch(optimizer, every=1000, path=path, thresholds={"update_rms": None}),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
+        for t in range(1, 31):
+            for i, (_, w) in enumerate(weights):
+                w.grad = torch.full((4, 2), (400.0 if i == 3 else 100.0) if t == 30 else 1.0)
+            optimizer.step()
+    (message,) = [str(w.message) for w in warned]
+    assert message.startswith(
+        "step 30: grad_norm of 6 parameters, worst 'layer.3.weight' at 1.13e+03, 400 times its usual"
+    )
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    alarms = [line for line in lines if line["kind"] == "alarm"]
+    assert [line["parameter"] for line in alarms] == [name for name, _ in weights]
+    assert all("times its usual" in line["message"] for line in alarms)

@@ -25,7 +25,8 @@ function traces(figure, panel) {
     ...(curve.symbol ? { marker: { symbol: curve.symbol, ...(curve.dash ? {} : { size: 8 }) } } : {}),
     opacity: curve.faint ? 0.5 : 1,
     line: { color: curve.color === "currentColor" ? themed("ink") : curve.color, dash: curve.dash || "solid", width: 1.8 },
-    hovertemplate: `<b>${curve.key}</b><br>%{y:.4g}<br>${where} %{x}<extra></extra>`,
+    // Plotly reads some tags in what it shows: a name is none.
+    hovertemplate: `<b>${curve.key.replaceAll("&", "&amp;").replaceAll("<", "&lt;")}</b><br>%{y:.4g}<br>${where} %{x}<extra></extra>`,
   }));
 }
 

@@ -6,7 +6,7 @@ Nothing here imports torch.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -150,6 +150,14 @@ class Table:
         head = [heading.replace("\n", " ") for heading in self.head]
         lines = (f"| {' | '.join(cells)} |" for cells in (head, *self.texts))
         return "\n".join((f"**{self.title}**", "", next(lines), rule, *lines))
+
+    def to_json(self) -> dict[str, Any]:
+        """Its words and numbers; a cell of several numbers is an array, one that is not finite null."""
+        rows = [
+            [c if isinstance(c, str) else c[0].value if len(c) == 1 else [x.value for x in c] for c in row]
+            for row in self.rows
+        ]
+        return {"title": self.title, "head": [*self.head], "rows": rows}
 
     def _repr_markdown_(self) -> str:
         return self.markdown()
