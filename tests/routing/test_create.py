@@ -130,6 +130,32 @@ def test_what_a_plan_decides_is_refused_beside_a_plan(option):
         create_optimizer("muon", model, plan=plan_parameters(model, "muon"), **option)
 
 
+def test_parameters_that_were_replaced_between_steps_are_an_error_in_the_next():
+    model = GPTLike()
+    optimizer = create_optimizer("muon", model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()  # nothing has a gradient, and nothing is wrong
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(p.detach().clone()))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="the model has other parameters by now under"):
+        optimizer.step()
+
+
+def test_what_waits_is_found_again_where_the_model_has_other_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+    optimizer = create_optimizer("muon", model)
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach().clone())  # and not frozen any more
+    optimizer.step()
+    assert any(p is model[0].weight for group in optimizer.param_groups for p in group["params"])
+
+
 def test_strict_holds_for_a_plan_that_is_given():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     guessed = plan_parameters(model, "muon")
