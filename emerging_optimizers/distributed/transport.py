@@ -174,10 +174,12 @@ class Shipment:
                     if part is None:
                         part = parts[id(share)] = piece.new_empty(share.stored.shape)
                     part[route.in_storage] = piece
-        return [
-            Arrival(share, parts[id(share)] if id(share) in parts else torch.empty_like(share.stored), words[id(share)])
-            for share in self.shares
-        ]
+        for (
+            share
+        ) in self.shares:  # nothing of some lies here; that has the dtype of the others, which are moved with it
+            if id(share) not in parts:
+                parts[id(share)] = buffers[0].new_empty(share.stored.shape)
+        return [Arrival(share, parts[id(share)], words[id(share)]) for share in self.shares]
 
     # ---- the exchange -------------------------------------------------------------------------------------------
 
