@@ -65,6 +65,10 @@ class Peers:
     def __deepcopy__(self, memo: Any) -> "Peers":  # a copy of a state, as `dcp.async_save` makes one, has the same
         return self
 
+    def __reduce__(self) -> Any:
+        """By ranks: a process group bears no pickling."""
+        return _again, (self.ranks,)
+
     def sum(self, x: Tensor) -> Tensor:
         """A sum over the processes, the same bits on each."""
         total = x.clone()
@@ -82,6 +86,20 @@ class Peers:
         found: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(found, x, group=self.group)
         return found
+
+
+def _again(ranks: tuple[int, ...]) -> Peers:
+    """Processes out of a pickle.
+
+    Raises:
+        RuntimeError: torch.distributed has not been set up, or has too few processes.
+    """
+    if not dist.is_initialized() or max(ranks) >= dist.get_world_size():
+        raise RuntimeError(
+            f"this belongs to processes {', '.join(map(str, ranks))} of torch.distributed; load it there, after "
+            "init_process_group"
+        )
+    return peers_with(ranks)
 
 
 _known: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, Peers]] = {}

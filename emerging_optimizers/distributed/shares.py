@@ -37,6 +37,10 @@ class Total:
     def __call__(self, x: Tensor) -> Tensor:
         return self.peers.sum(x / self.copies)
 
+    def count(self, x: Tensor) -> Tensor:
+        """A sum of whole numbers, which is exact."""
+        return self.peers.sum(x) // self.copies
+
 
 class Share:
     """What the engine knows of a parameter's place.
@@ -47,6 +51,8 @@ class Share:
         elsewhere: nothing of it is worked on here.
         indices: which entries of the parameter's first axis are worked on here, and of how many; None: all.
         total: see `Total`; None: a unit is not spread.
+        counted: over which processes the guard's counts are summed up, when somebody asks; None: all know them.
+        events: (2,) how often matrices were scaled down, and skipped, where owners say it; None: it is counted here.
         kind: shares of one kind may stand in one stack.
         stored: what lies here of the parameter, and its `shape` is that of all of it.
         kept: how what is stored is worked on in float32 (`engine/kept.py`), where that is asked for; `row`: its place
@@ -60,6 +66,8 @@ class Share:
     elsewhere: bool = False
     indices: tuple[Sequence[int], int] | None = None
     total: Total | None = None
+    counted: Total | None = None
+    events: Tensor | None = None
     kind: Any = None
     kept: Any = None
     row: int = 0
@@ -179,6 +187,7 @@ class Local(Part):
         self.work = torch.empty(p.shape, dtype=p.dtype, device="meta") if self.elsewhere else self.stored.detach()
         cut = by_element and spread.is_cut
         self.total = Total(peers, spread.copies) if cut else None
+        self.counted = Total(peers, spread.copies) if spread.is_cut and not by_element else None
         here = [k for box in self._boxes for k in range(box.starts[0], box.stops[0])] if p.ndim else []
         self.indices = (here, p.shape[0]) if spread.is_cut and not by_element and here else None
         self.kind = ("local", peers, spread.copies) if cut else ("local", self.elsewhere)
@@ -229,6 +238,8 @@ class Owned(Part):
         wide: whether weights of a low precision are worked on in float32.
     """
 
+    events: Tensor
+
     def __init__(
         self, p: Tensor, spread: Spread, peers: Peers, spans: Sequence[Span], weights: bool, wide: bool
     ) -> None:
@@ -240,6 +251,7 @@ class Owned(Part):
         if mine is not None and mine.start == mine.stop:
             mine = None
         self.elsewhere = mine is None
+        self.events = torch.zeros(2, dtype=torch.int64, device=self.stored.device)
         # The direction is handed out in the dtype in which it was computed.
         dtype = p.dtype if (weights and not wide) or p.dtype == torch.float64 else torch.float32
         shape = (mine.stop - mine.start, *self.shape[1:]) if mine is not None and self.is_batch else self.shape

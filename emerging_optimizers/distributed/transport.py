@@ -14,7 +14,8 @@ from emerging_optimizers.distributed.dtensor import local_gradient
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.distributed.shares import Owned, Route
 
-MOVES, STAYS, FAILED = 0.0, 1.0, 2.0
+# What an owner says where it could not work; what is added to it changes nothing.
+FAILED = -torch.inf
 
 
 class Arrival(NamedTuple):
@@ -23,7 +24,8 @@ class Arrival(NamedTuple):
     Attributes:
         share: of it.
         part: of the direction, or of the new weight, shaped like what lies here.
-        words: of each owner: `MOVES`, `STAYS` where some of it stays where it is, or `FAILED`.
+        words: (2,) of each owner: how many of its matrices were scaled down, and how many stay where they are, which
+            the guard has skipped; or `FAILED`.
     """
 
     share: Owned
@@ -50,6 +52,13 @@ class Shipment:
         self._to_storage = [self._parcels(self.mine, me, rank) for rank in peers.ranks]
         self._from_owners = [self._parcels(shares, rank, me) for rank in peers.ranks]
         self._words: dict[int, Tensor] = {}
+        # What is known of a share stays known when others join the shipment, which is then another one.
+        self._events = torch.stack([share.events for share in shares])
+        for share, events in zip(shares, self._events, strict=True):
+            share.events = events
+        place = {id(share): k for k, share in enumerate(shares)}
+        heard = [place[id(share)] for parcels in self._from_owners for share, _ in parcels]
+        self._heard = torch.tensor(heard, dtype=torch.int64, device=self._events.device)
 
     @staticmethod
     def _parcels(shares: Iterable[Owned], owner: int, storage: int, near: bool = False) -> list[_Parcel]:
@@ -117,9 +126,9 @@ class Shipment:
     # ---- back ---------------------------------------------------------------------------------------------------
 
     def say(self, share: Owned, word: Tensor) -> None:
-        """What the others are told of a share of this process: `MOVES`, if nothing is said, `STAYS` or `FAILED`."""
+        """What all are told of a share of this process, see `Arrival`; zeros, if nothing is said."""
         known = self._words.get(id(share))
-        self._words[id(share)] = word if known is None else torch.maximum(known, word)
+        self._words[id(share)] = word if known is None else known + word
 
     def deliver(self) -> None:
         """Send directions or new weights back to where the parts lie; does not wait."""
@@ -127,16 +136,16 @@ class Shipment:
             share.work.grad = None
         dtype = self.shares[0].work.dtype  # of all of them: a mark in a direction bears no cast
         device = self._received.device
-        moves = torch.full((1,), MOVES, dtype=dtype, device=device)
+        nothing = torch.zeros(2, dtype=dtype, device=device)
         pieces: list[Tensor] = []
         sizes = []
         for parcels in self._to_storage:
-            mine = [self._words.get(id(share), moves).to(dtype).reshape(1) for share, _ in parcels]
+            mine = [self._words.get(id(share), nothing).to(dtype) for share, _ in parcels]
             mine += [share.work[route.at_owner].reshape(-1) for share, routes in parcels for route in routes]
             sizes.append(sum(x.numel() for x in mine))
             pieces += mine
         counts = [
-            len(parcels) + sum(_size(route) for _, routes in parcels for route in routes)
+            2 * len(parcels) + sum(_size(route) for _, routes in parcels for route in routes)
             for parcels in self._from_owners
         ]
         self._begin(pieces, sizes, counts, dtype)
@@ -147,10 +156,13 @@ class Shipment:
         buffers = self._end()
         parts: dict[int, Tensor] = {}
         words: dict[int, dict[int, Tensor]] = {id(share): {} for share in self.shares}
-        for rank, parcels, buffer in zip(self.peers.ranks, self._from_owners, buffers, strict=True):
-            start = len(parcels)
-            for k, (share, routes) in enumerate(parcels):
-                words[id(share)][rank] = buffer[k]
+        said = [x[: 2 * len(parcels)].view(-1, 2) for x, parcels in zip(buffers, self._from_owners, strict=True)]
+        # The owner goes by what it has said, too: in bfloat16 more than 256 matrices are no longer counted exactly.
+        self._events.index_add_(0, self._heard, torch.cat(said).clamp(min=0).long())
+        for rank, parcels, buffer, of_rank in zip(self.peers.ranks, self._from_owners, buffers, said, strict=True):
+            start = 2 * len(parcels)
+            for (share, routes), word in zip(parcels, of_rank, strict=True):
+                words[id(share)][rank] = word
                 for route in routes:
                     stop = start + _size(route)
                     piece = buffer[start:stop].view(route.shape)
@@ -162,10 +174,12 @@ class Shipment:
                     if part is None:
                         part = parts[id(share)] = piece.new_empty(share.stored.shape)
                     part[route.in_storage] = piece
-        return [
-            Arrival(share, parts[id(share)] if id(share) in parts else torch.empty_like(share.stored), words[id(share)])
-            for share in self.shares
-        ]
+        for (
+            share
+        ) in self.shares:  # nothing of some lies here; that has the dtype of the others, which are moved with it
+            if id(share) not in parts:
+                parts[id(share)] = buffers[0].new_empty(share.stored.shape)
+        return [Arrival(share, parts[id(share)], words[id(share)]) for share in self.shares]
 
     # ---- the exchange -------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from emerging_optimizers.distributed.dtensor import local_gradient
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.distributed.layout import Layout
 from emerging_optimizers.distributed.shares import Local, Owned, Part
-from emerging_optimizers.distributed.transport import FAILED, STAYS, Arrival, Shipment
+from emerging_optimizers.distributed.transport import FAILED, Arrival, Shipment
 from emerging_optimizers.engine.alike import Agreement, facts_of
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.commit import Write, commit
@@ -128,14 +128,14 @@ class Exchange:
                     start(index, bucket)
                     factor = take(index, bucket)
                     if shipment is not None and factor is not None:
-                        _say_what_stays(shipment, bucket, factor)
+                        _say_what_the_guard_did(shipment, bucket, factor)
                     continue
                 except Exception as error:  # of whatever kind: the others wait for what is owned here
                     problem = error
             if shipment is not None:
                 for share, before, now in zip(bucket.shares, counts, bucket.counts, strict=True):
                     if before == now and isinstance(share, Owned):
-                        shipment.say(share, torch.full((1,), FAILED, device=bucket.device))
+                        shipment.say(share, torch.full((2,), FAILED, device=bucket.device))
         return problem
 
     def _land(self, arrivals: Iterable[Arrival], groups: GroupsT) -> list[tuple[int, str]]:
@@ -146,12 +146,12 @@ class Exchange:
             share = arrival.share
             if share.source.grad is None:
                 continue
-            words = {rank: float(word) for rank, word in arrival.words.items()} if _looks(share) else {}
+            words = {rank: float(word[1]) for rank, word in arrival.words.items()} if _looks(share) else {}
             if FAILED in words.values():
                 rank = next(rank for rank, word in words.items() if word == FAILED)
                 failed.append((rank, label_of(groups, share.source)))
                 continue
-            some_stay = STAYS in words.values() or not _looks(share)
+            some_stay = any(words.values()) or not _looks(share)
             by_group.setdefault((self._group[id(share)], some_stay), []).append(arrival)
         for (index, some_stay), members in by_group.items():
             shares, arrived = [x.share for x in members], [x.part for x in members]
@@ -165,11 +165,12 @@ class Exchange:
         return failed
 
 
-def _say_what_stays(shipment: Shipment, bucket: Bucket, factor: Tensor) -> None:
+def _say_what_the_guard_did(shipment: Shipment, bucket: Bucket, factor: Tensor) -> None:
+    skipped = factor == 0
+    news = torch.stack([(factor < 1) & ~skipped, skipped], dim=1)
     for row, share in enumerate(bucket.shares):
-        if isinstance(share, Owned):
-            stay = (bucket.unit_view(row, factor) == 0).any().reshape(1)
-            shipment.say(share, stay * STAYS)
+        if isinstance(share, Owned) and share.grad is not None:
+            shipment.say(share, bucket.unit_view(row, news).view(-1, 2).sum(0))
 
 
 def _looks(share: Owned) -> bool:

@@ -385,13 +385,15 @@ class RuleOptimizer(DeclaredOptimizer):
     def guard_events(self) -> dict[str, tuple[int, int]]:
         """How often each parameter's gradient was scaled down as a spike, and skipped as non-finite.
 
-        Parameters without an event are left out; a batch of matrices counts each matrix, and of a sharded one the
-        process that owns it. Waits for the device. The counts go into copies and checkpoints.
+        Parameters without an event are left out; a batch of matrices counts each matrix. Waits for the device. The
+        counts go into copies and checkpoints, and are the same on every process. One process may ask alone, unless
+        whole matrices of a batch lie on several (expert parallel): these then have to ask together.
         """
         events: dict[str, tuple[int, int]] = {}
+        found = self._places.all_events(p for group in self.param_groups for p in group["params"])
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                scaled, skipped = self._places.events_of(p).tolist()
+                scaled, skipped = found[p].tolist()
                 if scaled or skipped:
                     events[place(group, index, i)] = (scaled, skipped)
         return events

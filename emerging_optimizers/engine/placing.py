@@ -1,6 +1,6 @@
 """Where the state of each parameter stands: in which bucket, in which row; and following what users do to it."""
 
-from collections.abc import Callable, Container, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from itertools import chain
 from operator import itemgetter
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emerging_optimizers.distributed.dtensor import is_dtensor
 from emerging_optimizers.distributed.layout import Asked, Layout
+from emerging_optimizers.distributed.shares import Total
 from emerging_optimizers.distributed.table import WorkPlan, entry_of, unshared
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
@@ -259,13 +260,30 @@ class Places:
         return {key: view for bucket, row in home for key, view in bucket.published[row].items()}
 
     def events_of(self, p: Tensor) -> Tensor:
-        """(2,): how often a parameter was scaled down, and skipped."""
+        """(2,): how often a parameter was scaled down, and skipped, as far as this process knows by itself."""
         total = self.events.get(p, torch.zeros(2, dtype=torch.int64, device="cpu"))
         for bucket, row in self.homes.get(p, ()):
+            if (said := bucket.shares[row].events) is not None:
+                return total + said.cpu()
             if bucket.elsewhere:
                 continue
             total = total + torch.stack([bucket.unit_view(row, n).sum() for n in (bucket.scaled, bucket.skipped)]).cpu()
         return total
+
+    def all_events(self, parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """`events_of` of some parameters, the same on all processes that share them.
+
+        Where the matrices of a batch lie on several processes, these ask at the same time.
+        """
+        found = {p: self.events_of(p) for p in parameters}
+        counted: dict[Total, list[Tensor]] = {}
+        for p, home in self.homes.items():
+            if (total := home[0][0].shares[home[0][1]].counted) is not None and p in found:
+                counted.setdefault(total, []).append(p)
+        for total, members in counted.items():
+            sums = total.count(torch.stack([found[p] for p in members]).to(members[0].device)).cpu()
+            found.update(zip(members, sums, strict=True))
+        return found
 
     def _check_twice(self, wanted: Sequence[Wanted]) -> None:
         """Raise for a parameter in two groups."""

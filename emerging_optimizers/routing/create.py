@@ -67,7 +67,7 @@ def create_optimizer(
         strict: raise if the role of a parameter is a guess, or unknown; and, in a step on several processes, if a
             gradient would be gathered to every rank. Nothing else of a step ever is, see `docs/distributed.md`.
         plan: a plan of `plan_parameters` to follow, edited perhaps; then `lr`, `companion_lr`, `embedding`, `roles`,
-            `overrides`, `example` and `strict` have been said there and are refused here.
+            `overrides` and `example` have been said there and are refused here.
         recipe: a name of `eopt recipes`: hyper-parameters as a source gives them; not with `match`. What else is said
             here goes before, and the companion's learning rate keeps its proportion to `lr`.
         warmup: over how many steps the learning rate rises, >= 0. With a `precondition_frequency` above 1 and no
@@ -145,10 +145,10 @@ def create_optimizer(
             strict=strict,
         )
     else:
-        given = [key for key, value in {**routing, "lr": lr}.items() if value is not None]
+        given = [key for key, value in {**routing, "strict": None, "lr": lr}.items() if value is not None]
         if given:
             raise ValueError(f"{given[0]} is decided by the plan; say it in plan_parameters(...)")
-    plan.check(model_or_params)
+    plan.check(model_or_params, strict)
     if embedding is not None and not any(route.role == "embedding" for route in plan):
         raise ValueError(
             f"embedding={embedding!r}: the model has no table of tokens; leave embedding out, or give overrides"

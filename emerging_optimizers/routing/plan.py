@@ -103,8 +103,11 @@ class RoutePlan:
         text = "\n".join([*lines, *table(self.routes)]) + newton_schulz_in_words(self.devices if casting else ())
         return text if self.work is None or not self.work.is_shared else f"{text}\n\n{self.work}"
 
-    def check(self, model: nn.Module) -> None:
-        """Raise ValueError unless the plan names every parameter of a model exactly once, with its shape."""
+    def check(self, model: nn.Module, strict: bool = False) -> None:
+        """Raise ValueError unless the plan names every parameter of a model exactly once, with its shape.
+
+        With `strict` also where a role is a guess, or unknown.
+        """
         planned: dict[str, Route] = {}
         wrong = []
         for route in self.routes:
@@ -123,6 +126,14 @@ class RoutePlan:
                 + "\n  ".join(wrong)
                 + "\nMake it with plan_parameters(model)."
             )
+        if strict:
+            self.check_roles("Name each in overrides of plan_parameters, or give it an example")
+
+    def check_roles(self, remedy: str) -> None:
+        """Raise ValueError where a role is a guess, or unknown."""
+        if self.fallbacks:
+            lines = "\n  ".join(f"{r.name} {r.shape}: {r.reason}" for r in self.fallbacks)
+            raise ValueError(f"strict=True, and these parameters are guessed, or not known:\n  {lines}\n{remedy}.")
 
 
 def plan_parameters(
@@ -251,12 +262,8 @@ def plan_parameters(
         companion=companion,
         match=match,
     )
-    if strict and plan.fallbacks:
-        lines = "\n  ".join(f"{r.name} {r.shape}: {r.reason}" for r in plan.fallbacks)
-        raise ValueError(
-            f"strict=True, and these parameters are guessed, or not known:\n  {lines}\nName each in overrides"
-            + (", or give an example." if example is None else ".")
-        )
+    if strict:
+        plan.check_roles("Name each in overrides" + (", or give an example" if example is None else ""))
     return plan
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from emerging_optimizers import registry
 from emerging_optimizers.distributed.dtensor import is_gathered
@@ -113,11 +114,18 @@ class RoutedOptimizer(RuleOptimizer):
         self._waiting = [x for x in self._waiting if not x.p.requires_grad]
 
     def _step(self) -> None:
+        # A step that would move nothing looks at the model, too, so that parameters which are gone are soon found.
+        if self._steps % LOOK_EVERY == 0 or all(p.grad is None for group in self.param_groups for p in group["params"]):
+            self._look()
         self._take_in()
-        if self._steps % LOOK_EVERY == 0:
-            self._check_alive()
         self._steps += 1
         super()._step()
+
+    def _look(self) -> None:
+        """At the parameters that the model has by now; what waits may have been replaced like the others."""
+        theirs = {} if self._router is None else self._router.parameters()
+        self._waiting = [x._replace(p=theirs.get(x.name, x.p)) for x in self._waiting]
+        self._check_alive(theirs)
 
     def _checked(self) -> list[Rule]:
         rules = super()._checked()
@@ -135,13 +143,12 @@ class RoutedOptimizer(RuleOptimizer):
             )
         return rules
 
-    def _check_alive(self) -> None:
+    def _check_alive(self, theirs: Mapping[str, Tensor]) -> None:
         """Raise where the model has other parameters by now: those that are here would never get a gradient again."""
         mine = [p for group in self.param_groups for p in group["params"]]
-        if self._router is None or all(p.grad is not None for p in mine):
+        if all(p.grad is not None for p in mine):
             return
         known = {id(p) for p in mine}
-        theirs = self._router.parameters()
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         dead = [name for name in names if name in theirs and id(theirs[name]) not in known]
         if dead:

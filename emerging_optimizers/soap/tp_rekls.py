@@ -19,6 +19,7 @@ from typing import Annotated, Unpack
 
 import torch.distributed as dist
 
+from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.distributed.layout import Layout
 from emerging_optimizers.distributed.tensor_parallel import TensorParallel
 from emerging_optimizers.engine import EngineOptions
@@ -73,7 +74,8 @@ class TpRekls(REKLS):
 
     ranges = {"partition_dim": one_of(None, 0, 1)}
     preset = {"partition_dim": None}
-    _kept = ("execution", "tp_group")
+    _kept = ("execution", "_peers")
+    _peers: Peers | None = None
 
     def __init__(
         self,
@@ -90,8 +92,14 @@ class TpRekls(REKLS):
         **engine: Unpack[EngineOptions],
     ) -> None:
         options = given(locals())
-        self.tp_group = options.pop("tp_group")
+        group = options.pop("tp_group")
+        self._peers = None if group is None else Peers(group)
         super().__init__(**options)
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """See the class. A copy has the same; a pickle is loaded on the same processes at the same time."""
+        return None if self._peers is None else self._peers.group
 
     def _layout(self) -> Layout:
         return TensorParallel(self.tp_group, by_rows=("L", "R", "Q_L", "Q_R"))

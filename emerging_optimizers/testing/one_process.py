@@ -22,7 +22,7 @@ def assert_same_as_one_process(
     tolerance: float = 1e-10,
     gradients: GradientsT | None = None,
 ) -> None:
-    """Step a sharded model and an unsharded one with the same gradients, and compare their weights.
+    """Step a sharded model and, on rank 0, an unsharded one with the same gradients, and compare their weights.
 
     Every process of the default group calls it: under `torchrun`, say, after `init_process_group`. Give a model in
     float64 with small matrices. Both sides see the same bits; factors of SOAP that lack full rank would amplify any
@@ -39,7 +39,7 @@ def assert_same_as_one_process(
 
     Raises:
         AssertionError: weights differ, or processes that hold copies of the same part hold other bits; it names the
-            parameter, the step and by how much.
+            parameter, the step and by how much. Or the guard has counted something else (`guard_events`).
         ValueError: torch.distributed has not been set up.
 
     Example:
@@ -54,19 +54,39 @@ def assert_same_as_one_process(
             "assert_same_as_one_process compares several processes with one; call it on each of them after "
             "torch.distributed.init_process_group(...), under torchrun for example"
         )
-    alone, model = make_model(), make_model()
-    model = layout(model) or model
-    optimizers = make_optimizer(alone), make_optimizer(model)
-    wholes, parts = dict(alone.named_parameters()), dict(model.named_parameters())
-    shapes = {name: p.shape for name, p in wholes.items()}
+    given = gradients or _normal
+    said: list[Any] = [None, None, ""]
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            wholes, counted = _trained(make_model(), make_optimizer, given, steps)
+            said = [{name: p.detach().cpu() for name, p in wholes.items()}, counted, ""]
+        except Exception as error:  # of whatever kind: the others wait
+            problem, said[2] = error, f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(said)
+    weights, expected, failure = said
+    if failure:
+        raise problem or RuntimeError(f"rank 0 could not take the steps of one process: {failure}")
+    model = make_model()
+    parts, counted = _trained(layout(model) or model, make_optimizer, given, steps)
+    _compare(weights, parts, steps, tolerance)
+    if expected != counted:
+        raise AssertionError(f"guard_events() is {counted} on rank {dist.get_rank()}, and {expected} in one process")
+
+
+def _trained(
+    model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], gradients: GradientsT, steps: int
+) -> tuple[dict[str, nn.Parameter], Any]:
+    """The parameters of a model after some steps, and what the guard has counted."""
+    optimizer = make_optimizer(model)
+    parameters = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in parameters.items()}
     for step in range(steps):
-        given = (gradients or _normal)(step, shapes)
-        for name, p in wholes.items():
-            p.grad = given[name].to(p.dtype) if name in given else None
-            parts[name].grad = None if p.grad is None else part_of(p.grad, parts[name])
-        for optimizer in optimizers:
-            optimizer.step()
-    _compare(wholes, parts, steps, tolerance)
+        given = gradients(step, shapes)
+        for name, p in parameters.items():
+            p.grad = part_of(given[name].to(p.dtype), p) if name in given else None
+        optimizer.step()
+    return parameters, getattr(optimizer, "guard_events", dict)()
 
 
 def _normal(step: int, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -94,7 +114,7 @@ def _compare(wholes: Mapping[str, Tensor], parts: Mapping[str, Tensor], steps: i
             if not torch.equal(bits, local):
                 raise AssertionError(f"{name}: ranks {seen} and {rank} hold copies of one part with other bits")
             for box in boxes:
-                difference = (local[box.local_slices] - whole.detach().cpu()[box.slices]).abs().max()
+                difference = (local[box.local_slices] - whole[box.slices]).abs().max()
                 if not difference <= tolerance:
                     raise AssertionError(
                         f"{name}: on rank {rank} a weight differs by {float(difference):.1e} from one process after "

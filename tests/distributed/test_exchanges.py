@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from emerging_optimizers import create_optimizer
+from emerging_optimizers import create_optimizer, plan_parameters
 from emerging_optimizers.distributed.groups import GATHERS
 from emerging_optimizers.orthogonalized_optimizers import Muon
 from tests.distributed.processes import fsdp, hsdp, make_net, run
@@ -85,7 +85,8 @@ def plans() -> tuple[str, str, str, str, str]:
     copied.weight = nn.Parameter(distribute_tensor(copied.weight.data, mesh, [Replicate(), Replicate()]))
     messages = []
     for strict in (True, False):
-        optimizer_of_copies = create_optimizer("muon", copied, lr=0.01, strict=strict)
+        route = plan_parameters(copied, "muon", lr=0.01, overrides={"weight": "muon"})
+        optimizer_of_copies = create_optimizer("muon", copied, plan=route, strict=strict)
         copied.weight.grad = distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Shard(0)])
         try:
             optimizer_of_copies.step()

@@ -18,6 +18,9 @@ BY_NAME = {case.name: case for case in CASES}
 # One of each kind: element by element, element by element with a law for all of them, by matrix, with bases that are
 # refreshed in turns, from the weight, with a law for the weight.
 KINDS = ("adamw", "adamw_brake", "muon", "soap_every_third", "spectron")
+# By how much a weight of about 1 may be off after twenty steps. In float32 norms and stacks of other sizes are rounded
+# otherwise, and what Newton-Schulz or a factor makes of that is larger.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}
 # Where it matters how many there are: empty shards, replicas, two dimensions.
 WORLDS = {"fsdp": 4, "hsdp": 4, "fsdp_and_tensor_parallel": 4, "mixed": 4}
 
@@ -33,17 +36,17 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return case.make([{"params": plain}, {"params": fused, **view}], spike_guard=2.0)
 
 
-def compare(layout: str, names: Sequence[str], steps: int) -> list[str]:
+def compare(layout: str, names: Sequence[str], steps: int, dtype: torch.dtype = torch.float64) -> list[str]:
     """What differs, in words; in each of several processes."""
     found = []
     for name in names:
         try:
             assert_same_as_one_process(
-                make_net,
+                lambda: make_net().to(dtype),
                 lambda model, name=name: optimizer_of(name, model),
                 LAYOUTS[layout],
                 steps=steps,
-                tolerance=1e-10,
+                tolerance=TOLERANCES[dtype],
                 gradients=gradients,
             )
         except Exception as error:
@@ -58,11 +61,13 @@ def test_sharded_is_as_one_process(layout: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(6000)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_case_is_as_one_process(layout: str, world: int) -> None:
+def test_every_case_is_as_one_process(layout: str, world: int, dtype: torch.dtype) -> None:
     names = [case.name for case in CASES if case.optimizer != "tp_rekls"]
-    assert run(world, compare, layout, names, 20, timeout=1500) == [[]] * world
+    assert run(world, compare, layout, names, 20, dtype, timeout=5000) == [[]] * world
 
 
 def make_two_dtypes() -> nn.Module:

@@ -1,5 +1,6 @@
 """Processes decide alike, and whatever is wrong on one of them is an error on all of them."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -153,6 +154,22 @@ def late() -> Any:
     return message, all(map(torch.equal, weights(model), weights(other)))
 
 
+def counted() -> Any:
+    """What the guard has counted: all know it, one may ask alone, and new stacks, copies and checkpoints keep it."""
+    model, optimizer = sharded(spike_guard=2.0)
+    for step in range(5):
+        give_gradients(model, step)
+        optimizer.step()
+    first = optimizer.guard_events() if dist.get_rank() == 0 else {}
+    for group in optimizer.param_groups:
+        group["state_dtype"] = torch.bfloat16  # new stacks
+    give_gradients(model, 3)
+    optimizer.step()
+    again = copy.deepcopy(optimizer)
+    again.load_state_dict(optimizer.state_dict())
+    return first, optimizer.guard_events(), again.guard_events()
+
+
 def captured() -> Any:
     """Steps that a graph is to repeat."""
     try:
@@ -172,7 +189,7 @@ def watched() -> Any:
 
 
 _ALL = (
-    missing, other_rate, bad_option, not_finite, failing_owner, other_model, late, captured, watched,
+    missing, other_rate, bad_option, not_finite, failing_owner, other_model, late, counted, captured, watched,
 )  # fmt: skip
 SCENARIOS = {f.__name__: f for f in _ALL}
 
@@ -219,6 +236,13 @@ def test_parameters_that_were_replaced_are_an_error_and_the_new_ones_work(happen
         message, alike = happened[rank]["late"]
         assert "fully_shard" in message
         assert alike
+
+
+def test_all_know_what_the_guard_has_counted(happened: list[dict[str, Any]]) -> None:
+    first, then, again = happened[0]["counted"]
+    assert set(first.values()) == {(1, 0), (0, 1), (1, 1)}
+    assert sum(skipped for _, skipped in then.values()) == 2 * sum(skipped for _, skipped in first.values())
+    assert then == again == happened[1]["counted"][1] == happened[1]["counted"][2]
 
 
 def test_a_graph_of_sharded_parameters_is_refused(happened: list[dict[str, Any]]) -> None:

@@ -1,11 +1,20 @@
 """Weights of a low precision that lose nothing are, sharded, what they are in one process."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from emerging_optimizers.distributed.dtensor import is_dtensor, local_of, spread_of
 from emerging_optimizers.engine.kept import KEYS
@@ -105,3 +114,64 @@ def compare(layouts: tuple[str, ...]) -> list[str]:
 
 def test_rounding_is_as_in_one_process() -> None:
     assert run(2, compare, ("fsdp", "tensor_parallel", "cut_experts"), timeout=300) == [[]] * 2
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "mixed",  # with shards that are empty
+        pytest.param("hsdp", marks=pytest.mark.slow),
+        pytest.param("fsdp_and_tensor_parallel", marks=pytest.mark.slow),
+    ],
+)
+def test_rounding_on_four_processes_is_as_in_one(layout: str) -> None:
+    assert run(4, compare, (layout,), timeout=280) == [[]] * 4
+
+
+def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def save(layout: str, folder: str) -> None:
+    for name in KINDS:
+        for rounding in ("stochastic", "compensated"):
+            model = make_low()
+            shapes = {n: p.shape for n, p in model.named_parameters()}
+            LAYOUTS[layout](model)
+            optimizer = optimizer_of(name, model, rounding)
+            train(optimizer, model, shapes, range(3))
+            dcp.save(_state_of(model, optimizer), checkpoint_id=f"{folder}/{name}-{rounding}")
+
+
+def load(layout: str, folder: str) -> list[str]:
+    found = []
+    for name in KINDS:
+        for rounding in ("stochastic", "compensated"):
+            alone, model = make_low(), make_low()
+            shapes = {n: p.shape for n, p in alone.named_parameters()}
+            LAYOUTS[layout](model)
+            one, several = optimizer_of(name, alone, rounding), optimizer_of(name, model, rounding)
+            state = _state_of(model, several)
+            dcp.load(state, checkpoint_id=f"{folder}/{name}-{rounding}")
+            set_model_state_dict(model, state["model"])
+            set_optimizer_state_dict(model, several, state["optimizer"])
+            train(one, alone, shapes, range(STEPS))
+            train(several, model, shapes, range(3, STEPS))
+            found += differences(name, rounding, alone, model, one, several)
+    return found
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        (2, "fsdp", 1, "replicated"),
+        pytest.param((2, "fsdp", 4, "hsdp"), marks=pytest.mark.slow),
+        pytest.param((4, "hsdp", 3, "fsdp"), marks=pytest.mark.slow),
+        pytest.param((1, "replicated", 2, "tensor_parallel"), marks=pytest.mark.slow),
+    ],
+    ids=lambda move: "-".join(map(str, move)),
+)
+def test_what_rounding_keeps_goes_to_other_processes(tmp_path: Path, move: tuple[int, str, int, str]) -> None:
+    before, layout, after, other = move
+    run(before, save, layout, str(tmp_path), timeout=140)
+    assert run(after, load, other, str(tmp_path), timeout=140) == [[]] * after

@@ -123,11 +123,47 @@ def test_what_belongs_to_a_model_is_refused_for_parameters(option):
         create_optimizer("adamw", GPTLike().parameters(), **option)
 
 
-@pytest.mark.parametrize("option", [{"lr": 0.1}, {"companion_lr": 0.1}, {"overrides": {}}, {"strict": True}])
+@pytest.mark.parametrize("option", [{"lr": 0.1}, {"companion_lr": 0.1}, {"overrides": {}}])
 def test_what_a_plan_decides_is_refused_beside_a_plan(option):
     model = GPTLike()
     with pytest.raises(ValueError, match=f"{next(iter(option))} is decided by the plan"):
         create_optimizer("muon", model, plan=plan_parameters(model, "muon"), **option)
+
+
+def test_parameters_that_were_replaced_between_steps_are_an_error_in_the_next():
+    model = GPTLike()
+    optimizer = create_optimizer("muon", model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()  # nothing has a gradient, and nothing is wrong
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(p.detach().clone()))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="the model has other parameters by now under"):
+        optimizer.step()
+
+
+def test_what_waits_is_found_again_where_the_model_has_other_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+    optimizer = create_optimizer("muon", model)
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach().clone())  # and not frozen any more
+    optimizer.step()
+    assert any(p is model[0].weight for group in optimizer.param_groups for p in group["params"])
+
+
+def test_strict_holds_for_a_plan_that_is_given():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    guessed = plan_parameters(model, "muon")
+    assert guessed.fallbacks
+    with pytest.raises(ValueError, match=r"(?s)strict=True.*Name each in overrides of plan_parameters"):
+        create_optimizer("muon", model, plan=guessed, strict=True)
+    named = plan_parameters(model, "muon", overrides={route.name: "muon" for route in guessed.fallbacks})
+    create_optimizer("muon", model, plan=named, strict=True)
 
 
 def test_a_plan_is_followed_with_its_learning_rates():
