@@ -1,12 +1,13 @@
-"""What the policies of `clip_gradients` do to a run with bad batches: the demo's model, Muon with AdamW, three seeds.
+"""What the policies of `clip_gradients` do to a run with bad batches: a small GPT on the demo's text, Muon with AdamW.
 
 `python -m benchmarks.clipping` trains without clipping, with one norm of all gradients, and with one for each rule, and
-saves after each run. In every 20th step the targets are random tokens, and the loss counts 100 times.
+saves after each run. In every 20th of 100 steps the targets are random tokens, and the loss counts 100 times.
 """
 
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,12 +21,21 @@ from emerging_optimizers.lab.train import evaluate, lr_factor, make_model, make_
 OUT = Path(__file__).parent / "results" / "clipping.json"
 SEEDS = (0, 1, 2)
 STEPS, EVERY, TIMES, MAX_NORM = 100, 20, 100.0, 1.0
+SIZE: dict[str, Any] = {
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "batch": 8,
+    "context": 32,
+    "warmup": 10,
+    "eval_windows": 64,
+}
 ARMS = {"none": None, "global": "global", "rule": "rule"}
 
 
 def run(seed: int, policy: str | None, bad: bool) -> dict[str, object]:
     """The held-out loss at the end, and the norms of the last step."""
-    config = TrainConfig(optimizers=("muon",), steps=STEPS, seed=seed)
+    config = TrainConfig(optimizers=("muon",), steps=STEPS, seed=seed, **SIZE)
     text = load_text(None, config.context)
     model = make_model(config, text)
     optimizer = make_optimizer("muon", config.arm("muon"), model)
@@ -48,8 +58,8 @@ def run(seed: int, policy: str | None, bad: bool) -> dict[str, object]:
 def main() -> None:
     """Run what is not there yet."""
     torch.set_num_threads(1)
-    saved = json.loads(OUT.read_text()) if OUT.exists() else {"environment": environment(), "runs": {}}
-    for seed, bad, (name, policy) in product(SEEDS, (True, False), ARMS.items()):
+    saved = json.loads(OUT.read_text()) if OUT.exists() else {"environment": environment(1), "runs": {}}
+    for bad, seed, (name, policy) in product((True, False), SEEDS, ARMS.items()):
         key = f"{name}, {'bad batches' if bad else 'clean'}, seed {seed}"
         if key not in saved["runs"]:
             torch.manual_seed(seed)
