@@ -14,6 +14,8 @@ from emerging_optimizers.registry import list_optimizers as list_optimizers
 if TYPE_CHECKING:
     from emerging_optimizers.averaging import ScheduleFree as ScheduleFree
     from emerging_optimizers.averaging import WeightAverage as WeightAverage
+    from emerging_optimizers.clipping import clip_gradients as clip_gradients
+    from emerging_optimizers.converting import convert_state_dict as convert_state_dict
     from emerging_optimizers.cost import estimate as estimate
     from emerging_optimizers.orthogonalized_optimizers import OrthogonalizedOptimizer as OrthogonalizedOptimizer
     from emerging_optimizers.qk_clip import QKClip as QKClip
@@ -69,6 +71,8 @@ _HOMES = {
     "ScheduleFree": "emerging_optimizers.averaging",
     "SpikeWatch": "emerging_optimizers.watch",
     "WeightAverage": "emerging_optimizers.averaging",
+    "clip_gradients": "emerging_optimizers.clipping",
+    "convert_state_dict": "emerging_optimizers.converting",
     "create_optimizer": "emerging_optimizers.routing",
     "estimate": "emerging_optimizers.cost",
     "plan_parameters": "emerging_optimizers.routing",

@@ -53,7 +53,8 @@ def parse(kind: type[CommandT], name: str, words: Sequence[str]) -> CommandT:
                 said["nargs"] = "?"
             parser.add_argument(field.name, type=plain, **said)
             continue
-        flag = f"--{field.name.replace('_', '-')}"
+        flag = f"--{field.name.rstrip('_').replace('_', '-')}"  # `from` is no name of a field, `from_` is
+        said["dest"] = field.name
         if plain is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction if field.default else "store_true", **said)
         else:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import Annotated, Any, ClassVar
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.convert import Convert
 from emerging_optimizers.cli.progress import Progress
 from emerging_optimizers.columns import in_columns
 
@@ -219,4 +220,5 @@ QUESTIONS: dict[str, Any] = {
     "estimate": Estimate,
     "plan": Plan,
     "check": Check,
+    "convert": Convert,
 }

@@ -1,0 +1,94 @@
+"""`eopt convert`: the checkpoint of another library's optimizer, for one of ours."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pickle import UnpicklingError
+from typing import Annotated, Any, ClassVar
+
+from emerging_optimizers.cli import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write the state_dict of another library's optimizer as one that ours loads, with its options and moments.
+
+    It takes files of torch.save and unpickles nothing but tensors and plain values. Parameters stay in their order; an
+    optimizer of several rules (create_optimizer) needs the model: emerging_optimizers.convert_state_dict.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("checkpoint",)
+    checkpoint: Annotated[str, "A file that torch.save wrote."]
+    to: Annotated[str, "A name from `eopt list`."]
+    out: Annotated[str, "The file to write."]
+    from_: Annotated[
+        str | None,
+        "torch.adamw, torch.muon, keller-jordan, nikhilvyas-soap or published; by default it is recognised.",
+    ] = None
+    entry: Annotated[str | None, "Under which key of the file the state_dict is, as in 'optimizer'."] = None
+
+    def run(self) -> None:
+        """Converts, loads the result for a test, writes it, and says what was dropped."""
+        from emerging_optimizers.cli.questions import asked
+
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            made = asked(self._convert)
+        import torch
+
+        asked(lambda: torch.save(made, self.out))
+        for one in said:
+            print(one.message)
+        print(f"{self.out}: the state of {len(made['state'])} parameters, for {self.to.lower()}")
+
+    def _convert(self) -> dict[str, Any]:
+        import torch
+
+        from emerging_optimizers.converting import convert_state_dict, options_of, recognised
+        from emerging_optimizers.registry import get_optimizer_cls
+
+        saved = self._read()
+        source = self.from_ or recognised(saved)
+        groups = []
+        for group in saved["param_groups"]:
+            params = [torch.nn.Parameter(_stand_in(saved["state"], i)) for i in group["params"]]
+            groups.append({**options_of(group, source, self.to.lower()), "params": params})
+        if len({bool(group.get("use_muon")) for group in saved["param_groups"]}) > 1:
+            raise UsageError(
+                "the groups follow Muon and Adam (use_muon); make both with create_optimizer and call "
+                "emerging_optimizers.convert_state_dict with its optimizer"
+            )
+        optimizer = get_optimizer_cls(self.to.lower())(groups, **({} if "lr" in groups[0] else {"lr": 1e-3}))
+        optimizer.load_state_dict(convert_state_dict(saved, optimizer, source=source))
+        made: dict[str, Any] = optimizer.state_dict()
+        return made
+
+    def _read(self) -> Mapping[str, Any]:
+        import torch
+
+        try:
+            saved = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        except UnpicklingError as error:
+            raise UsageError(
+                f"{self.checkpoint}: it is no file of torch.save, or has more than tensors and plain values in it, "
+                "which is not unpickled; save optimizer.state_dict() alone"
+            ) from error
+        if self.entry is not None:
+            if not isinstance(saved, Mapping) or self.entry not in saved:
+                raise UsageError(f"--entry {self.entry}: {self.checkpoint} has no such entry")
+            saved = saved[self.entry]
+        if not isinstance(saved, Mapping) or "param_groups" not in saved:
+            keys = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
+            raise UsageError(f"{self.checkpoint} is no state_dict of an optimizer, its keys are {keys}; give --entry")
+        return saved
+
+
+def _stand_in(state: Mapping[Any, Any], i: Any) -> Any:
+    """A tensor shaped like a parameter, of which the file has the moments alone."""
+    for key in ("exp_avg", "momentum_buffer"):
+        if key in state.get(i, {}):
+            return state[i][key].new_zeros(state[i][key].shape)
+    raise UsageError(
+        f"state[{i}] has neither exp_avg nor momentum_buffer, so that the parameter's shape is not known; call "
+        "emerging_optimizers.convert_state_dict with the optimizer of the model"
+    )

@@ -1,0 +1,215 @@
+"""Training goes on here with the moments that another library's optimizer wrote."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from emerging_optimizers import SOAP, AdamW, Lion, Muon, convert_state_dict, create_optimizer
+from emerging_optimizers.converting import recognised
+from emerging_optimizers.lab.__main__ import main
+from emerging_optimizers.routing.torch_arguments import from_torch
+
+M, N = 6, 4
+
+
+def grads(step: int, p: torch.Tensor) -> torch.Tensor:
+    return torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(step))
+
+
+def steps(optimizer: Any, params: list[Any], first: int, count: int = 5) -> None:
+    for step in range(first, first + count):
+        for k, p in enumerate(params):
+            p.grad = grads(100 * k + step, p)
+        optimizer.step()
+
+
+def twins(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[list[Any], list[Any]]:
+    make = [torch.randn(s, dtype=dtype, generator=torch.Generator().manual_seed(k)) for k, s in enumerate(shapes)]
+    return [torch.nn.Parameter(x.clone()) for x in make], [torch.nn.Parameter(x.clone()) for x in make]
+
+
+def go_on(old: Any, new: Any, theirs: list[Any], mine: list[Any]) -> None:
+    """Five steps of the old one; the new one takes over; five steps of each."""
+    steps(old, theirs, 0)
+    with torch.no_grad():
+        for p, q in zip(mine, theirs, strict=True):
+            p.copy_(q)
+    new.load_state_dict(convert_state_dict(old.state_dict(), new, mine))
+    steps(old, theirs, 5)
+    steps(new, mine, 5)
+
+
+def test_adamw_of_torch():
+    theirs, mine = twins((M, N), (N,))
+    options = {"lr": 0.03, "betas": (0.8, 0.9), "weight_decay": 0.1}
+    go_on(torch.optim.AdamW(theirs, **options), AdamW(mine, **options), theirs, mine)
+    for p, q in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_muon_of_torch():
+    """The momenta are the same; torch rounds its products to bfloat16, so the weights agree as those do."""
+    theirs, mine = twins((M, N))
+    old = torch.optim.Muon(theirs, lr=0.03)
+    new = Muon(mine, **from_torch("muon", lr=0.03))
+    go_on(old, new, theirs, mine)
+    buffers = new.state[mine[0]]["momentum_buffer"], old.state[theirs[0]]["momentum_buffer"]
+    torch.testing.assert_close(*buffers, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(*(x[0] for x in (mine, theirs)), rtol=0, atol=5 * 0.03 * 0.05)
+
+
+class Soap(torch.optim.Optimizer):
+    """SOAP as its paper says, in the layout of its authors' code: lists, moments in the eigenbasis, no first step."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._one(p, self.state[p], group)
+
+    @torch.no_grad()
+    def _one(self, p: Any, s: Any, group: Any) -> None:
+        share, (b1, b2) = 1 - group["shampoo_beta"], group["betas"]
+        grams = [p.grad @ p.grad.mT, p.grad.mT @ p.grad]
+        if not s:
+            s.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            s.update(GG=[share * g for g in grams], precondition_frequency=1, shampoo_beta=0.9)
+            s["Q"] = [torch.linalg.eigh(g).eigenvectors.flip(-1) for g in s["GG"]]
+            return
+        s["step"] += 1
+        turned = s["Q"][0].mT @ p.grad @ s["Q"][1]
+        s["exp_avg"].lerp_(turned, 1 - b1)
+        s["exp_avg_sq"].lerp_(turned.square(), 1 - b2)
+        m, v = s["exp_avg"] / (1 - b1 ** s["step"]), s["exp_avg_sq"] / (1 - b2 ** s["step"])
+        p.sub_(group["lr"] * s["Q"][0] @ (m / (v.sqrt() + group["eps"])) @ s["Q"][1].mT)
+        s["GG"] = [g.lerp(new, share) for g, new in zip(s["GG"], grams, strict=True)]
+
+
+def soap_of_others() -> tuple[Any, list[Any], list[Any]]:
+    theirs, mine = twins((M, N))
+    old = Soap(theirs, {"lr": 0.01, "betas": (0.8, 0.9), "shampoo_beta": 0.9, "eps": 1e-8, "weight_decay": 0.0})
+    return old, theirs, mine
+
+
+def test_soap_of_its_authors():
+    old, theirs, mine = soap_of_others()
+    steps(old, theirs, 0)
+    new = SOAP(mine, lr=0.01)
+    assert recognised(old.state_dict()) == "nikhilvyas-soap"
+    new.load_state_dict(convert_state_dict(old.state_dict(), new))
+    state, saved = new.state[mine[0]], old.state[theirs[0]]
+    for key, value in (("L", saved["GG"][0]), ("Q_R", saved["Q"][1]), ("exp_avg", saved["exp_avg"])):
+        assert torch.equal(state[key], value)
+    assert int(state["step"]) == 4
+    steps(new, mine, 5)
+    assert mine[0].isfinite().all()
+
+
+def test_soap_with_the_moment_in_the_parameters_own_space():
+    old, theirs, mine = soap_of_others()
+    steps(old, theirs, 0)
+    s = old.state[theirs[0]]
+    wanted = s["exp_avg"].clone()
+    s["exp_avg"] = s["Q"][0] @ wanted @ s["Q"][1].mT
+    old.param_groups[0]["warmup_steps"] = 1
+    new = SOAP(mine, lr=0.01)
+    made = convert_state_dict(old.state_dict(), new)
+    torch.testing.assert_close(made["state"][0]["exp_avg"], wanted, rtol=1e-12, atol=1e-12)
+
+
+def muon_and_adam(theirs: list[Any]) -> dict[str, Any]:
+    """As MuonWithAuxAdam writes it."""
+    muon = {"momentum_buffer": torch.randn(M, N)}
+    adam = {"exp_avg": torch.randn(N), "exp_avg_sq": torch.rand(N), "step": 7}
+    groups = [
+        {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0, "use_muon": False, "params": [0]},
+        {"lr": 0.02, "momentum": 0.95, "weight_decay": 0, "use_muon": True, "params": [1]},
+    ]
+    return {"state": {0: adam, 1: muon}, "param_groups": groups}
+
+
+def test_both_of_keller_jordans_into_one_optimizer_of_a_model():
+    model = torch.nn.Sequential(torch.nn.Linear(N, M), torch.nn.Linear(M, 3))
+    optimizer = create_optimizer("muon", model)
+    hidden = model[0].weight
+    bias = torch.nn.Parameter(torch.zeros(N))
+    saved = muon_and_adam([])
+    with pytest.warns(UserWarning, match="parameter 0, which the new optimizer does not have"):
+        made = convert_state_dict(saved, optimizer, [{"params": [bias]}, {"params": hidden}])
+    optimizer.load_state_dict(made)
+    assert torch.equal(optimizer.state[hidden]["momentum_buffer"], saved["state"][1]["momentum_buffer"])
+
+
+def test_the_first_moment_becomes_a_momentum_and_what_is_dropped_is_told():
+    model = torch.nn.Sequential(torch.nn.Linear(N, M), torch.nn.Linear(M, 3))
+    old = torch.optim.AdamW(model.parameters())
+    steps(old, [*model.parameters()], 0)
+    new = create_optimizer("muon", model)
+    with pytest.warns(UserWarning, match=r"exp_avg_sq of parameter '0.weight'"):
+        new.load_state_dict(convert_state_dict(old.state_dict(), new, model.named_parameters()))
+    for p in model.parameters():
+        key = "momentum_buffer" if "momentum_buffer" in new.state[p] else "exp_avg"
+        assert torch.equal(new.state[p][key], old.state[p]["exp_avg"])
+    steps(new, [*model.parameters()], 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "said"),
+    [
+        (lambda s: s["state"][0].update(max_exp_avg_sq=torch.ones(M, N)), AdamW, "max_exp_avg_sq of parameter 0"),
+        (lambda s: s["state"][0].pop("exp_avg_sq"), AdamW, "exp_avg_sq of parameter 0"),
+        (lambda s: s["state"][0].update(exp_avg=torch.ones(N, M)), Lion, "has shape"),
+        (lambda s: None, SOAP, "L, Q_L, Q_R, R of parameter 0"),
+        (lambda s: s["param_groups"][0]["params"].append(1), AdamW, "1 parameters are given, and the checkpoint has 2"),
+        (lambda s: s.pop("state"), AdamW, "this is no state_dict"),
+        (lambda s: s["state"].clear() or s["param_groups"][0].pop("amsgrad"), AdamW, "no state"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(change, to, said):
+    theirs, mine = twins((M, N))
+    old = torch.optim.AdamW(theirs)
+    steps(old, theirs, 0, 1)
+    saved = old.state_dict()
+    change(saved)
+    with pytest.raises(ValueError, match=said):
+        convert_state_dict(saved, to(mine, lr=0.1))
+
+
+def test_sources_and_optimizers_that_are_none():
+    theirs, mine = twins((M, N))
+    old = torch.optim.SGD(theirs, momentum=0.9)
+    steps(old, theirs, 0, 1)
+    with pytest.raises(ValueError, match="a sum and no average"):
+        convert_state_dict(old.state_dict(), Muon(mine, lr=0.1))
+    with pytest.raises(ValueError, match=r"source='torch\.adam' is not one of"):
+        convert_state_dict(old.state_dict(), Muon(mine, lr=0.1), source="torch.adam")
+    with pytest.raises(TypeError, match="SGD is not an optimizer of emerging_optimizers"):
+        convert_state_dict(old.state_dict(), old)  # type: ignore[arg-type]
+
+
+def test_a_file(tmp_path, capsys):
+    theirs, mine = twins((M, N))
+    old = torch.optim.Muon(theirs, lr=0.03)
+    steps(old, theirs, 0)
+    torch.save({"optimizer": old.state_dict()}, tmp_path / "old.pt")
+    main(
+        ["convert", str(tmp_path / "old.pt"), "--entry", "optimizer", "--to", "muon", "--out", str(tmp_path / "new.pt")]
+    )
+    assert "the state of 1 parameters, for muon" in capsys.readouterr().out
+    new = Muon(mine, lr=1.0)
+    new.load_state_dict(torch.load(tmp_path / "new.pt", weights_only=True))
+    assert torch.equal(new.state[mine[0]]["momentum_buffer"], old.state[theirs[0]]["momentum_buffer"])
+    assert new.param_groups[0].items() >= {"lr": 0.03, "scale_mode": "shape_scaling", "nesterov": True}.items()
+
+
+class Anything:
+    """What weights_only does not unpickle."""
+
+
+def test_a_file_with_code_in_it(tmp_path, capsys):
+    torch.save({"state": Anything()}, tmp_path / "bad.pt")
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(tmp_path / "bad.pt"), "--to", "muon", "--out", str(tmp_path / "new.pt")])
+    assert end.value.code == 2
+    assert "is not unpickled" in capsys.readouterr().err
+    assert not (tmp_path / "new.pt").exists()
