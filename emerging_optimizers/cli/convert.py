@@ -1,12 +1,15 @@
 """`eopt convert`: the checkpoint of another library's optimizer, for one of ours."""
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, ClassVar
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.progress import asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +29,26 @@ class Convert:
         "torch.adamw, torch.muon, keller-jordan, nikhilvyas-soap or published; by default it is recognised.",
     ] = None
     entry: Annotated[str | None, "Under which key of the file the state_dict is, as in 'optimizer'."] = None
+    overwrite: Annotated[bool, "Replace the file of --out where there is one."] = False
+    json: Annotated[bool, "Print JSON."] = False
 
     def run(self) -> None:
         """Converts, loads the result for a test, writes it, and says what was dropped."""
-        from emerging_optimizers.cli.questions import asked
-
+        if Path(self.out).exists() and not self.overwrite:
+            raise UsageError(f"{self.out} is there already; give another --out, or --overwrite to replace it")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            made = asked(self._convert)
+            made = asked("convert", self._convert)
         import torch
 
-        asked(lambda: torch.save(made, self.out))
-        for one in said:
-            print(one.message)
-        print(f"{self.out}: the state of {len(made['state'])} parameters, for {self.to.lower()}")
+        asked("convert", lambda: torch.save(made, self.out))
+        notes = [str(one.message) for one in said]
+        if self.json:
+            print(
+                json.dumps({"file": self.out, "to": self.to.lower(), "parameters": len(made["state"]), "said": notes})
+            )
+            return
+        print(*notes, f"{self.out}: the state of {len(made['state'])} parameters, for {self.to.lower()}", sep="\n")
 
     def _convert(self) -> dict[str, Any]:
         import torch

@@ -5,7 +5,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
+
+from emerging_optimizers.cli import UsageError
 
 Say = Callable[[str], object]
 
@@ -74,3 +76,12 @@ class Progress:
         with contextlib.suppress(OSError, ValueError):  # nobody reads: no reason to end the work
             self._stream.write(text)
             self._stream.flush()
+
+
+def asked(command: str, answer: Callable[[], Any]) -> Any:
+    """What a question has for an answer; a request that cannot be met is a `UsageError`."""
+    try:
+        with Progress(f"eopt {command}"):
+            return answer()
+    except (ValueError, TypeError, RuntimeError, OverflowError, OSError) as error:
+        raise UsageError(" ".join(str(error).split()) or type(error).__name__) from error

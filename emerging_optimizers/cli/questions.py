@@ -2,13 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Annotated, Any, ClassVar
 
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.convert import Convert
-from emerging_optimizers.cli.progress import Progress
+from emerging_optimizers.cli.progress import asked
 from emerging_optimizers.columns import in_columns
 
 Json = Annotated[bool, "Print JSON."]
@@ -29,15 +28,6 @@ def show(value: Any, as_json: bool) -> None:
         print(json.dumps(plain, indent=1, default=str))
     else:
         print(value)
-
-
-def asked(command: str, answer: Callable[[], Any]) -> Any:
-    """What a question has for an answer; a request that cannot be met is a `UsageError`."""
-    try:
-        with Progress(f"eopt {command}"):
-            return answer()
-    except (ValueError, TypeError, RuntimeError, OverflowError, OSError) as error:
-        raise UsageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 @dataclass(frozen=True, kw_only=True)
