@@ -5,6 +5,7 @@ Row i is a block of a parameter, nearly always all of it, and owns the items off
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # one
 
 from emerging_optimizers.distributed.shares import Part, Share
 from emerging_optimizers.engine.chunks import OUTBOX_PIECE, Chunk, Segment, cut
+from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.kept import entries_of
 from emerging_optimizers.engine.matrix_view import Block
+from emerging_optimizers.engine.packing import CODES, INT8, SCALES, Packing, named
 from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.units import Units
+from emerging_optimizers.linalg.eight_bits import BLOCK, dequantise, quantise
 
 _DTYPE = attrgetter("dtype")
 _KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
@@ -27,14 +31,20 @@ _KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
 class Bucket(Units):
     """Units and the stacks of their state."""
 
-    def __init__(self, rows: Sequence[tuple[Share, Block]], rule: Rule, rounded: torch.dtype | None = None) -> None:
-        """`rounded` is the dtype in which the parts are kept that say `rounds`; None: that of the others."""
+    def __init__(
+        self, rows: Sequence[tuple[Share, Block]], rule: Rule, rounded: torch.dtype | str | None = None
+    ) -> None:
+        """`rounded` is the dtype in which the parts are kept that say `rounds`, or "int8"; None: that of the others."""
         super().__init__(rows, "step" in rule.reads)
         self.state = rule.init((self.offsets[-1], *self.item), self.dtype, self.device)
-        rounds = rounded_parts(self.state)
-        self.rounded = bool(rounds) and rounded is not None
-        if self.rounded:
-            self.state = self.state._replace(**{name: getattr(self.state, name).to(rounded) for name in rounds})
+        rounds = [] if rounded is None else rounded_parts(self.state, rounded == INT8)
+        self.rounded = bool(rounds)
+        kept = torch.int8 if rounded == INT8 else rounded
+        self.state = self.state._replace(**{name: getattr(self.state, name).to(kept) for name in rounds})
+        # The scales of what is in 8 bits, which starts at zero.
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        eighths = rounds if rounded == INT8 else ()
+        self.packing = Packing(item=self.item, offsets=self.offsets, shapes=self.shapes, names=eighths, like=like)
         self.kind = self.kind_of(rule)
         self.whole = Chunk(self, (Segment(i, 0, self.items(i)) for i in range(len(rows))))
         self._whole_chunks: dict[str, list[Chunk]] = {}
@@ -47,7 +57,7 @@ class Bucket(Units):
         self.views: list[dict[str, Tensor]] = [self._views(i, like_grad) for i in range(len(rows))]
         self._sharded = [share for share in self.shares if isinstance(share, Part)]
         # What `state` holds of them.
-        self.published = [*map(self._publish, self.shares, self.views)]
+        self.published = [self._publish(i, views) for i, views in enumerate(self.views)]
 
     def _views(self, i: int, like_grad: set[str]) -> dict[str, Tensor]:
         """The state of row i under its checkpoint keys, as views of the stacks."""
@@ -58,16 +68,27 @@ class Bucket(Units):
         for name, stack in self.state._asdict().items():
             if stack is None:
                 continue
-            rows = stack[first:last]
-            views[name + block.key] = (
-                block.unstack(rows, p) if name in like_grad else rows if block.batched else rows[0]
-            )
+            rows, key = stack[first:last], name + block.key
+            view = block.unstack(rows, p) if name in like_grad else rows if block.batched else rows[0]
+            if name not in self.packing.scales:
+                views[key] = view
+            else:
+                views[named(key, CODES)] = view
+                views[named(key, SCALES)] = self.packing.scales_of(i, name, block.batched)
         return views
 
-    @staticmethod
-    def _publish(share: Share, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def packed(self, i: int) -> list[str]:
+        """The keys that parts of the state of row i would have if they were not kept in 8 bits."""
+        return [name + self.blocks[i].key for name in self.packing.scales]
+
+    def block_of(self, i: int, key: str) -> int:
+        """How many elements of a row stand behind each number of an entry of the state of row i."""
+        return BLOCK if key in {named(whole, SCALES) for whole in self.packed(i)} and not self.item else 1
+
+    def _publish(self, i: int, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With what is kept of the weight, which stands under the same keys in each of its blocks."""
-        return {**{key: share.publish(view) for key, view in views.items()}, **entries_of(share)}
+        share = self.shares[i]
+        return {**{key: share.publish(view, self.block_of(i, key)) for key, view in views.items()}, **entries_of(share)}
 
     def kind_of(self, rule: Rule) -> Any:
         """What makes a rule's state what it is, and its turns; as it compares."""
@@ -84,7 +105,7 @@ class Bucket(Units):
         for i, (views, published) in enumerate(zip(self.views, self.published, strict=True)):
             new = {name + self.blocks[i].key: self.unit_view(i, stack) for name, stack in self.guard.items()}
             views |= new
-            published |= self._publish(self.shares[i], new)
+            published |= self._publish(i, new)
 
     def fits(self) -> bool:
         """Whether every parameter still is what its stacks were made for."""
@@ -121,27 +142,52 @@ class Bucket(Units):
         """The chunk's state: views of the stacks where its items are adjacent, else copies."""
         if chunk.views is not None:
             return chunk.views
+        parts = self.state._asdict()
+        return type(self.state)(*(None if x is None else self._read_part(chunk, name, x) for name, x in parts.items()))
 
-        def part(stack: Tensor | None) -> Tensor | None:
-            if stack is None:
-                return None
-            pieces = [stack[a:b].to(self.dtype) for a, b in chunk.runs]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def _read_part(self, chunk: Chunk, name: str, stack: Tensor) -> Tensor:
+        if name in self.packing.scales:
+            return self.packing.read(chunk.grids, name, stack)
+        pieces = [stack[a:b].to(self.dtype) for a, b in chunk.runs]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-        return type(self.state)(*map(part, self.state))
+    def read_lists(self, chunk: Chunk) -> tuple[Any, list[Write]]:
+        """The chunk's state as a kernel takes it, which writes into it, and what then stores it."""
+        if not self.rounded:
+            return chunk.parts, []
+        wide: dict[str, Tensor] = {}
+        lists: dict[str, list[Tensor]] = {}
+        for name, stack in self.state._asdict().items():
+            lists[name] = getattr(chunk.parts, name)
+            if stack is not None and stack.dtype != self.dtype:
+                wide[name] = self._read_part(chunk, name, stack)
+                pieces = torch.split(wide[name], [*map(Tensor.numel, lists[name])])
+                lists[name] = [x.view(part.shape) for x, part in zip(pieces, lists[name], strict=True)]
+        new = type(self.state)(*(wide.get(name) for name in lists))
+        return type(self.state)(**lists), [partial(self.write, chunk, new)]
 
     def as_kept(self, state: Any) -> Any:
         """A chunk's new state as `read` will find it once it is written."""
         if not self.rounded:
             return state
-        kept = zip(state, self.state, strict=True)
-        return type(state)(*(x if x is None else x.to(stack.dtype).to(self.dtype) for x, stack in kept))
+
+        def part(name: str, x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            if name in self.packing.scales:
+                return dequantise(*quantise(x))
+            return x.to(getattr(self.state, name).dtype).to(self.dtype)
+
+        return type(state)(*(part(name, x) for name, x in state._asdict().items()))
 
     def write(self, chunk: Chunk, state: Any) -> None:
-        """Copy a chunk's new state into the stacks, in place."""
+        """Copy a chunk's new state into the stacks, in place; what is None stays."""
         views = chunk.views or [None] * len(state)
-        for stack, new, view in zip(self.state, state, views, strict=True):
+        for (name, stack), new, view in zip(self.state._asdict().items(), state, views, strict=True):
             if stack is None or new is view:
+                continue
+            if name in self.packing.scales:
+                self.packing.write(chunk.grids, name, stack, new)
                 continue
             row = 0
             for a, b in chunk.runs:

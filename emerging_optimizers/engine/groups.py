@@ -13,6 +13,7 @@ from emerging_optimizers.engine.hooks import REPLACE, InPlaceLaw, Law, make_hook
 from emerging_optimizers.engine.kept import WeightRoundingT
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.options import Execution
+from emerging_optimizers.engine.packing import INT8
 from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule, Where, reason
 from emerging_optimizers.engine.units import state_dtype
@@ -93,7 +94,7 @@ def _check_rounding(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
     if group["state_dtype"] is None:
         return
     state = rule.init((1, 2, 2)[: 1 if rule.elementwise else 3], torch.float32, torch.device("meta"))
-    if not rounded_parts(state):
+    if not rounded_parts(state, group["state_dtype"] == INT8):
         raise ValueError(
             f"{owner}: state_dtype={group['state_dtype']} is not possible: of its state "
             f"({', '.join(state._fields)}) nothing bears rounding; leave it None"

@@ -83,7 +83,7 @@ class BucketStep:
     def _take_chunks(self, gradients: Mapping[int, Tensor]) -> None:
         bucket, rule = self.bucket, self.rule
         way = self.way
-        if way.plain and (bucket.rounded or not accepts(bucket.device, chain(bucket.parameters, gradients.values()))):
+        if way.plain and not accepts(bucket.device, chain(bucket.parameters, gradients.values())):
             way = way.stacked()
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: its norm is taken, and the
         # guard is called when that is too large. Until then every factor was one.
@@ -190,7 +190,8 @@ class BucketStep:
         behind: Callable[[], AbstractContextManager[object]] = nullcontext
         if now is not phase:
             ready = bucket.as_kept(new)
-            with self.ahead.beside(x for x in (*bucket.state, *ready, live) if x is not None) as behind:
+            stacks = (*bucket.state, *bucket.packing.scales.values())
+            with self.ahead.beside(x for x in (*stacks, *ready, live) if x is not None) as behind:
                 new = refresh(rule, ready, phase, execution)
                 new = new if live is None else _keep(live, new, ready)
         writes = self.move.writes(bucket, chunk, gradients, live, out.direction)
@@ -275,7 +276,8 @@ class BucketStep:
         if self.l2 is not None:
             grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, self.l2)))
         if kernel is not None:
-            writes = kernel(wide, grads, chunk.parts, t, self.move.lr, self.move.keep)
+            parts_of_state, stores = bucket.read_lists(chunk)
+            writes = [*kernel(wide, grads, parts_of_state, t, self.move.lr, self.move.keep), *stores]
         else:
             out = advance(rule, grads[0].view(-1), bucket.read(chunk), t, phase)
             writes = [partial(bucket.write, chunk, out.state)]
