@@ -18,6 +18,7 @@ from emerging_optimizers.engine.chunks import OUTBOX_PIECE, Chunk, Segment, cut
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.kept import entries_of
 from emerging_optimizers.engine.matrix_view import Block
+from emerging_optimizers.engine.offload import Coming, PiecesT, ferry_of, looking_ahead, pinned_for
 from emerging_optimizers.engine.packing import CODES, INT8, SCALES, Packing, named
 from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule
@@ -32,19 +33,37 @@ class Bucket(Units):
     """Units and the stacks of their state."""
 
     def __init__(
-        self, rows: Sequence[tuple[Share, Block]], rule: Rule, rounded: torch.dtype | str | None = None
+        self,
+        rows: Sequence[tuple[Share, Block]],
+        rule: Rule,
+        rounded: torch.dtype | str | None = None,
+        offload: bool = False,
     ) -> None:
-        """`rounded` is the dtype in which the parts are kept that say `rounds`, or "int8"; None: that of the others."""
+        """Stacks for rows.
+
+        Args:
+            rows: blocks of shares.
+            rule: of the group.
+            rounded: the dtype in which the parts are kept that say `rounds`, or "int8"; None: that of the others.
+            offload: stacks lie in the host's memory.
+        """
         super().__init__(rows, "step" in rule.reads)
-        self.state = rule.init((self.offsets[-1], *self.item), self.dtype, self.device)
+        self.ferry = ferry_of(self.device) if offload and not self.elsewhere else None
+        device = self.device if self.ferry is None else torch.device("cpu")
+        self.state = rule.init((self.offsets[-1], *self.item), self.dtype, device)
         rounds = [] if rounded is None else rounded_parts(self.state, rounded == INT8)
         self.rounded = bool(rounds)
         kept = torch.int8 if rounded == INT8 else rounded
         self.state = self.state._replace(**{name: getattr(self.state, name).to(kept) for name in rounds})
         # The scales of what is in 8 bits, which starts at zero.
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self._coming: dict[int, Coming] = {}  # chunks whose state is on its way, by their ids
+        self._first: Chunk | None = None  # what was asked for first in the last step
+        like = torch.empty(0, dtype=self.dtype, device=device)
         eighths = rounds if rounded == INT8 else ()
         self.packing = Packing(item=self.item, offsets=self.offsets, shapes=self.shapes, names=eighths, like=like)
+        if self.ferry is not None:
+            self.state = type(self.state)(*(pinned_for(stack, self.device) for stack in self.state))
+            self.packing.move(partial(pinned_for, device=self.device))
         self.kind = self.kind_of(rule)
         self.whole = Chunk(self, (Segment(i, 0, self.items(i)) for i in range(len(rows))))
         self._whole_chunks: dict[str, list[Chunk]] = {}
@@ -138,32 +157,76 @@ class Bucket(Units):
             self._whole_chunks[execution] = list(cut(self, segments, execution))
         return self._whole_chunks[execution]
 
+    @property
+    def apart(self) -> bool:
+        """Whether what is stored is not what is computed with."""
+        return self.rounded or self.ferry is not None
+
+    def _stored(self, chunk: Chunk) -> dict[str, list[tuple[Tensor, ...]]]:
+        """The pieces of the stacks that a chunk covers, by the names of parts."""
+        return {
+            name: self.packing.pieces(chunk.grids, name, stack)
+            if name in self.packing.scales
+            else [(stack[a:b],) for a, b in chunk.runs]
+            for name, stack in self.state._asdict().items()
+            if stack is not None
+        }
+
+    def fetched(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+        """Chunks, while the state of the next one is on its way to the device."""
+        if self.ferry is None:
+            yield from chunks
+            return
+        self._first = chunks[0] if chunks else None
+        for chunk, following in looking_ahead(chunks):
+            for some in (chunk, following):
+                if some is not None and id(some) not in self._coming:
+                    self._coming[id(some)] = self.ferry.fetch(self._stored(some))
+            yield chunk
+
+    def release(self) -> None:
+        """With what has been fetched and was not needed."""
+        super().release()
+        self._coming.clear()
+
+    def fetch_first(self) -> None:
+        """Begin to bring what the next step needs first, if it is as in the last one."""
+        self._coming.clear()
+        if self.ferry is not None and self._first is not None:
+            self._coming[id(self._first)] = self.ferry.fetch(self._stored(self._first))
+
+    def _brought(self, chunk: Chunk) -> PiecesT:
+        """What is stored of a chunk, where steps compute."""
+        if self.ferry is None:
+            return self._stored(chunk)
+        coming = self._coming.pop(id(chunk), None)
+        return self.ferry.land(self.ferry.fetch(self._stored(chunk)) if coming is None else coming)
+
     def read(self, chunk: Chunk) -> Any:
         """The chunk's state: views of the stacks where its items are adjacent, else copies."""
         if chunk.views is not None:
             return chunk.views
-        parts = self.state._asdict()
-        return type(self.state)(*(None if x is None else self._read_part(chunk, name, x) for name, x in parts.items()))
+        parts = {name: self._wide_part(name, pieces) for name, pieces in self._brought(chunk).items()}
+        return type(self.state)(*map(parts.get, self.state._fields))
 
-    def _read_part(self, chunk: Chunk, name: str, stack: Tensor) -> Tensor:
-        if name in self.packing.scales:
-            return self.packing.read(chunk.grids, name, stack)
-        pieces = [stack[a:b].to(self.dtype) for a, b in chunk.runs]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def _wide_part(self, name: str, pieces: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """What is computed with, of stored pieces."""
+        packed = name in self.packing.scales
+        wide = self.packing.wide(pieces) if packed else [x.to(self.dtype) for (x,) in pieces]
+        return wide[0] if len(wide) == 1 else torch.cat(wide)
 
     def read_lists(self, chunk: Chunk) -> tuple[Any, list[Write]]:
         """The chunk's state as a kernel takes it, which writes into it, and what then stores it."""
-        if not self.rounded:
+        if not self.apart:
             return chunk.parts, []
         wide: dict[str, Tensor] = {}
-        lists: dict[str, list[Tensor]] = {}
-        for name, stack in self.state._asdict().items():
-            lists[name] = getattr(chunk.parts, name)
-            if stack is not None and stack.dtype != self.dtype:
-                wide[name] = self._read_part(chunk, name, stack)
+        lists: dict[str, list[Tensor]] = chunk.parts._asdict()
+        for name, stored in self._brought(chunk).items():
+            if self.ferry is not None or getattr(self.state, name).dtype != self.dtype:
+                wide[name] = self._wide_part(name, stored)
                 pieces = torch.split(wide[name], [*map(Tensor.numel, lists[name])])
                 lists[name] = [x.view(part.shape) for x, part in zip(pieces, lists[name], strict=True)]
-        new = type(self.state)(*(wide.get(name) for name in lists))
+        new = type(self.state)(*map(wide.get, self.state._fields))
         return type(self.state)(**lists), [partial(self.write, chunk, new)]
 
     def as_kept(self, state: Any) -> Any:
@@ -183,18 +246,33 @@ class Bucket(Units):
     def write(self, chunk: Chunk, state: Any) -> None:
         """Copy a chunk's new state into the stacks, in place; what is None stays."""
         views = chunk.views or [None] * len(state)
-        for (name, stack), new, view in zip(self.state._asdict().items(), state, views, strict=True):
-            if stack is None or new is view:
-                continue
+        kept = {name for name, new, view in zip(state._fields, state, views, strict=True) if new is view}
+        pairs = [
+            pair
+            for name, pieces in self._stored(chunk).items()
+            if name not in kept
+            for pair in self._new_pieces(name, pieces, getattr(state, name))
+        ]
+        if self.ferry is not None:
+            self.ferry.send(pairs)
+            return
+        for target, piece in pairs:
+            if not _is_same(piece, target):
+                target.copy_(piece)
+
+    def _new_pieces(
+        self, name: str, pieces: Sequence[tuple[Tensor, ...]], new: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Stored pieces of a part, each with what it is to be."""
+        row = 0
+        for piece in pieces:
+            count = piece[0].numel() if not self.item else len(piece[0])
+            value = new[row : row + count]
+            row += count
             if name in self.packing.scales:
-                self.packing.write(chunk.grids, name, stack, new)
-                continue
-            row = 0
-            for a, b in chunk.runs:
-                piece = new[row : row + b - a]
-                if not _is_same(piece, target := stack[a:b]):
-                    target.copy_(piece)
-                row += b - a
+                yield from zip(piece, quantise(value.reshape(piece[0].shape)), strict=True)
+            else:
+                yield piece[0], value
 
     def stack(self, chunk: Chunk, tensors: Mapping[int, Tensor | None]) -> Tensor:
         """Tensors shaped like the parameters, by their row, as one stack in the state's dtype; none: zeros."""

@@ -85,7 +85,7 @@ class Chunk(list[Segment]):
     @cached_property
     def views(self) -> Any:
         """The state where the items are adjacent and in the dtype of the computation: views of the stacks."""
-        if len(self.runs) > 1 or self._bucket.rounded:
+        if len(self.runs) > 1 or self._bucket.apart:
             return None
         ((a, b),) = self.runs
         state = self._bucket.state
@@ -142,7 +142,7 @@ def cut(bucket: Any, segments: Iterable[Segment], execution: str) -> Iterator[Ch
     if bucket.on_host and bucket.item:
         cap = min(cap, torch.get_num_threads() * max(1, CPU_CHUNK_BYTES // size))
     elif bucket.on_host:
-        plain = execution == "fused" and not bucket.rounded
+        plain = execution == "fused" and not bucket.apart
         cap = FUSED_CHUNK if plain else torch.get_num_threads() * ELEMENT_CHUNK
     chunk: list[Segment] = []
     room = cap

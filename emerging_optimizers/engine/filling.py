@@ -61,7 +61,8 @@ def fill_buckets(
     buckets = []
     for (*_, eighths), rows in kinds.items():
         rounded = group["state_dtype"] if eighths or group["state_dtype"] != INT8 else None
-        bucket = Bucket([(share, block) for _, share, block in rows], rule, rounded)
+        offload = group["offload"] == "cpu"
+        bucket = Bucket([(share, block) for _, share, block in rows], rule, rounded, offload)
         bucket.turns = [turns.get((i, block.key), 0) for i, _, block in rows]
         if group["spike_guard"] is not None or any(
             "guard_norm" + block.key in saved.get(share.source, {}) for _, share, block in rows

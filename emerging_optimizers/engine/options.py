@@ -223,10 +223,21 @@ class EngineOptions(TypedDict, total=False):
             "torch.bfloat16 keeps momentum and first moments (of decay up to some hundred steps), and the bases of the "
             'SOAP family, in half the memory; "int8" keeps momentum and first moments in a quarter, with a scale for '
             "each block of at most 256 elements of a row and an error of at most 0.8 % of its largest number "
-            "(`linalg.quantise`), and bases in float32, as it does parameters of fewer than 4096 elements, rows of "
-            "fewer than 16, vectors of fewer than 2^20 and what processes cut within a block. `state` then has them as "
-            '"momentum_buffer_int8" and "momentum_buffer_scale". Everything is computed in float32 as before, and '
+            "(`linalg/eight_bits.py`), and bases in float32, as it does parameters of fewer than 4096 elements, rows "
+            "of fewer than 16, vectors of fewer than 2^20 and what processes cut within a block. `state` then has them "
+            'as "momentum_buffer_int8" and "momentum_buffer_scale". Everything is computed in float32 as before, and '
             "second moments and factors stay in it. Refused where an optimizer has neither. None: float32. Per group.",
+            default=None,
+        ),
+    ]
+    offload: Annotated[
+        Literal["cpu"] | None,
+        Option(
+            one_of(None, "cpu"),
+            '"cpu" keeps the state in the memory of the host (pinned, for CUDA) and copies it chunk by chunk to the '
+            "device and back, beside the computation; all numbers are the same. Step counts and the guard's means stay "
+            "on the device. Refused with capturable=True, and for sharded parameters on an accelerator. None: on the "
+            "device. Per group.",
             default=None,
         ),
     ]

@@ -6,16 +6,15 @@ rule, all that an entry of the parameter's first axis has. So blocks do not depe
 many processes have cut a parameter along its first axis.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.distributed.shares import Share
 from emerging_optimizers.engine.matrix_view import Block
-from emerging_optimizers.linalg.eight_bits import BLOCK, dequantise, quantise, quantise_, scale_shape
+from emerging_optimizers.linalg.eight_bits import BLOCK, dequantise, quantise, scale_shape
 
 INT8 = "int8"
 CODES, SCALES = "_int8", "_scale"
@@ -129,6 +128,10 @@ class Packing:
         shape = scale_shape((offsets[-1], *item)) if item else (self._starts[-1],)
         self.scales = {name: like.new_zeros(shape) for name in names}
 
+    def move(self, place: Callable[[Tensor], Any]) -> None:
+        """Have the scales somewhere else."""
+        self.scales = {name: place(scale) for name, scale in self.scales.items()}
+
     def piece(self, i: int, cap: int) -> int:
         """How many elements of row i of an element-wise rule make a piece of about `cap`: no block is cut."""
         return max(1, cap // self._widths[i]) * self._widths[i]
@@ -159,21 +162,13 @@ class Packing:
         if left:
             yield Grid(slice(first + stop - left, first + stop), slice(b, b + 1), left)
 
-    def read(self, grids: Sequence[Grid], name: str, codes: Tensor) -> Tensor:
-        """The numbers of a chunk, as a stack."""
-        pieces = [dequantise(*grid.of(codes, self.scales[name])) for grid in grids]
-        if not self._item:
-            pieces = [piece.view(-1) for piece in pieces]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def pieces(self, grids: Sequence[Grid], name: str, codes: Tensor) -> list[tuple[Tensor, ...]]:
+        """The codes and scales of a chunk."""
+        return [grid.of(codes, self.scales[name]) for grid in grids]
 
-    def write(self, grids: Sequence[Grid], name: str, codes: Tensor, new: Tensor) -> None:
-        """Round the numbers of a chunk."""
-        row = 0
-        for grid in grids:
-            code, scale = grid.of(codes, self.scales[name])
-            count = grid.items.stop - grid.items.start
-            quantise_(code, scale, new[row : row + count].reshape(code.shape))
-            row += count
+    def wide(self, pieces: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+        """Their numbers, as pieces of a stack."""
+        return [x if self._item else x.view(-1) for x in (dequantise(*piece) for piece in pieces)]
 
     def scales_of(self, i: int, name: str, batched: bool) -> Tensor:
         """Those of row i, as `state` has them."""

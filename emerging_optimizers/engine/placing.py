@@ -25,6 +25,7 @@ from emerging_optimizers.engine.validate import label, label_of, place
 _SHAPING = (
     "matrix_view",
     "state_dtype",
+    "offload",
     "weight_rounding",
     "weight_update_hook",
     "weight_decay_method",

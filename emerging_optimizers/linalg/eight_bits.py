@@ -44,7 +44,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     Example:
         >>> codes, scales = quantise(torch.tensor([1.0, -0.5, 0.001, 0.0]))
         >>> codes.tolist(), [round(x, 4) for x in dequantise(codes, scales).tolist()]
-        ([127, -90, 4, 0], [1.0, -0.5022, 0.001, 0.0])
+        ([127, -90, 4, 0], [0.9998, -0.5021, 0.001, 0.0])
     """
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(scale_shape(x.shape), dtype=x.dtype, device=x.device)
