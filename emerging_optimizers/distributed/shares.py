@@ -8,6 +8,7 @@ matrices is spread over several owners. Where plain tensors are shards, it is an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -90,11 +91,15 @@ class Share:
         """Whether the parameter still lies as it did."""
         return True
 
-    def publish(self, view: Tensor) -> Tensor:
-        """What `state` holds of a view of a stack."""
+    def cuts_rows(self, length: int) -> bool:
+        """Whether processes cut into stretches of `length` elements of an entry of the parameter's first axis."""
+        return False
+
+    def publish(self, view: Tensor, block: int = 1) -> Tensor:
+        """What `state` holds of a view of a stack; of one with a number for each `block` elements of a row."""
         return view
 
-    def localize(self, value: Tensor, view: Tensor) -> Tensor:
+    def localize(self, value: Tensor, view: Tensor, block: int = 1) -> Tensor:
         """What of a saved tensor belongs into a view of a stack; the processes ask for the same at the same time."""
         return whole_of(value)
 
@@ -192,29 +197,40 @@ class Local(Part):
         self.indices = (here, p.shape[0]) if spread.is_cut and not by_element and here else None
         self.kind = ("local", peers, spread.copies) if cut else ("local", self.elsewhere)
 
+    def cuts_rows(self, length: int) -> bool:
+        """As of any share; only of one that is worked on by elements."""
+        cut = self._spread.cut_axes
+        if cut <= {0} and len(self.shape) > 1:
+            return False
+        if len(self.shape) > 2:
+            return True
+        boxes = [box for rank in self._spread.ranks for box in self._spread.boxes(rank)]
+        return any(box.starts[-1] % length or box.stops[-1] % length for box in boxes)
+
     @property
     def grad(self) -> Tensor | None:
         """What is given."""
         return self.given
 
-    def publish(self, view: Tensor) -> Tensor:
+    def publish(self, view: Tensor, block: int = 1) -> Tensor:
         """Sharded like the parameter."""
         if not view.ndim or not self._spread.is_cut:
             return view
         here = (
             torch.empty((0, *view.shape[1:]), dtype=view.dtype, device=self.stored.device) if self.elsewhere else view
         )
-        return as_sharded(here, self.source, self.shape if self._by_element else self._shape(view))
+        return as_sharded(here, self.source, _in_blocks(self.shape, block) if self._by_element else self._shape(view))
 
-    def localize(self, value: Tensor, view: Tensor) -> Tensor:
+    def localize(self, value: Tensor, view: Tensor, block: int = 1) -> Tensor:
         """Its own part of it."""
         if is_sharded(value, like=self.source):
             return local_of(value)
         value = whole_of(value)
         if self.elsewhere:
             return view
-        if self._by_element and view.ndim and self._spread.is_cut and value.shape == self.shape:
-            return cut_out(value, self._boxes, self.stored)
+        if self._by_element and view.ndim and self._spread.is_cut and value.shape == _in_blocks(self.shape, block):
+            boxes = [Box(*(_in_blocks(x, block) for x in box)) for box in self._boxes]
+            return cut_out(value, boxes, self.stored if block == 1 else view)
         return self._entries(value, view)
 
 
@@ -266,11 +282,11 @@ class Owned(Part):
         span = self.spans.get(rank)
         return span is not None and span.start < span.stop
 
-    def publish(self, view: Tensor) -> Tensor:
+    def publish(self, view: Tensor, block: int = 1) -> Tensor:
         """A DTensor on the owners alone, of which other processes hold nothing."""
         return on_owners(view, self.stored.device, self.peers, tuple(self.spans), self._shape(view))
 
-    def localize(self, value: Tensor, view: Tensor) -> Tensor:
+    def localize(self, value: Tensor, view: Tensor, block: int = 1) -> Tensor:
         """What this process owns of it."""
         if is_sharded(value, like=self.publish(view)):
             return local_of(value)
@@ -305,11 +321,11 @@ class OwnedShard(Owned):
         """Whether the shard is what it was; in its place users may have put other numbers."""
         return (self.source.shape, self.source.dtype, self.source.device) == self._was
 
-    def publish(self, view: Tensor) -> Tensor:
+    def publish(self, view: Tensor, block: int = 1) -> Tensor:
         """The state of all of it on its owner, and tensors without elements elsewhere."""
         return torch.empty(0, dtype=view.dtype, device=self.stored.device) if self.elsewhere else view
 
-    def localize(self, value: Tensor, view: Tensor) -> Tensor:
+    def localize(self, value: Tensor, view: Tensor, block: int = 1) -> Tensor:
         """It is what belongs here."""
         return value
 
@@ -320,6 +336,14 @@ class OwnedShard(Owned):
     def localize_stored(self, value: Tensor) -> Tensor:
         """A shard, too."""
         return value
+
+
+def _in_blocks(shape: Sequence[int], block: int) -> tuple[int, ...]:
+    """Of a shape or place in a parameter, with one number for each `block` elements of its rows."""
+    if block == 1:
+        return tuple(shape)
+    *first, row = shape if len(shape) < 2 else (shape[0], prod(shape[1:]))
+    return *first, -(-row // block)
 
 
 def within(box: Box, span: Span) -> Box | None:

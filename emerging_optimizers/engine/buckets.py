@@ -5,6 +5,7 @@ Row i is a block of a parameter, nearly always all of it, and owns the items off
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -14,11 +15,15 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # one
 
 from emerging_optimizers.distributed.shares import Part, Share
 from emerging_optimizers.engine.chunks import OUTBOX_PIECE, Chunk, Segment, cut
+from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.kept import entries_of
 from emerging_optimizers.engine.matrix_view import Block
+from emerging_optimizers.engine.offload import Coming, PiecesT, ferry_of, looking_ahead, pinned_for
+from emerging_optimizers.engine.packing import CODES, INT8, SCALES, Packing, named
 from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule
 from emerging_optimizers.engine.units import Units
+from emerging_optimizers.linalg.eight_bits import BLOCK, dequantise, quantise
 
 _DTYPE = attrgetter("dtype")
 _KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
@@ -27,14 +32,38 @@ _KIND, _SHAPE = attrgetter("dtype", "device"), attrgetter("shape")
 class Bucket(Units):
     """Units and the stacks of their state."""
 
-    def __init__(self, rows: Sequence[tuple[Share, Block]], rule: Rule, rounded: torch.dtype | None = None) -> None:
-        """`rounded` is the dtype in which the parts are kept that say `rounds`; None: that of the others."""
+    def __init__(
+        self,
+        rows: Sequence[tuple[Share, Block]],
+        rule: Rule,
+        rounded: torch.dtype | str | None = None,
+        offload: bool = False,
+    ) -> None:
+        """Stacks for rows.
+
+        Args:
+            rows: blocks of shares.
+            rule: of the group.
+            rounded: the dtype in which the parts are kept that say `rounds`, or "int8"; None: that of the others.
+            offload: stacks lie in the host's memory.
+        """
         super().__init__(rows, "step" in rule.reads)
-        self.state = rule.init((self.offsets[-1], *self.item), self.dtype, self.device)
-        rounds = rounded_parts(self.state)
-        self.rounded = bool(rounds) and rounded is not None
-        if self.rounded:
-            self.state = self.state._replace(**{name: getattr(self.state, name).to(rounded) for name in rounds})
+        self.ferry = ferry_of(self.device) if offload and not self.elsewhere else None
+        device = self.device if self.ferry is None else torch.device("cpu")
+        self.state = rule.init((self.offsets[-1], *self.item), self.dtype, device)
+        rounds = [] if rounded is None else rounded_parts(self.state, rounded == INT8)
+        self.rounded = bool(rounds)
+        kept = torch.int8 if rounded == INT8 else rounded
+        self.state = self.state._replace(**{name: getattr(self.state, name).to(kept) for name in rounds})
+        # The scales of what is in 8 bits, which starts at zero.
+        self._coming: dict[int, Coming] = {}  # chunks whose state is on its way, by their ids
+        self._first: Chunk | None = None  # what was asked for first in the last step
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        eighths = rounds if rounded == INT8 else ()
+        self.packing = Packing(item=self.item, offsets=self.offsets, shapes=self.shapes, names=eighths, like=like)
+        if self.ferry is not None:
+            self.state = type(self.state)(*(pinned_for(stack, self.device) for stack in self.state))
+            self.packing.move(partial(pinned_for, device=self.device))
         self.kind = self.kind_of(rule)
         self.whole = Chunk(self, (Segment(i, 0, self.items(i)) for i in range(len(rows))))
         self._whole_chunks: dict[str, list[Chunk]] = {}
@@ -47,7 +76,7 @@ class Bucket(Units):
         self.views: list[dict[str, Tensor]] = [self._views(i, like_grad) for i in range(len(rows))]
         self._sharded = [share for share in self.shares if isinstance(share, Part)]
         # What `state` holds of them.
-        self.published = [*map(self._publish, self.shares, self.views)]
+        self.published = [self._publish(i, views) for i, views in enumerate(self.views)]
 
     def _views(self, i: int, like_grad: set[str]) -> dict[str, Tensor]:
         """The state of row i under its checkpoint keys, as views of the stacks."""
@@ -58,16 +87,27 @@ class Bucket(Units):
         for name, stack in self.state._asdict().items():
             if stack is None:
                 continue
-            rows = stack[first:last]
-            views[name + block.key] = (
-                block.unstack(rows, p) if name in like_grad else rows if block.batched else rows[0]
-            )
+            rows, key = stack[first:last], name + block.key
+            view = block.unstack(rows, p) if name in like_grad else rows if block.batched else rows[0]
+            if name not in self.packing.scales:
+                views[key] = view
+            else:
+                views[named(key, CODES)] = view
+                views[named(key, SCALES)] = self.packing.scales_of(i, name, block.batched)
         return views
 
-    @staticmethod
-    def _publish(share: Share, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def packed(self, i: int) -> list[str]:
+        """The keys that parts of the state of row i would have if they were not kept in 8 bits."""
+        return [name + self.blocks[i].key for name in self.packing.scales]
+
+    def block_of(self, i: int, key: str) -> int:
+        """How many elements of a row stand behind each number of an entry of the state of row i."""
+        return BLOCK if key in {named(whole, SCALES) for whole in self.packed(i)} and not self.item else 1
+
+    def _publish(self, i: int, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With what is kept of the weight, which stands under the same keys in each of its blocks."""
-        return {**{key: share.publish(view) for key, view in views.items()}, **entries_of(share)}
+        share = self.shares[i]
+        return {**{key: share.publish(view, self.block_of(i, key)) for key, view in views.items()}, **entries_of(share)}
 
     def kind_of(self, rule: Rule) -> Any:
         """What makes a rule's state what it is, and its turns; as it compares."""
@@ -84,7 +124,7 @@ class Bucket(Units):
         for i, (views, published) in enumerate(zip(self.views, self.published, strict=True)):
             new = {name + self.blocks[i].key: self.unit_view(i, stack) for name, stack in self.guard.items()}
             views |= new
-            published |= self._publish(self.shares[i], new)
+            published |= self._publish(i, new)
 
     def fits(self) -> bool:
         """Whether every parameter still is what its stacks were made for."""
@@ -117,38 +157,122 @@ class Bucket(Units):
             self._whole_chunks[execution] = list(cut(self, segments, execution))
         return self._whole_chunks[execution]
 
+    @property
+    def apart(self) -> bool:
+        """Whether what is stored is not what is computed with."""
+        return self.rounded or self.ferry is not None
+
+    def _stored(self, chunk: Chunk) -> dict[str, list[tuple[Tensor, ...]]]:
+        """The pieces of the stacks that a chunk covers, by the names of parts."""
+        return {
+            name: self.packing.pieces(chunk.grids, name, stack)
+            if name in self.packing.scales
+            else [(stack[a:b],) for a, b in chunk.runs]
+            for name, stack in self.state._asdict().items()
+            if stack is not None
+        }
+
+    def fetched(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+        """Chunks, while the state of the next one is on its way to the device."""
+        if self.ferry is None:
+            yield from chunks
+            return
+        self._first = chunks[0] if chunks else None
+        for chunk, following in looking_ahead(chunks):
+            for some in (chunk, following):
+                if some is not None and id(some) not in self._coming:
+                    self._coming[id(some)] = self.ferry.fetch(self._stored(some))
+            yield chunk
+
+    def release(self) -> None:
+        """With what has been fetched and was not needed."""
+        super().release()
+        self._coming.clear()
+
+    def fetch_first(self) -> None:
+        """Begin to bring what the next step needs first, if it is as in the last one."""
+        self._coming.clear()
+        if self.ferry is not None and self._first is not None:
+            self._coming[id(self._first)] = self.ferry.fetch(self._stored(self._first))
+
+    def _brought(self, chunk: Chunk) -> PiecesT:
+        """What is stored of a chunk, where steps compute."""
+        if self.ferry is None:
+            return self._stored(chunk)
+        coming = self._coming.pop(id(chunk), None)
+        return self.ferry.land(self.ferry.fetch(self._stored(chunk)) if coming is None else coming)
+
     def read(self, chunk: Chunk) -> Any:
         """The chunk's state: views of the stacks where its items are adjacent, else copies."""
         if chunk.views is not None:
             return chunk.views
+        parts = {name: self._wide_part(name, pieces) for name, pieces in self._brought(chunk).items()}
+        return type(self.state)(*map(parts.get, self.state._fields))
 
-        def part(stack: Tensor | None) -> Tensor | None:
-            if stack is None:
-                return None
-            pieces = [stack[a:b].to(self.dtype) for a, b in chunk.runs]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def _wide_part(self, name: str, pieces: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """What is computed with, of stored pieces."""
+        packed = name in self.packing.scales
+        wide = self.packing.wide(pieces) if packed else [x.to(self.dtype) for (x,) in pieces]
+        return wide[0] if len(wide) == 1 else torch.cat(wide)
 
-        return type(self.state)(*map(part, self.state))
+    def read_lists(self, chunk: Chunk) -> tuple[Any, list[Write]]:
+        """The chunk's state as a kernel takes it, which writes into it, and what then stores it."""
+        if not self.apart:
+            return chunk.parts, []
+        wide: dict[str, Tensor] = {}
+        lists: dict[str, list[Tensor]] = chunk.parts._asdict()
+        for name, stored in self._brought(chunk).items():
+            if self.ferry is not None or getattr(self.state, name).dtype != self.dtype:
+                wide[name] = self._wide_part(name, stored)
+                pieces = torch.split(wide[name], [*map(Tensor.numel, lists[name])])
+                lists[name] = [x.view(part.shape) for x, part in zip(pieces, lists[name], strict=True)]
+        new = type(self.state)(*map(wide.get, self.state._fields))
+        return type(self.state)(**lists), [partial(self.write, chunk, new)]
 
     def as_kept(self, state: Any) -> Any:
         """A chunk's new state as `read` will find it once it is written."""
         if not self.rounded:
             return state
-        kept = zip(state, self.state, strict=True)
-        return type(state)(*(x if x is None else x.to(stack.dtype).to(self.dtype) for x, stack in kept))
+
+        def part(name: str, x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            if name in self.packing.scales:
+                return dequantise(*quantise(x))
+            return x.to(getattr(self.state, name).dtype).to(self.dtype)
+
+        return type(state)(*(part(name, x) for name, x in state._asdict().items()))
 
     def write(self, chunk: Chunk, state: Any) -> None:
-        """Copy a chunk's new state into the stacks, in place."""
+        """Copy a chunk's new state into the stacks, in place; what is None stays."""
         views = chunk.views or [None] * len(state)
-        for stack, new, view in zip(self.state, state, views, strict=True):
-            if stack is None or new is view:
-                continue
-            row = 0
-            for a, b in chunk.runs:
-                piece = new[row : row + b - a]
-                if not _is_same(piece, target := stack[a:b]):
-                    target.copy_(piece)
-                row += b - a
+        kept = {name for name, new, view in zip(state._fields, state, views, strict=True) if new is view}
+        pairs = [
+            pair
+            for name, pieces in self._stored(chunk).items()
+            if name not in kept
+            for pair in self._new_pieces(name, pieces, getattr(state, name))
+        ]
+        if self.ferry is not None:
+            self.ferry.send(pairs)
+            return
+        for target, piece in pairs:
+            if not _is_same(piece, target):
+                target.copy_(piece)
+
+    def _new_pieces(
+        self, name: str, pieces: Sequence[tuple[Tensor, ...]], new: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Stored pieces of a part, each with what it is to be."""
+        row = 0
+        for piece in pieces:
+            count = piece[0].numel() if not self.item else len(piece[0])
+            value = new[row : row + count]
+            row += count
+            if name in self.packing.scales:
+                yield from zip(piece, quantise(value.reshape(piece[0].shape)), strict=True)
+            else:
+                yield piece[0], value
 
     def stack(self, chunk: Chunk, tensors: Mapping[int, Tensor | None]) -> Tensor:
         """Tensors shaped like the parameters, by their row, as one stack in the state's dtype; none: zeros."""

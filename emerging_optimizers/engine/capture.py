@@ -21,6 +21,11 @@ def make_capturable(rule: Rule, group: dict[str, Any], owner: str) -> None:
     """Put the learning rate of a group where a graph finds it, or raise ValueError."""
     if obstacle := reason(rule, Where(torch.float32, torch.device("cpu")), capturable=True):
         raise ValueError(f"{owner}: capturable=True is not possible: {obstacle}")
+    if group["offload"] is not None:
+        raise ValueError(
+            f"{owner}: capturable=True is not possible with offload={group['offload']!r}, for which the host steers "
+            "copies; leave one of them out"
+        )
     if group["nonfinite"] == "raise":
         raise ValueError(
             f"{owner}: capturable=True is not possible with nonfinite='raise', which reads the gradients on the "

@@ -13,6 +13,7 @@ from emerging_optimizers.distributed.layout import Asked, Layout
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.filling import fill_buckets, keys_of, needs
 from emerging_optimizers.engine.hooks import WeightUpdateHookT
+from emerging_optimizers.engine.packing import others_than
 from emerging_optimizers.engine.placing import Places
 from emerging_optimizers.engine.rule import translated
 from emerging_optimizers.engine.validate import check_group, label, names_of, plain_options
@@ -254,7 +255,7 @@ class Loading:
         self._staged[index] = fill_buckets(asked, rule, states, layout, others)
         keys = keys_of(self._staged[index])
         for p in asked.parameters:
-            left = states[p].keys() - keys[p]
+            left = others_than(states[p], keys[p])
             self._entries[p] = {key: _copy_to(states[p][key], p.device) for key in left}
 
     def install(self, _: Any) -> None:

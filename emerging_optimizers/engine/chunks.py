@@ -13,6 +13,8 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.packing import Grid
+
 # Bytes of state in one call of a matrix rule, or of gradient where there is less state: they bound its temporaries.
 # With 1 MiB calls begin to count on a CPU (Muon takes 1.11 times as long on 256 x 256, 1.17 times on 192 x 512; SOAP
 # 1.07 times), and 8 MiB gain nothing. That is for each thread, as threads share a stack's products out by matrices:
@@ -83,11 +85,17 @@ class Chunk(list[Segment]):
     @cached_property
     def views(self) -> Any:
         """The state where the items are adjacent and in the dtype of the computation: views of the stacks."""
-        if len(self.runs) > 1 or self._bucket.rounded:
+        if len(self.runs) > 1 or self._bucket.apart:
             return None
         ((a, b),) = self.runs
         state = self._bucket.state
         return type(state)(*(None if stack is None else stack[a:b] for stack in state))
+
+    @cached_property
+    def grids(self) -> list[Grid]:
+        """How it is cut into blocks of 8 bits."""
+        grids: list[Grid] = self._bucket.packing.grids(self)
+        return grids
 
     @cached_property
     def parts(self) -> Any:
@@ -134,13 +142,14 @@ def cut(bucket: Any, segments: Iterable[Segment], execution: str) -> Iterator[Ch
     if bucket.on_host and bucket.item:
         cap = min(cap, torch.get_num_threads() * max(1, CPU_CHUNK_BYTES // size))
     elif bucket.on_host:
-        cap = FUSED_CHUNK if execution == "fused" else torch.get_num_threads() * ELEMENT_CHUNK
+        plain = execution == "fused" and not bucket.apart
+        cap = FUSED_CHUNK if plain else torch.get_num_threads() * ELEMENT_CHUNK
     chunk: list[Segment] = []
     room = cap
     for i, start, end in segments:
         # A vector whose memory is not in its own order can only be written whole.
         whole = execution == "elements" or not (bucket.item or bucket.parameters[i].is_contiguous())
-        piece = end - start if whole else cap
+        piece = end - start if whole else bucket.packing.piece(i, cap) if bucket.packing.scales else cap
         while start < end:
             stop = min(end, start + piece)
             # Half a chunk of elements is one by itself: a view costs less than gathering and scattering.

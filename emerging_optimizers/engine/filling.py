@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.dtensor import whole_of
 from emerging_optimizers.distributed.layout import Asked, Layout, Needs
 from emerging_optimizers.distributed.shares import Share
 from emerging_optimizers.engine.buckets import Bucket
@@ -15,6 +16,17 @@ from emerging_optimizers.engine.flops import step_flops
 from emerging_optimizers.engine.hooks import make_hook
 from emerging_optimizers.engine.kept import KEYS, keep, localized
 from emerging_optimizers.engine.matrix_view import Block, blocks
+from emerging_optimizers.engine.packing import (
+    CODES,
+    INT8,
+    SCALES,
+    bears_blocks,
+    named,
+    narrowed,
+    others_than,
+    plain_key,
+    unpacked,
+)
 from emerging_optimizers.engine.rule import Rule, StartsFromWeight
 from emerging_optimizers.engine.units import count_of
 from emerging_optimizers.engine.validate import label
@@ -42,12 +54,15 @@ def fill_buckets(
     keep(shares, [index[p] for p in asked.parameters], items, group["weight_rounding"])
     for p, share, cut in zip(asked.parameters, shares, cuts, strict=True):
         for block in cut:
-            kind = (block.item, share.work.dtype, share.work.device, share.kind, share.kept)
+            eighths = group["state_dtype"] == INT8 and bears_blocks(share, block)
+            kind = (block.item, share.work.dtype, share.work.device, share.kind, share.kept, eighths)
             kinds.setdefault(kind, []).append((index[p], share, block))
     turns = _turns(asked, rule)
     buckets = []
-    for rows in kinds.values():
-        bucket = Bucket([(share, block) for _, share, block in rows], rule, group["state_dtype"])
+    for (*_, eighths), rows in kinds.items():
+        rounded = group["state_dtype"] if eighths or group["state_dtype"] != INT8 else None
+        offload = group["offload"] == "cpu"
+        bucket = Bucket([(share, block) for _, share, block in rows], rule, rounded, offload)
         bucket.turns = [turns.get((i, block.key), 0) for i, _, block in rows]
         if group["spike_guard"] is not None or any(
             "guard_norm" + block.key in saved.get(share.source, {}) for _, share, block in rows
@@ -57,13 +72,14 @@ def fill_buckets(
     keys = keys_of(buckets)
     names = {p: label(group, index[p], p) for p in asked.parameters}
     for p, state in saved.items():
-        unknown = set() if others is None else state.keys() - keys[p] - others
-        missing = {key for key in keys[p] - state.keys() if not key.startswith("guard_") and key not in KEYS}
-        if unknown or (missing and (others is not None or keys[p] & state.keys())):
+        unknown = set() if others is None else others_than(state, keys[p]) - others
+        missing = {key for key in others_than(keys[p], state) if not key.startswith("guard_") and key not in KEYS}
+        known = state.keys() - others_than(state, keys[p])
+        if unknown or (missing and (others is not None or known)):
             raise _misfit(names[p], missing, unknown)
     for bucket in buckets:
         for row, p in enumerate(bucket.sources):
-            if bucket.published[row].keys() & saved.get(p, {}).keys():
+            if len(others_than(saved.get(p, {}), bucket.published[row])) < len(saved.get(p, {})):
                 adopt(bucket, row, saved[p], names[p])
     return buckets
 
@@ -130,14 +146,19 @@ def adopt(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> None:
     Raises:
         ValueError: a key is missing, a shape differs, or a value is none; nothing was copied.
     """
-    views, end = bucket.views[i], bucket.blocks[i].key
-    missing = views.keys() - saved.keys() - {key + end for key in bucket.guard}
-    if missing:
+    views, end, share = bucket.views[i], bucket.blocks[i].key, bucket.shares[i]
+    if not share.elsewhere:
+        saved = _as_here(bucket, i, saved, name)
+    missing = others_than(views, saved) if share.elsewhere else views.keys() - saved.keys()
+    if missing := missing - {key + end for key in bucket.guard}:
         raise _misfit(name, missing, ())
-    share = bucket.shares[i]
     values = _kept_values(share, saved, name)
     if not share.elsewhere:
-        values += [(view, _fitting(key, share, saved[key], view, name)) for key, view in views.items() if key in saved]
+        values += [
+            (view, _fitting(key, share, saved[key], view, name, bucket.block_of(i, key)))
+            for key, view in views.items()
+            if key in saved
+        ]
         if bucket.step.numel():
             count_of(next(value for view, value in values if view is views["step" + end]), name)
     for view, value in values:  # the guard's may be missing: it was turned on since
@@ -150,6 +171,18 @@ def adopt(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> None:
     else:
         bucket.counts[i] = 0
     bucket.step_version = bucket.step._version
+
+
+def _as_here(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What is saved of a row, in 8 bits where that is kept here, and otherwise not."""
+    block, share, views = bucket.blocks[i], bucket.shares[i], bucket.views[i]
+    found = unpacked(saved, views, block, share.source, whole_of)
+    for key in bucket.packed(i):
+        codes, scales = named(key, CODES), named(key, SCALES)
+        if key in saved and codes not in saved:
+            value = _fitting(key, share, saved[key], views[codes], name).to(bucket.device, bucket.dtype)
+            found[codes], found[scales] = narrowed(block, value, bucket.parameters[i])
+    return found
 
 
 def _kept_values(share: Share, saved: Mapping[str, Any], name: str) -> list[tuple[Tensor, Tensor]]:
@@ -168,13 +201,18 @@ def _kept_values(share: Share, saved: Mapping[str, Any], name: str) -> list[tupl
     return [(entry, values[key]) for key, entry in entries.items()]
 
 
-def _fitting(key: str, share: Share, value: Any, view: Tensor, name: str) -> Tensor:
+def _fitting(key: str, share: Share, value: Any, view: Tensor, name: str, block: int = 1) -> Tensor:
     try:
-        value = share.localize(torch.as_tensor(value), view)
+        value = share.localize(torch.as_tensor(value), view, block)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"the optimizer state {key!r} of {name} is {value!r}; a tensor of shape {tuple(view.shape)} is needed"
         ) from None
+    if view.dtype == torch.int8 != value.dtype and key != plain_key(key):
+        raise ValueError(
+            f"the optimizer state {key!r} of {name} has dtype {value.dtype}; torch.int8 is needed. Give numbers under "
+            f"{plain_key(key)!r}"
+        )
     if value.shape != view.shape:
         if key.startswith("step") and value.numel() == 1:  # one count for a batch of matrices
             return value.reshape(())

@@ -10,9 +10,9 @@ from torch import Tensor
 from emerging_optimizers.distributed.dtensor import is_dtensor, local_of, spread_of
 from emerging_optimizers.engine.executors import Way
 from emerging_optimizers.engine.hooks import REPLACE, InPlaceLaw, Law, make_hook
-from emerging_optimizers.engine.kept import WeightRoundingT
 from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.options import Execution
+from emerging_optimizers.engine.packing import INT8
 from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule, Where, reason
 from emerging_optimizers.engine.units import state_dtype
@@ -93,7 +93,7 @@ def _check_rounding(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
     if group["state_dtype"] is None:
         return
     state = rule.init((1, 2, 2)[: 1 if rule.elementwise else 3], torch.float32, torch.device("meta"))
-    if not rounded_parts(state):
+    if not rounded_parts(state, group["state_dtype"] == INT8):
         raise ValueError(
             f"{owner}: state_dtype={group['state_dtype']} is not possible: of its state "
             f"({', '.join(state._fields)}) nothing bears rounding; leave it None"
@@ -111,11 +111,11 @@ def _check_hook(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
         raise ValueError(f"{given}: it is about singular values, and this optimizer is element-wise; leave it None")
 
 
-def check_parameter(p: Tensor, rule: Rule, rounding: WeightRoundingT, label: str, owner: str) -> None:
-    """Raise for a parameter that cannot be updated, or whose weights cannot be rounded so."""
+def check_parameter(p: Tensor, rule: Rule, group: Mapping[str, Any], label: str, owner: str) -> None:
+    """Raise for a parameter that cannot be updated, or whose weights or state cannot be kept as its group says."""
     if p.dtype not in DTYPES:
         raise ValueError(f"{owner}: {label} has dtype {p.dtype}; allowed are {', '.join(map(str, DTYPES))}")
-    if p.dtype == torch.float16 and rounding == "compensated":
+    if p.dtype == torch.float16 and group["weight_rounding"] == "compensated":
         raise ValueError(
             f"{owner}: weight_rounding='compensated' is not possible for {label}, which is torch.float16: with 16 bits "
             "more only bfloat16 is float32. Give weight_rounding='stochastic', or a bfloat16 parameter"
@@ -123,6 +123,11 @@ def check_parameter(p: Tensor, rule: Rule, rounding: WeightRoundingT, label: str
     if p.layout != torch.strided:
         raise ValueError(f"{owner}: {label} has layout {p.layout}; only dense tensors can be updated")
     if is_dtensor(p):
+        if group["offload"] is not None and p.device.type != "cpu":
+            raise ValueError(
+                f"{owner}: offload={group['offload']!r} is not possible for {label}, which is sharded and on {p.device}"
+                "; leave it out, or give FSDP2 an offload_policy=CPUOffloadPolicy()"
+            )
         spread_of(f"{owner}: {label}", p)
     if p.ndim < 2 and reason(rule, Where(p.dtype, p.device), ndim=p.ndim):
         raise ValueError(

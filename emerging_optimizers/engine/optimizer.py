@@ -39,6 +39,7 @@ from emerging_optimizers.engine.groups import (
 )
 from emerging_optimizers.engine.hooks import Law, make_hook
 from emerging_optimizers.engine.notices import warn_of_rounding, warn_of_skips
+from emerging_optimizers.engine.offload import fetched_ahead, wait_for_all
 from emerging_optimizers.engine.options import Check, Execution
 from emerging_optimizers.engine.placing import Places, Wanted
 from emerging_optimizers.engine.rounding import MOST
@@ -185,7 +186,7 @@ class RuleOptimizer(DeclaredOptimizer):
         group = self.param_groups[index]
         owner = self._algorithm(group).__name__
         for i, p in enumerate(group["params"]):
-            check_parameter(p, rule, group["weight_rounding"], label(group, i, p), owner)
+            check_parameter(p, rule, group, label(group, i, p), owner)
         for i, whole in enumerate(self._places.layout.wholes(group)):
             check_view(whole, rule, group["matrix_view"], label(group, i, whole), owner)
 
@@ -198,8 +199,9 @@ class RuleOptimizer(DeclaredOptimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """As in torch. What is still prepared for the next step comes before whatever is launched with it from here."""
-        if self._ahead.streams and not is_capturing():  # a graph begins with nothing under way
+        if not is_capturing():  # a graph begins with nothing under way
             self._ahead.wait()
+            wait_for_all()
         return self.__dict__["state"]
 
     @state.setter
@@ -355,7 +357,7 @@ class RuleOptimizer(DeclaredOptimizer):
                 return
             for index, bucket in places.buckets:
                 begin(index, bucket)
-            for index, bucket in places.buckets:
+            for index, bucket in fetched_ahead(places.buckets):
                 self._take(index, bucket)
 
     def _checked(self) -> list[Rule]:

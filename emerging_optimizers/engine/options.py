@@ -21,6 +21,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.engine.hooks import HOOKS, WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.kept import WeightRoundingT
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, is_view
+from emerging_optimizers.engine.packing import INT8
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import SCHEDULES, NSCoeffT
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
@@ -216,12 +217,27 @@ class EngineOptions(TypedDict, total=False):
         ),
     ]
     state_dtype: Annotated[
-        torch.dtype | None,
+        torch.dtype | Literal["int8"] | None,
         Option(
-            Check(lambda v: v in (None, torch.bfloat16), "None or torch.bfloat16"),
+            Check(lambda v: v in (None, torch.bfloat16, INT8), 'None or torch.bfloat16 or "int8"'),
             "torch.bfloat16 keeps momentum and first moments (of decay up to some hundred steps), and the bases of the "
-            "SOAP family, in half the memory; everything is computed in float32 as before, and second moments and "
-            "factors stay in it. Refused where an optimizer has neither. None: float32. Per group.",
+            'SOAP family, in half the memory; "int8" keeps momentum and first moments in a quarter, with a scale for '
+            "each block of at most 256 elements of a row and an error of at most 0.8 % of its largest number "
+            "(`linalg/eight_bits.py`), and bases in float32, as it does parameters of fewer than 4096 elements, rows "
+            "of fewer than 16, vectors of fewer than 2^20 and what processes cut within a block. `state` then has them "
+            'as "momentum_buffer_int8" and "momentum_buffer_scale". Everything is computed in float32 as before, and '
+            "second moments and factors stay in it. Refused where an optimizer has neither. None: float32. Per group.",
+            default=None,
+        ),
+    ]
+    offload: Annotated[
+        Literal["cpu"] | None,
+        Option(
+            one_of(None, "cpu"),
+            '"cpu" keeps the state in the memory of the host (pinned, for CUDA) and copies it chunk by chunk to the '
+            "device and back, beside the computation; all numbers are the same. Step counts and the guard's means stay "
+            "on the device. Refused with capturable=True, and for sharded parameters on an accelerator. None: on the "
+            "device. Per group.",
             default=None,
         ),
     ]

@@ -47,7 +47,7 @@ class Part(NamedTuple):
             the gradient's own shape.
         start: the number that it starts with, or the identity of its last two axes.
         rounds: it may be kept in bfloat16 (`state_dtype`): an average over at most some hundred steps, whose increments
-            that does not round away, or a basis that a refresh makes orthonormal again.
+            that does not round away, or a basis that a refresh makes orthonormal again. Averages bear 8 bits, too.
         averages: it is an average of gradients that forgets like this; None: it is none, or one of something else.
         rotated: it stands in the eigenbases Q_L, Q_R.
         marks: a matrix for which it is zero has lost its state, and needs `Rule.start` again; the host acts on it in
@@ -89,9 +89,10 @@ def _declared(state: Any) -> Mapping[str, Part]:
     return found
 
 
-def rounded_parts(state: Any) -> list[str]:
-    """Which fields of a state are there and may be rounded."""
-    return [name for name, part in parts_of(type(state)).items() if part.rounds and getattr(state, name) is not None]
+def rounded_parts(state: Any, averages_alone: bool = False) -> list[str]:
+    """Which fields of a state are there and may be rounded: to bfloat16; or averages, also to 8 bits."""
+    there = [(name, part) for name, part in parts_of(type(state)).items() if getattr(state, name) is not None]
+    return [name for name, part in there if part.rounds and not (averages_alone and part.start == "identity")]
 
 
 def lost(state: Any) -> Tensor | None:

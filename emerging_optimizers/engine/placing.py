@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.distributed.dtensor import is_dtensor
+from emerging_optimizers.distributed.dtensor import is_dtensor, whole_of
 from emerging_optimizers.distributed.layout import Asked, Layout
 from emerging_optimizers.distributed.shares import Total
 from emerging_optimizers.distributed.table import WorkPlan, entry_of, unshared
@@ -17,6 +17,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
 from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of, needs
 from emerging_optimizers.engine.kept import KEYS
+from emerging_optimizers.engine.packing import CODES, SCALES, named, others_than, widened
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rule import Rule, translated
 from emerging_optimizers.engine.validate import label, label_of, place
@@ -25,6 +26,7 @@ from emerging_optimizers.engine.validate import label, label_of, place
 _SHAPING = (
     "matrix_view",
     "state_dtype",
+    "offload",
     "weight_rounding",
     "weight_update_hook",
     "weight_decay_method",
@@ -176,12 +178,18 @@ class Places:
     def _fill(self, wanted: Wanted, asked: Asked, states: _StatesT) -> list[Bucket]:
         """New stacks of a group, with the state that there is."""
         group, rule = wanted.group, wanted.rule
-        saved = {p: translated(rule, state) for p in asked.parameters if isinstance(state := states.get(p), dict)}
+        view_of = {p: self._placed[i].options[0] for i, bucket in self.buckets for p in bucket.sources}
+        saved = {}
+        for p in asked.parameters:
+            if isinstance(state := states.get(p), dict):
+                # The blocks of 8 bits are those of the matrices that there were.
+                other = p in view_of and view_of[p] != group["matrix_view"]
+                saved[p] = translated(rule, self._wide(p, state) if other else state)
         try:
             buckets = fill_buckets(asked, rule, saved, self.layout)
             keys = keys_of(buckets)
             for p in {*asked.parameters} & self.homes.keys():
-                left = self.views(p).keys() & saved.get(p, {}).keys() - keys[p] - {*KEYS}
+                left = self.views(p).keys() & others_than(saved.get(p, {}), keys[p]) - {*KEYS}
                 if left:
                     raise ValueError(f"the optimizer state of {label_of([group], p)} also has {', '.join(left)}")
         except ValueError as wrong:
@@ -195,6 +203,17 @@ class Places:
                 f"state of another kind: {wrong}. Set the option back, or clear the state to start anew"
             ) from None
         return buckets
+
+    def _wide(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a parameter that has a place, with what is in 8 bits in float32."""
+        found = dict(state)
+        for bucket, row in self.homes[p]:
+            block, published = bucket.blocks[row], bucket.published[row]
+            for key in bucket.packed(row):
+                codes, scales = named(key, CODES), named(key, SCALES)
+                if all(found.get(x) is published[x] for x in (codes, scales)):
+                    found[key] = widened(block, whole_of(found.pop(codes)), whole_of(found.pop(scales)), p)
+        return found
 
     def replace(
         self, stale: Container[int], staged: Mapping[int, list[Bucket]], wanted: Sequence[Wanted], states: _StatesT
@@ -240,7 +259,8 @@ class Places:
                 key: mine[key].clone() if mine.get(key) is x and not is_dtensor(x) else x for key, x in state.items()
             }
         views = {key: view for bucket, row in home for key, view in bucket.published[row].items()}
-        return {**views, **{key: x for key, x in state.items() if key not in views and key not in mine}}
+        left = others_than(state, views)
+        return {**views, **{key: x for key, x in state.items() if key in left and key not in mine}}
 
     def start_guards(self, groups: Sequence[Mapping[str, Any]], states: _StatesT) -> None:
         """Running means where a group asks for them."""

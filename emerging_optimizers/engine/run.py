@@ -18,7 +18,7 @@ from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch,
 from emerging_optimizers.engine.groups import Checked
 from emerging_optimizers.engine.guard import decide
 from emerging_optimizers.engine.moving import Movement
-from emerging_optimizers.engine.parts import lost
+from emerging_optimizers.engine.parts import lost, parts_of
 from emerging_optimizers.engine.rounding import watch
 from emerging_optimizers.engine.rule import Kernel, advance
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
@@ -75,15 +75,18 @@ class BucketStep:
             bucket.release()
         if watched is not None and self.factor is None:
             bucket.unmoved = watched.unmoved()
-        if (flags := lost(bucket.state)) is not None:
-            bucket.post(flags)
+        if any(part.marks for part in parts_of(type(bucket.state)).values()):
+            if bucket.ferry is not None:
+                bucket.ferry.wait()
+            if (flags := lost(bucket.state)) is not None:
+                bucket.post(flags)
         if self.rule.schedule.behind and bucket.capturable:  # a graph ends on the stream on which it began
             self.ahead.wait()
 
     def _take_chunks(self, gradients: Mapping[int, Tensor]) -> None:
         bucket, rule = self.bucket, self.rule
         way = self.way
-        if way.plain and (bucket.rounded or not accepts(bucket.device, chain(bucket.parameters, gradients.values()))):
+        if way.plain and not accepts(bucket.device, chain(bucket.parameters, gradients.values())):
             way = way.stacked()
         # Looking costs nothing on the host, least of all at a chunk that is needed anyway: its norm is taken, and the
         # guard is called when that is too large. Until then every factor was one.
@@ -101,7 +104,7 @@ class BucketStep:
             t = self._element_scalars(count) if way.one_pass or way.plain else None
             if way.one_pass:
                 t = as_tensors(t, bucket.device)
-            for chunk in bucket.chunks(segments, way.cut):
+            for chunk in bucket.fetched(bucket.chunks(segments, way.cut)):
                 if not self._take_plain(chunk, members, phase, way, t):
                     self._take_stacked(chunk, members, gradients, (phase, count), way, t)
 
@@ -190,7 +193,8 @@ class BucketStep:
         behind: Callable[[], AbstractContextManager[object]] = nullcontext
         if now is not phase:
             ready = bucket.as_kept(new)
-            with self.ahead.beside(x for x in (*bucket.state, *ready, live) if x is not None) as behind:
+            stacks = (*bucket.state, *bucket.packing.scales.values()) if bucket.ferry is None else ()
+            with self.ahead.beside(x for x in (*stacks, *ready, live) if x is not None) as behind:
                 new = refresh(rule, ready, phase, execution)
                 new = new if live is None else _keep(live, new, ready)
         writes = self.move.writes(bucket, chunk, gradients, live, out.direction)
@@ -275,7 +279,8 @@ class BucketStep:
         if self.l2 is not None:
             grads = list(torch._foreach_add(grads, torch._foreach_mul(wide, self.l2)))
         if kernel is not None:
-            writes = kernel(wide, grads, chunk.parts, t, self.move.lr, self.move.keep)
+            parts_of_state, stores = bucket.read_lists(chunk)
+            writes = [*kernel(wide, grads, parts_of_state, t, self.move.lr, self.move.keep), *stores]
         else:
             out = advance(rule, grads[0].view(-1), bucket.read(chunk), t, phase)
             writes = [partial(bucket.write, chunk, out.state)]

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.dtensor import is_dtensor
 from emerging_optimizers.engine import Phase, RuleOptimizer
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.matrix_view import Block
+from emerging_optimizers.engine.packing import CODES, SCALES, named, widened
 from emerging_optimizers.engine.parts import Decay, Part, parts_of
 from emerging_optimizers.engine.weight_decay import keep_factor
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in
@@ -87,7 +89,7 @@ class Measures:
             return torch.stack([x.to(wide) for x in tensors]).reshape(len(stack), -1, *item)
 
         def states(key: str) -> Tensor:
-            return torch.stack([self._state(m)[key] for m in stack])
+            return torch.stack([self._state(m)[key] for m in stack]).to(p.device)
 
         grad = stacked(m.grad for m in stack)
         update = self._update(group, stacked(m.before for m in stack), stacked(m.block.of(m.p) for m in stack))
@@ -131,16 +133,16 @@ class Measures:
     ) -> dict[str, Tensor]:
         """Which part of the momentum the newest gradients are, where the state has an average of them."""
         key, part = self._average(stack[0])
-        if part.averages is None or key not in kept:
+        if part.averages is None or not (key in kept or (key and named(key, CODES) in kept)):
             return {}
-        kept_here = [self._state(m)[key] for m in stack]
+        kept_here = [self._kept(m, key) for m in stack]
         if kept_here[0].numel() != grad[0].numel():  # a shard, whose state is that of the whole matrix, or elsewhere
             return {}
         states = [m.block.restack(x) for m, x in zip(stack, kept_here, strict=True)]
         heard = stacks.guarded(grad, [m.limit for m in stack])
         if part.rotated:
             heard = project_in(heard, bases.get("Q_L"), bases.get("Q_R"))
-        momentum = torch.stack([x.to(grad.dtype) for x in states]).reshape(grad.shape)
+        momentum = torch.stack([x.to(grad) for x in states]).reshape(grad.shape)
         weight = part.averages.weight(self.optimizer.param_groups[stack[0].group])
         share = stacks.ratio(stacks.dot(heard, momentum), stacks.dot(momentum, momentum))
         return {"momentum_share": weight * share}
@@ -162,6 +164,15 @@ class Measures:
             found["basis_rotation"] = cosine.clamp(max=1).arccos().rad2deg().amax(dim=1)
         self._leading.update({(m.name, key): x for m, x in zip(stack, leading, strict=True)})
         return found
+
+    def _kept(self, m: Member, key: str) -> Tensor:
+        """A part of its state; numbers, where it is in 8 bits, and none, where that is spread over processes."""
+        state = self._state(m)
+        if key in state:
+            kept: Tensor = state[key]
+            return kept
+        codes, scales = state[named(key, CODES)], state[named(key, SCALES)]
+        return codes.new_empty(0) if is_dtensor(m.p) else widened(m.block, codes, scales, m.p)
 
     def _average(self, m: Member) -> tuple[str, Part]:
         """The part of its state that is an average of gradients, with its key; one that averages nothing: none is."""

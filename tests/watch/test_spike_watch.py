@@ -64,6 +64,17 @@ def check_update(seen: dict[str, float], update: Tensor, grad: Tensor) -> None:
     assert exact * (1 - 1e-6) <= seen["stable_rank"] <= 1.3 * exact
 
 
+def test_a_momentum_in_8_bits_is_listened_to() -> None:
+    shares = []
+    for dtype in (None, "int8"):
+        torch.manual_seed(0)
+        w = torch.nn.Parameter(torch.randn(64, 64))
+        optimizer = Muon([("w", w)], lr=0.01, state_dtype=dtype)
+        latest, _ = observed(optimizer)
+        shares.append(latest["w"]["momentum_share"])
+    assert shares[1] == pytest.approx(shares[0], rel=0.01)
+
+
 def test_adamw_by_hand() -> None:
     optimizer = AdamW(parameters(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.1)
     latest, updates = observed(optimizer)
