@@ -11,9 +11,20 @@ from emerging_optimizers.engine.units import LONG_STREAK
 def warn_of_skips(owner: str, label: str, limit: float) -> None:
     """That a weight has not moved for a long time, as its gradients were not finite."""
     warnings.warn(
-        f"{owner}: the gradient of {label} was not finite, or its norm above {limit:.1e}, in each of the last "
-        f"{LONG_STREAK} steps, and the weight has not moved since. guard_events() counts the skipped steps of all "
-        "parameters; nonfinite='raise' stops at the first one",
+        f"{owner}: the gradient of {label} was not finite, its norm above {limit:.1e}, or a factorization failed, in "
+        f"each of the last {LONG_STREAK} steps, and the weight has not moved since. guard_events() counts the skipped "
+        "steps of all parameters; nonfinite='raise' stops at the first one",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def warn_of_failure(owner: str, label: str) -> None:
+    """That a matrix could not be factorized."""
+    warnings.warn(
+        f"{owner}: a factorization that the step of {label} takes has failed in float32 and in float64. The matrix "
+        "keeps its weight and state, and sits out each step in which that happens (with overlap=True: each refresh); "
+        "guard_events() counts them among the skipped ones; nonfinite='raise' stops at the first one",
         UserWarning,
         stacklevel=2,
     )

@@ -71,6 +71,7 @@ class Units:
         self._units_of: tuple[Any, Tensor | None] = (None, None)
         self._skips_in_a_row = False  # for all that the host knows
         self._told: set[int] = set()
+        self.told_of_failures: set[int] = set()
         self._mail: Transit | None = None
         self._streak_mail: Transit | None = None
         self._steps = 0
