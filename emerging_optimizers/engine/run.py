@@ -215,6 +215,7 @@ class BucketStep:
                 moved = self._without(failures, chunk, sound, behind=True)
                 new = new if moved is None else _keep(moved, new, ready)
         writes = self.move.writes(bucket, chunk, *movers, out.direction)
+        new = self._back(self.move.failures, chunk, sound, new, state)
 
         def write_state() -> None:
             with behind():
@@ -252,6 +253,11 @@ class BucketStep:
             self.stale = found if self.stale is None else self.stale | found
         sound = ~failed.view(-1, *(1 for _ in bucket.item))
         return sound if live is None else live & sound
+
+    def _back(self, failures: Failures, chunk: Chunk, live: Tensor | None, new: Any, old: Any) -> Any:
+        """The new state, but the old one where the law of the weight has failed."""
+        moved = self._without(failures, chunk, live)
+        return new if moved is live or moved is None else _keep(moved, new, old)
 
     def _movers(
         self, chunk: Chunk, members: Mapping[int, Tensor], live: Tensor | None, sound: Tensor | None
