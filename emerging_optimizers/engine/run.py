@@ -74,19 +74,17 @@ class BucketStep:
             return
         self.done.clear()
         watched = watch(bucket, gradients) if self.move.moves and not bucket.hands_out else None
+        bucket.counted_now = False
         try:
             bucket.open(list(gradients))
-            try:
-                self._take_chunks(gradients)
-            except BaseException:
-                if self.done:
-                    self._sit_out(gradients)
-                    bucket.count(list(gradients), self.factor, self.news, self.done)
-                raise
+            self._take_chunks(gradients)
             if not self.move.moves:  # nothing is stored
                 bucket.release()
-            self._sit_out(gradients)
-            bucket.count(list(gradients), self.factor, self.news)
+            self._count(gradients)
+        except BaseException:
+            if self.done and not bucket.counted_now:
+                self._count(gradients, self.done)
+            raise
         finally:
             bucket.release()
         if watched is not None and self.factor is None:
@@ -280,14 +278,15 @@ class BucketStep:
         self.bucket.told_of_failures |= rows
         return sorted(rows)
 
-    def _sit_out(self, gradients: Mapping[int, Tensor]) -> None:
-        """Join the guard's decision with what has failed since."""
-        if self.failed is None and self.stale is None:
-            return
-        none = torch.zeros(self.bucket.units, dtype=torch.bool, device=self.bucket.device)
-        failed, stale = (none if units is None else units for units in (self.failed, self.stale))
+    def _count(self, gradients: Mapping[int, Tensor], done: list[Chunk] | None = None) -> None:
+        """Count what has moved, all of it or the chunks in `done`, as the guard and the factorizations leave it."""
         decision = Decision(self.factor, self.news)
-        self.factor, self.news = sit_out(self.bucket, list(gradients), decision, failed, stale)
+        if self.failed is not None or self.stale is not None:
+            none = torch.zeros(self.bucket.units, dtype=torch.bool, device=self.bucket.device)
+            failed, stale = (none if units is None else units for units in (self.failed, self.stale))
+            decision = sit_out(self.bucket, list(gradients), decision, failed, stale)
+        self.bucket.count(list(gradients), *decision, done)
+        self.factor = decision.factor
 
     def _masked(self, chunk: Chunk, grad: Tensor, gradients: Mapping[int, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The gradient times the guard's factor, and which units move; None: all of them."""
