@@ -131,15 +131,13 @@ def main() -> None:
     found: dict[str, Any] = read_json(OUT) if OUT.exists() else {"runs": {}, "precisions": {}}
     if sys.argv[1:] != ["render"]:
         found["environment"] = environment(1)
-        for case in sorted(SEEDS, key=lambda case: not {*BASES} & {*case.state}):  # those with bases first
-            if case.name not in found["runs"]:
-                found["runs"][case.name] = long_run(case)
-                print(case.name, found["runs"][case.name], flush=True)
-                write_json(OUT, found)
-            if case.name in TWICE and case.name not in found["precisions"]:
-                found["precisions"][case.name] = both_precisions(case)
-                print(case.name, found["precisions"][case.name], flush=True)
-                write_json(OUT, found)
+        order = sorted(SEEDS, key=lambda case: case.name not in TWICE)
+        for kind, names, function in (("runs", None, long_run), ("precisions", TWICE, both_precisions)):
+            for case in order:
+                if case.name not in found[kind] and (names is None or case.name in names):
+                    found[kind][case.name] = function(case)
+                    print(kind, case.name, found[kind][case.name], flush=True)
+                    write_json(OUT, found)
     page = PAGE.read_text("utf-8")
     head, tail = page.split(BEGIN)[0], page.split(END)[1]
     write_atomically({PAGE: f"{head}{BEGIN}\n\n{tables(found)}\n\n{END}{tail}".encode()})

@@ -375,8 +375,7 @@ class RuleOptimizer(DeclaredOptimizer):
     def _take(self, index: int, bucket: Bucket) -> Tensor | None:
         """The step of a bucket; the guard's factors of its units, None: all of them 1."""
         checked, group, name = self._rules[index], self.param_groups[index], partial(label_of, self.param_groups)
-        step = BucketStep(bucket, checked, group, self._ahead, name)
-        step.take()
+        (step := BucketStep(bucket, checked, group, self._ahead, name)).take()
         for row in step.failed_for_the_first_time():
             warn_of_failure(self._name, name(bucket.sources[row]))
         for row in bucket.skipped_for_long():
@@ -389,8 +388,8 @@ class RuleOptimizer(DeclaredOptimizer):
     def guard_events(self) -> dict[str, tuple[int, int]]:
         """How often each parameter's gradient was scaled down as a spike, and how often its step was skipped.
 
-        Skipped: the gradient was not finite, or a factorization failed. Parameters without an event are left out; a
-        batch counts each matrix, of a sharded one its owner. Waits for the device. Copies and checkpoints keep it.
+        Skipped: not finite, or a factorization failed. Parameters without an event are left out; a batch counts each
+        matrix, of a sharded one its owner does. Waits for the device. The counts go into copies and checkpoints.
         """
         events: dict[str, tuple[int, int]] = {}
         for index, group in enumerate(self.param_groups):
