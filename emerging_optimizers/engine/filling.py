@@ -30,6 +30,7 @@ from emerging_optimizers.engine.packing import (
 from emerging_optimizers.engine.rule import Rule, StartsFromWeight
 from emerging_optimizers.engine.units import count_of
 from emerging_optimizers.engine.validate import label
+from emerging_optimizers.linalg.factorizations import noting
 
 
 def fill_buckets(
@@ -245,9 +246,15 @@ def start(bucket: Bucket, rule: StartsFromWeight, group: Mapping[str, Any]) -> N
     labels = [label(group, order[p], p) for i in new for p in (bucket.sources[i],) for _ in range(bucket.items(i))]
     try:
         bucket.open(())
-        state = rule.start(bucket.stack(chunk, {i: bucket.parameters[i] for i in new}), labels)
+        with noting() as failures:
+            state = rule.start(bucket.stack(chunk, {i: bucket.parameters[i] for i in new}), labels)
     finally:
         bucket.release()
+    if failures.rows:
+        raise ValueError(
+            f"the optimizer state of {labels[min(failures.rows)]} starts with a factorization of its weight, which has "
+            "failed in float32 and in float64; give it a finite weight"
+        )
     bucket.write(chunk, state)
     bucket.counts = counts
     bucket.forget_flags()

@@ -9,7 +9,8 @@ A unit is a matrix for a matrix rule and a parameter for an element-wise rule. I
 
 and :math:`f_t G_t` is what enters momentum, factors and moments. A unit whose norm is not finite, or so large that the
 step would overflow (`Rule.largest_norm`), is skipped: its weight and every part of its state, its step count included,
-stay as they are. All of it is decided on the device.
+stay as they are. All of it is decided on the device. A matrix that could not be factorized in the step sits it out in
+the same way (`sit_out`), which is known only when the rule has run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,26 @@ def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any], rul
         return Decision(None if plain else factor, new)
     news = {name: bucket.guard_stacks[name].index_copy(0, index, value) for name, value in new.items()}
     return Decision(None if plain else factor.new_zeros(bucket.units).index_copy(0, index, factor), news)
+
+
+def sit_out(bucket: Bucket, members: Sequence[int], decision: Decision, failed: Tensor, stale: Tensor) -> Decision:
+    """The decision with units that could not be factorized, (units,): they are counted as skipped.
+
+    Args:
+        bucket: of the step.
+        members: the rows with a gradient.
+        decision: without them.
+        failed: those that sit the step out; the guard's running means do not see their gradients.
+        stale: those whose step was taken, and whose refresh behind it was not.
+    """
+    factor, stacks, here = decision.factor, bucket.guard_stacks, bucket.units_of(members)
+    if factor is None:
+        factor = torch.zeros(bucket.units, dtype=bucket.dtype, device=bucket.device).index_fill(0, here, 1)
+    new = {"streak": stacks["streak"].index_fill(0, here, 0), **decision.news}
+    news = {name: torch.where(failed, old, new.get(name, old)) for name, old in stacks.items()}
+    news["skipped"] = news["skipped"] + (failed | stale)
+    news["streak"] = news["streak"] + failed
+    return Decision(torch.where(failed, 0, factor), news)
 
 
 def _unit_norms(bucket: Bucket, members: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.fused import accepts, subtract_
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.weight_decay import cautious_keep, keep_factor
+from emerging_optimizers.linalg.factorizations import Failures, noting
 
 
 class Movement:
@@ -25,6 +26,7 @@ class Movement:
         keep: what the weight is multiplied by.
         masks_decay: only some elements are.
         hook: the law; None: the ordinary one.
+        failures: matrices that the law could not factorize in the last `writes`, which stay.
     """
 
     def __init__(self, hook: Law | None, group: Mapping[str, Any]) -> None:
@@ -32,6 +34,8 @@ class Movement:
         self.lr: Any = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         self.moves = isinstance(self.lr, Tensor) or self.lr != 0
         self.keep = keep_factor(group["weight_decay_method"], self.lr, group["weight_decay"])
+        self.failures = Failures(looks=False)
+        self.lets_in = group["nonfinite"] == "propagate"
         self.masks_decay = group["weight_decay_method"] == "cautious"
 
     def writes(
@@ -57,7 +61,11 @@ class Movement:
         if hook is None:
             new = old * self._keep_for(old, direction) - direction * lr
         else:
-            new = bucket.map_units(chunk, lambda w, u: hook.move(w, u, self._keep_for(w, u), lr), old, direction)
+            with noting(bucket.looks) as self.failures:
+                new = bucket.map_units(chunk, lambda w, u: hook.move(w, u, self._keep_for(w, u), lr), old, direction)
+            if (failed := self.failures.mask(len(old), old.device)) is not None and not self.lets_in:
+                sound = ~failed.view(-1, *(1 for _ in bucket.item))
+                live = sound if live is None else live & sound
         if isinstance(lr, Tensor):  # at 0 nothing moves, and the host does not look
             live = lr != 0 if live is None else live & (lr != 0)
         new = new if live is None else torch.where(live, new, old)

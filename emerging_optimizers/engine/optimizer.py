@@ -38,11 +38,10 @@ from emerging_optimizers.engine.groups import (
     identities,
 )
 from emerging_optimizers.engine.hooks import Law, make_hook
-from emerging_optimizers.engine.notices import warn_of_rounding, warn_of_skips
+from emerging_optimizers.engine.notices import tell
 from emerging_optimizers.engine.offload import fetched_ahead, wait_for_all
 from emerging_optimizers.engine.options import Check, Execution
 from emerging_optimizers.engine.placing import Places, Wanted
-from emerging_optimizers.engine.rounding import MOST
 from emerging_optimizers.engine.rule import Rule, StartsFromWeight, rule_of
 from emerging_optimizers.engine.run import BucketStep
 from emerging_optimizers.engine.validate import check_group, label, label_of, place, plain_options, suggest
@@ -312,11 +311,14 @@ class RuleOptimizer(DeclaredOptimizer):
         learning rate of 0 moves no weight. Ambient settings (autocast, inference mode, the default dtype and device,
         flushed subnormals) change nothing; the closure runs under them.
 
-        Whatever else is raised (memory runs out, a factorization fails, a hook raises, Ctrl-C), the weight, the state
+        Whatever else is raised (memory runs out, a hook raises, Ctrl-C), the weight, the state
         and the step count of each matrix have changed together or not at all, and the optimizer goes on working. What
         came before the error has taken its step: groups, and in them shapes, move one after the other. A parameter of
         an element-wise optimizer that is larger than a chunk may have moved in part. With `execution="compiled"` this
         does not hold for an interrupt inside of a compiled element-wise step.
+
+        A matrix of which a factorization (eigh, QR, SVD) fails, in float64 too, sits the step out as with a gradient
+        that is not finite: `guard_events` counts it, a warning names it once, the others move as they would have.
 
         Args:
             closure: evaluates the model again and returns the loss; it runs with gradients enabled.
@@ -373,23 +375,18 @@ class RuleOptimizer(DeclaredOptimizer):
 
     def _take(self, index: int, bucket: Bucket) -> Tensor | None:
         """The step of a bucket; the guard's factors of its units, None: all of them 1."""
-        checked, group = self._rules[index], self.param_groups[index]
-        step = BucketStep(bucket, checked, group, self._ahead)
-        step.take()
-        for row in bucket.skipped_for_long():
-            limit = checked.rule.largest_norm(bucket.dtype)
-            warn_of_skips(self._name, label_of(self.param_groups, bucket.sources[row]), limit)
-        if (share := bucket.unmoved_share()) > MOST and index not in self._told:
-            self._told.add(index)
-            warn_of_rounding(self._name, index, group["lr"], bucket.param_dtype, share)
+        checked, group, name = self._rules[index], self.param_groups[index], partial(label_of, self.param_groups)
+        (step := BucketStep(bucket, checked, group, self._ahead, name)).take()
+        tell(self._name, name, step, index, self._told)
         return step.factor
 
     def guard_events(self) -> dict[str, tuple[int, int]]:
-        """How often each parameter's gradient was scaled down as a spike, and skipped as non-finite.
+        """How often each parameter's gradient was scaled down as a spike, and how often its step was skipped.
 
-        Parameters without an event are left out; a batch of matrices counts each matrix. Waits for the device. The
-        counts go into copies and checkpoints, and are the same on every process. One process may ask alone, unless
-        whole matrices of a batch lie on several (expert parallel): these then have to ask together.
+        Skipped: not finite, or a factorization failed. Parameters without an event are left out; a batch of matrices
+        counts each matrix. Waits for the device. The counts go into copies and checkpoints, and are the same on every
+        process. One process may ask alone, unless whole matrices of a batch lie on several (expert parallel): these
+        then have to ask together.
         """
         events: dict[str, tuple[int, int]] = {}
         found = self._places.all_events(p for group in self.param_groups for p in group["params"])

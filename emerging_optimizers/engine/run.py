@@ -16,7 +16,7 @@ from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.executors import Way, call, refresh, step_elements
 from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch, subtract_
 from emerging_optimizers.engine.groups import Checked
-from emerging_optimizers.engine.guard import decide
+from emerging_optimizers.engine.guard import Decision, decide, sit_out
 from emerging_optimizers.engine.moving import Movement
 from emerging_optimizers.engine.parts import lost, parts_of
 from emerging_optimizers.engine.rounding import watch
@@ -24,6 +24,7 @@ from emerging_optimizers.engine.rule import Kernel, advance
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
 from emerging_optimizers.engine.schedule import Phase
 from emerging_optimizers.engine.weight_decay import cautious
+from emerging_optimizers.linalg.factorizations import Failures, noting
 
 
 class BucketStep:
@@ -34,9 +35,18 @@ class BucketStep:
         checked: what their group asks for.
         group: the hyper-parameters.
         ahead: where work for the next step goes.
+        name: of a parameter, for errors.
     """
 
-    def __init__(self, bucket: Bucket, checked: Checked, group: Mapping[str, Any], ahead: Ahead) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        checked: Checked,
+        group: Mapping[str, Any],
+        ahead: Ahead,
+        name: Callable[[Tensor], str] = str,
+    ) -> None:
+        self.name = name
         self.bucket, self.rule, self.way, self.group, self.ahead = bucket, checked.rule, checked.way, group, ahead
         bucket.capturable = group["capturable"]
         method, decay = group["weight_decay_method"], group["weight_decay"]
@@ -46,6 +56,10 @@ class BucketStep:
         self.news: Mapping[str, Tensor] = {}
         self.done: list[Chunk] = []
         self.lazy = False
+        # Units that could not be factorized: those that sit the step out, and those whose refresh behind it is put off.
+        self.failed: Tensor | None = None
+        self.stale: Tensor | None = None
+        self.failed_rows: set[int] = set()  # of which the host knows
         # By how much of itself the weight joins the gradient; None: not at all.
         self.l2 = decay if method == "l2" and decay != 0 else None
 
@@ -60,17 +74,17 @@ class BucketStep:
             return
         self.done.clear()
         watched = watch(bucket, gradients) if self.move.moves and not bucket.hands_out else None
+        bucket.counted_now = False
         try:
             bucket.open(list(gradients))
-            try:
-                self._take_chunks(gradients)
-            except BaseException:
-                if self.done:
-                    bucket.count(list(gradients), self.factor, self.news, self.done)
-                raise
+            self._take_chunks(gradients)
             if not self.move.moves:  # nothing is stored
                 bucket.release()
-            bucket.count(list(gradients), self.factor, self.news)
+            self._count(gradients)
+        except BaseException:
+            if self.done and not bucket.counted_now:
+                self._count(gradients, self.done)
+            raise
         finally:
             bucket.release()
         if watched is not None and self.factor is None:
@@ -186,24 +200,97 @@ class BucketStep:
         t = make_scalars(rule.reads, self.group, extra)
         state = bucket.read(chunk)
         now = Phase.REUSE if rule.schedule.behind else phase
-        out = call(rule, grad, state, t, now, execution)
+        with noting(bucket.looks) as failures:
+            out = call(rule, grad, state, t, now, execution)
+        sound = self._without(failures, chunk, live)
         if self.group["cautious"]:
             out = out._replace(direction=bucket.map_units(chunk, cautious, out.direction, grad))
-        new = out.state if live is None else _keep(live, out.state, state)
+        new = out.state if sound is None else _keep(sound, out.state, state)
+        movers = self._movers(chunk, gradients, live, sound)
         behind: Callable[[], AbstractContextManager[object]] = nullcontext
         if now is not phase:
             ready = bucket.as_kept(new)
             stacks = (*bucket.state, *bucket.packing.scales.values()) if bucket.ferry is None else ()
             with self.ahead.beside(x for x in (*stacks, *ready, live) if x is not None) as behind:
-                new = refresh(rule, ready, phase, execution)
-                new = new if live is None else _keep(live, new, ready)
-        writes = self.move.writes(bucket, chunk, gradients, live, out.direction)
+                with noting(bucket.looks) as failures:
+                    new = refresh(rule, ready, phase, execution)
+                moved = self._without(failures, chunk, sound, behind=True)
+                new = new if moved is None else _keep(moved, new, ready)
+        writes = self.move.writes(bucket, chunk, *movers, out.direction)
+        new = self._back(self.move.failures, chunk, sound, new, state)
 
         def write_state() -> None:
             with behind():
                 bucket.write(chunk, new)
 
         self._commit(chunk, [*writes, write_state])
+
+    def _without(self, failures: Failures, chunk: Chunk, live: Tensor | None, *, behind: bool = False) -> Tensor | None:
+        """Which units move, without the matrices that could not be factorized; those are noted.
+
+        Raises:
+            LinAlgError: the group has nonfinite="raise". With "propagate" the stand-ins go in.
+        """
+        bucket = self.bucket
+        failed = failures.mask(sum(b - a for a, b in chunk.runs), bucket.device)
+        if failed is None or self.group["nonfinite"] == "propagate":
+            return live
+        found = torch.zeros(bucket.units, dtype=torch.bool, device=bucket.device)
+        row = 0
+        for a, b in chunk.runs:
+            found[a:b] = failed[row : row + b - a]
+            row += b - a
+        if failures.rows:
+            rows = {i for i in chunk.rows if bool(bucket.unit_view(i, found).any())}
+            if self.group["nonfinite"] == "raise":
+                names = ", ".join(self.name(bucket.sources[i]) for i in sorted(rows))
+                raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]  # documented, and not in `__all__`
+                    f"a factorization that the step of {names} takes has failed in float32 and in float64; with "
+                    "nonfinite='skip' such a matrix sits the step out"
+                )
+            self.failed_rows |= rows
+        if not behind:
+            self.failed = found if self.failed is None else self.failed | found
+        elif failures.rows:  # flags of a side stream are not read here
+            self.stale = found if self.stale is None else self.stale | found
+        sound = ~failed.view(-1, *(1 for _ in bucket.item))
+        return sound if live is None else live & sound
+
+    def _back(self, failures: Failures, chunk: Chunk, live: Tensor | None, new: Any, old: Any) -> Any:
+        """The new state, but the old one where the law of the weight has failed."""
+        moved = self._without(failures, chunk, live)
+        return new if moved is live or moved is None else _keep(moved, new, old)
+
+    def _movers(
+        self, chunk: Chunk, members: Mapping[int, Tensor], live: Tensor | None, sound: Tensor | None
+    ) -> tuple[Mapping[int, Tensor], Tensor | None]:
+        """The rows whose weights move, and which units of them.
+
+        Rows that fail are left out where they are matrices of their own: a mask is another kernel, whose last bit would
+        tell the others.
+        """
+        rows = self.failed_rows.intersection(chunk.rows)
+        others = {i: grad for i, grad in members.items() if i not in rows}
+        alone = not self.bucket.hands_out and not any(self.bucket.blocks[i].batched for i in rows)
+        if rows and alone and any(i in others for i in chunk.rows):
+            return others, live
+        return members, sound
+
+    def failed_for_the_first_time(self) -> list[int]:
+        """Rows with a matrix that could not be factorized, for all that the host knows; each is told once."""
+        rows = self.failed_rows - self.bucket.told_of_failures
+        self.bucket.told_of_failures |= rows
+        return sorted(rows)
+
+    def _count(self, gradients: Mapping[int, Tensor], done: list[Chunk] | None = None) -> None:
+        """Count what has moved, all of it or the chunks in `done`, as the guard and the factorizations leave it."""
+        decision = Decision(self.factor, self.news)
+        if self.failed is not None or self.stale is not None:
+            none = torch.zeros(self.bucket.units, dtype=torch.bool, device=self.bucket.device)
+            failed, stale = (none if units is None else units for units in (self.failed, self.stale))
+            decision = sit_out(self.bucket, list(gradients), decision, failed, stale)
+        self.bucket.count(list(gradients), *decision, done)
+        self.factor = decision.factor
 
     def _masked(self, chunk: Chunk, grad: Tensor, gradients: Mapping[int, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The gradient times the guard's factor, and which units move; None: all of them."""

@@ -54,6 +54,7 @@ class Units:
         for p, block in zip(parameters, self.blocks, strict=True):
             self.offsets.append(self.offsets[-1] + block.of(p).numel() // size)
         self.counts = [0] * len(parameters)
+        self.counted_now = False  # whether `count` is through with the step that is taken
         # Of batches: how many updates fewer each matrix has taken than the one that has taken most.
         self.lags: dict[int, list[int]] = {}
         # When each row's turn comes, for a rule with a period.
@@ -71,6 +72,7 @@ class Units:
         self._units_of: tuple[Any, Tensor | None] = (None, None)
         self._skips_in_a_row = False  # for all that the host knows
         self._told: set[int] = set()
+        self.told_of_failures: set[int] = set()
         self._mail: Transit | None = None
         self._streak_mail: Transit | None = None
         self._steps = 0
@@ -181,6 +183,7 @@ class Units:
 
     def _take(self, counts: list[int], lags: dict[int, list[int]], skips: bool) -> None:
         self.counts, self.lags, self.step_version = counts, lags, self.step._version
+        self.counted_now = True
         self._skips_in_a_row = skips and (not self.looks or bool(self.streak.any()))
 
     def _lags_after(self, members: Sequence[int], live: Tensor) -> dict[int, list[int]]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emerging_optimizers.linalg.factorizations import factorized
 from emerging_optimizers.linalg.noise import run_seed
 
 
@@ -47,7 +48,7 @@ def balanced_factors(w_BMN: Tensor, rank: int) -> BalancedFactors:
                  [0., 0.]]]), tensor([0.6000]))
     """
     M, N = w_BMN.shape[-2:]
-    U, sigma, Vh = torch.linalg.svd(w_BMN, full_matrices=False)
+    U, sigma, Vh = factorized("svd", w_BMN)
     lost = torch.linalg.vector_norm(sigma[:, rank:], dim=-1) / torch.linalg.vector_norm(sigma, dim=-1)
     top = sigma[:, :1]
     kept = sigma[:, :rank]
@@ -55,7 +56,7 @@ def balanced_factors(w_BMN: Tensor, rank: int) -> BalancedFactors:
     U, V = U[..., :rank], Vh[:, :rank].mT
 
     # Live columns come first, and QR does not turn them: the others become orthogonal to them and to one another.
-    U = torch.where(live, U, torch.linalg.qr(torch.where(live, U, _noise(M, rank, like=w_BMN))).Q)
+    U = torch.where(live, U, factorized("qr", torch.where(live, U, _noise(M, rank, like=w_BMN)))[0])
     scale = kept.sqrt().unsqueeze(-2)
     A = U * torch.where(live, scale, torch.where(top > 0, top.sqrt(), 1).unsqueeze(-2))
     B = torch.where(live, V * scale, 0)
@@ -64,7 +65,7 @@ def balanced_factors(w_BMN: Tensor, rank: int) -> BalancedFactors:
 
 def leading_left(x_BMN: Tensor) -> Tensor:
     """The leading left singular vector of each matrix, (B, M); of a zero matrix the same random unit vector."""
-    U, sigma, _ = torch.linalg.svd(x_BMN, full_matrices=False)
+    U, sigma, _ = factorized("svd", x_BMN)
     noise = _noise(x_BMN.size(-2), 1, like=x_BMN)[:, 0]
     return torch.where(sigma[:, :1] > 0, U[..., 0], noise / torch.linalg.vector_norm(noise))
 

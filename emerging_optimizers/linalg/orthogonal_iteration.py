@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emerging_optimizers.linalg.factorizations import factorized
 from emerging_optimizers.linalg.kernels.routes import OrthonormalizerT, orthonormalizer
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
 
@@ -94,9 +95,8 @@ def iterate(
         if by_cholesky:
             turned_BNN = cholesky_qr(product.mT, turned_BNN.mT, may_wait=may_wait).mT
         else:
-            # R over the reflectors. linalg.qr always copies R out of them, which takes an eighth of its time.
-            product, scales = torch.geqrf(product.mT)
-            turned_BNN = torch.linalg.householder_product(product, scales).mT
+            basis, product = factorized("qr", product.mT)
+            turned_BNN = basis.mT
             cross = product.mT.tril_() if crosses else None
     del product  # matrices are large
     if wanted is not None:  # exact for 0 and 1; a `where` takes four times as long
@@ -171,7 +171,8 @@ def cholesky_qr(product_BNN: Tensor, q_BNN: Tensor, *, may_wait: bool = True) ->
     if may_wait and out.untyped_storage().device.type != "meta":  # a tensor without data (`estimate`) has no answer
         failed = ~sound.flatten()
         if failed.any():
-            failed &= product_BNN.isfinite().all(dim=(-2, -1))
-            basis, R = torch.linalg.qr(product_BNN[failed])
-            out[failed] = basis * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).unsqueeze(-2)
+            basis, R = factorized("qr", product_BNN)  # of all, so that its rows are those of the stack
+            failed &= basis.isfinite().all(dim=(-2, -1))
+            signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1, 1).unsqueeze(-2)
+            out[failed] = (basis * signs)[failed]
     return out

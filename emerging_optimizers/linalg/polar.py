@@ -10,6 +10,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from emerging_optimizers.linalg.factorizations import factorized
+
 
 def polar_svd(x_BMN: Tensor) -> Tensor:
     """The polar factor by a singular value decomposition: exact, slow on an accelerator.
@@ -25,10 +27,9 @@ def polar_svd(x_BMN: Tensor) -> Tensor:
         tensor([[[ 1.,  0.],
                  [ 0., -1.]]])
     """
-    sound = x_BMN.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    U, s, Vh = torch.linalg.svd(torch.where(sound, x_BMN, 0), full_matrices=False)
+    U, s, Vh = factorized("svd", x_BMN)
     limit = s[..., :1] * (max(x_BMN.shape[-2:]) * torch.finfo(s.dtype).eps)
-    return torch.where(sound, (U * (s > limit).unsqueeze(-2)) @ Vh, torch.nan)
+    return (U * (s > limit).unsqueeze(-2)) @ Vh
 
 
 def polar_qdwh(x_BMN: Tensor) -> Tensor:
@@ -65,10 +66,11 @@ def polar_qdwh(x_BMN: Tensor) -> Tensor:
     for a, b, c in _halley_weights(torch.finfo(x.dtype).eps):
         if c > _QR_ABOVE:
             stacked = torch.cat([sqrt(c) * x, identity.expand(x.size(0), -1, -1)], dim=-2)
-            Q1, Q2 = torch.linalg.qr(stacked).Q.split([x.size(-2), x.size(-1)], dim=-2)
+            Q = factorized("qr", stacked)[0]
+            Q1, Q2 = Q[:, : x.size(-2)], Q[:, x.size(-2) :]
             inverse = Q1 @ Q2.mT / sqrt(c)
         else:
-            L = torch.linalg.cholesky_ex(identity + c * (x.mT @ x)).L
+            (L,) = factorized("cholesky", identity + c * (x.mT @ x))
             inverse = torch.cholesky_solve(x.mT, L).mT
         x = (b / c) * x + (a - b / c) * inverse
     return x.mT if wide else x

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.linalg.coefficients import coefficients
+from emerging_optimizers.linalg.factorizations import factorized
 from emerging_optimizers.linalg.newton_schulz import newton_schulz
 
 RetractionT = Literal["qr", "polar", "cayley", "newton_schulz"]
@@ -30,14 +31,14 @@ RetractionT = Literal["qr", "polar", "cayley", "newton_schulz"]
 
 def _qr(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
     y_BMK = x_BMK + d_BMK
-    Q = torch.linalg.qr(y_BMK).Q
+    Q = factorized("qr", y_BMK)[0]
     # The signs are a convention of the kernel; with a positive diagonal of R = Q^T Y, Q is continuous in D.
     diagonal_B1K = torch.sum(Q * y_BMK, dim=-2, keepdim=True)
     return torch.where(diagonal_B1K < 0, -Q, Q)
 
 
 def _polar(x_BMK: Tensor, d_BMK: Tensor) -> Tensor:
-    U, _, Vh = torch.linalg.svd(x_BMK + d_BMK, full_matrices=False)
+    U, _, Vh = factorized("svd", x_BMK + d_BMK)
     return U @ Vh
 
 

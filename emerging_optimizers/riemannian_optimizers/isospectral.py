@@ -44,6 +44,7 @@ from emerging_optimizers.engine.options import (
 from emerging_optimizers.engine.parts import Part
 from emerging_optimizers.engine.rule import StartsFromWeight, Where
 from emerging_optimizers.engine.weight_decay import WeightDecayT, keep_factor
+from emerging_optimizers.linalg.factorizations import factorized
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.linalg.stiefel import RETRACTIONS, RetractionT
 
@@ -85,7 +86,7 @@ class IsoRule(StartsFromWeight):
 
     def start(self, weight: Tensor, labels: Sequence[str]) -> IsoState:
         """The weight's own factors, and no momentum."""
-        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+        u, sigma, vh = factorized("svd", weight)
         v = vh.mT
         return IsoState(u, sigma, v, torch.zeros_like(u), torch.zeros_like(v))
 

@@ -1,0 +1,56 @@
+"""A process is killed while all of them save: the checkpoint before loads, and the run goes on from there."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_fsdp2_train import ENVIRONMENT, EXAMPLE, TOLERANCE, begin, losses
+
+# The second save of one rank ends it, before or behind its own file.
+PROGRAM = f"""
+import os, runpy, signal
+from torch.distributed.checkpoint import FileSystemWriter
+
+write, saves = FileSystemWriter.write_data, 0
+
+def write_data(*args):
+    global saves
+    saves += 1
+    dies = saves == 2 and os.environ["RANK"] == os.environ["DIES"]
+    if dies and os.environ["WHEN"] == "before":
+        os.kill(os.getpid(), signal.{signal.SIGKILL.name})
+    written = write(*args)
+    if dies:
+        written.wait()
+        os.kill(os.getpid(), signal.{signal.SIGKILL.name})
+    return written
+
+FileSystemWriter.write_data = write_data
+runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "when"),
+    [(1, "behind"), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0, "before"), (0, "behind"), (1, "before")))],
+)
+def test_a_process_that_dies_in_a_save_costs_the_steps_since_the_last_one(rank: int, when: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out, asked = tmp_path / "run", ["--optimizer", "soap", "--steps", "4", "--save-every", "2"]
+    died = subprocess.run(
+        [sys.executable, *torchrun, str(program), "--out", str(out), *asked],
+        env={**ENVIRONMENT, "DIES": str(rank), "WHEN": when},
+        capture_output=True,
+        timeout=240,
+    )
+    assert died.returncode != 0
+    assert [path.parent.name for path in sorted(out.glob("step-*/.metadata"))] == ["step-000002"]
+    found = losses(begin(1, out, *asked, "--resume"))
+    whole = losses(begin(1, tmp_path / "whole", *asked))
+    assert [*found] == [3, 4]
+    assert found == pytest.approx({step: whole[step] for step in found}, abs=TOLERANCE)
