@@ -105,6 +105,7 @@ CASES: list[OptimizerCase] = [
             "uncorrected": {"correct_bias": False},
             "nesterov": {"nesterov": True},
             "brake": {**_BRAKE, "reference": False, "shapes": ((8, 6), (5,))},
+            "floor": {"weight_update_hook": ("update_floor", 1.5), "reference": False, "shapes": ((8, 6), (5,))},
             **_DECAY,
         },
         state=_ADAM,
@@ -182,6 +183,7 @@ CASES: list[OptimizerCase] = [
             "qdwh": {"orthogonalizer": "qdwh"},
             "svd": {"orthogonalizer": "svd"},
             "relative": {"weight_update_hook": "relative_update"},
+            "row_floor": {"weight_update_hook": ("row_update_floor", 1.0), "weight_decay": 0.1},
             "spectral_decay": {
                 "weight_update_hook": ("spectral_weight_decay", 4.0, 0.5),
                 "reference": False,
