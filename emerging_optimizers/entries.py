@@ -91,6 +91,12 @@ OPTIMIZERS: dict[str, Entry] = {
         elementwise=True,
         start=0.002,
     ),
+    "dion2": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.dion2:Dion2",
+        description="Muon of the rows or columns whose momentum is longest, the others wait; fewer products",
+        paper="Ahn et al. 2025, arXiv 2512.16928",
+        start=0.002,
+    ),
     "iso": Entry(
         path="emerging_optimizers.riemannian_optimizers.isospectral:Iso",
         description="moves the singular vectors of a weight and keeps its singular values",

@@ -206,6 +206,17 @@ CASES: list[OptimizerCase] = [
         state=("momentum_buffer", "moment2_buffer"),
         batched=1e-5,
     ),
+    *_rows(
+        "dion2",
+        {"lr": 0.1, "fp32_matmul_prec": "highest"},
+        {
+            "": {},
+            "half": {"fraction": 0.5, "momentum": 0.9, "scale_mode": "shape_scaling", "lr": 0.3, **_DECAY["l2"]},
+            "whole": {"fraction": 1.0, "orthogonalizer": "qdwh"},
+        },
+        state=("momentum_buffer",),
+        batched=1e-5,
+    ),
     *_rows("mop", {"lr": 0.3}, {"": {}, "spectral": {"lr": 0.05, "scale_mode": "spectral"}}, **_NUCLEAR),
     *_rows("polargrad", {"lr": 0.3}, {"": {}, "svd": {"orthogonalizer": "svd", "nesterov": True}}, **_NUCLEAR),
     *_rows(
