@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:  # make tables
     from emerging_optimizers.orthogonalized_optimizers.adaptive_muon import AdaptiveMuon as AdaptiveMuon
     from emerging_optimizers.orthogonalized_optimizers.dion2 import Dion2 as Dion2
+    from emerging_optimizers.orthogonalized_optimizers.dion3 import Dion3 as Dion3
     from emerging_optimizers.orthogonalized_optimizers.mop import MOP as MOP
     from emerging_optimizers.orthogonalized_optimizers.muon import Muon as Muon
     from emerging_optimizers.orthogonalized_optimizers.muon_hyperball import MuonHyperball as MuonHyperball

@@ -97,6 +97,12 @@ OPTIMIZERS: dict[str, Entry] = {
         paper="Ahn et al. 2025, arXiv 2512.16928",
         start=0.002,
     ),
+    "dion3": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.dion3:Dion3",
+        description="Dion2 by rows with NorMuon's second moment (NorDion2)",
+        paper="Amsel et al. 2026, arXiv 2608.11612",
+        start=0.002,
+    ),
     "iso": Entry(
         path="emerging_optimizers.riemannian_optimizers.isospectral:Iso",
         description="moves the singular vectors of a weight and keeps its singular values",

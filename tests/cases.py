@@ -217,6 +217,13 @@ CASES: list[OptimizerCase] = [
         state=("momentum_buffer",),
         batched=1e-5,
     ),
+    *_rows(
+        "dion3",
+        {"lr": 0.1, "fp32_matmul_prec": "highest"},
+        {"": {}, "half": {"fraction": 0.5, "beta2": 0.8, "weight_decay": 0.1}},
+        state=("momentum_buffer", "moment2_buffer"),
+        batched=1e-5,
+    ),
     *_rows("mop", {"lr": 0.3}, {"": {}, "spectral": {"lr": 0.05, "scale_mode": "spectral"}}, **_NUCLEAR),
     *_rows("polargrad", {"lr": 0.3}, {"": {}, "svd": {"orthogonalizer": "svd", "nesterov": True}}, **_NUCLEAR),
     *_rows(

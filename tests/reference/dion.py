@@ -1,12 +1,15 @@
-"""Dion2 on one matrix in float64, line by line.
+"""Dion2 and Dion3 on one matrix in float64, row by row.
 
     M <- M + G; the k lines of M with the largest sums of |M|, k = ceil(f n), are orthogonalized as a matrix of their
     own and scaled as Muon's; afterwards they are multiplied by mu in M.
 
-Ahn, Amsel and Langford 2025, arXiv 2512.16928: lines are rows, or columns where those are fewer.
+Ahn, Amsel and Langford 2025, arXiv 2512.16928: lines are rows, or columns where those are fewer. Amsel et al. 2026,
+arXiv 2608.11612: lines are rows, and each is divided by sqrt(v) + eps, v an average of its mean square over its uses,
+before the matrix gets its old norm back.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,3 +54,25 @@ class ReferenceDion2(ReferenceOrthogonalized):
     def normalized(self, chosen: list[int], orthogonal: Tensor) -> Tensor:
         """What becomes of orthogonal lines."""
         return orthogonal
+
+
+class ReferenceDion3(ReferenceDion2):
+    """The rows that are longest, each by its second moment."""
+
+    defaults: dict[str, Any] = {**ReferenceDion2.defaults, "beta2": 0.95, "eps": 1e-8}
+
+    def start(self, G: Tensor) -> None:
+        self.moment2_buffer = torch.zeros(G.shape[0], 1, dtype=G.dtype)
+
+    def by_columns(self, N: Tensor) -> bool:
+        return False
+
+    def normalized(self, chosen: list[int], orthogonal: Tensor) -> Tensor:
+        rows = []
+        for i, row in zip(chosen, orthogonal, strict=True):
+            square = float((row**2).mean())
+            v = self.beta2 * float(self.moment2_buffer[i]) + (1 - self.beta2) * square
+            self.moment2_buffer[i] = v
+            rows.append(row / (math.sqrt(v) + self.eps))
+        new = torch.stack(rows)
+        return new * float(orthogonal.norm() / new.norm())
