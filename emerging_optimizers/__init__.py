@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # make tables
     from emerging_optimizers.orthogonalized_optimizers.mop import MOP as MOP
     from emerging_optimizers.orthogonalized_optimizers.muon import Muon as Muon
     from emerging_optimizers.orthogonalized_optimizers.muon_hyperball import MuonHyperball as MuonHyperball
+    from emerging_optimizers.orthogonalized_optimizers.muon_mix import MuonMix as MuonMix
     from emerging_optimizers.orthogonalized_optimizers.muown import Muown as Muown
     from emerging_optimizers.orthogonalized_optimizers.polargrad import PolarGrad as PolarGrad
     from emerging_optimizers.orthogonalized_optimizers.scion import Scion as Scion

@@ -179,6 +179,12 @@ OPTIMIZERS: dict[str, Entry] = {
         unit="it is a part of the weight's norm",
         default_trains=False,
     ),
+    "muon_mix": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.muon_mix:MuonMix",
+        description="Muon with a fast and a slow momentum, mixed",
+        paper="modded-nanogpt 2026, pull request 340; Pagliardini et al. 2024, arXiv 2409.03137",
+        start=0.004,
+    ),
     "muown": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muown:Muown",
         description="Muon for the directions of rows, Adam for their norms",

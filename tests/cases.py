@@ -266,6 +266,13 @@ CASES: list[OptimizerCase] = [
         rests=False,
     ),
     *_rows(
+        "muon_mix",
+        {"lr": 0.05, "fp32_matmul_prec": "highest"},
+        {"": {}, "nesterov": {"nesterov": True, "slow_momentum": 0.9, "momentum": 0.7, "slow_share": 0.8}},
+        state=("momentum_buffer", "slow_buffer"),
+        batched=1e-5,
+    ),
+    *_rows(
         "muown",
         {"lr": 0.05, "adam_eps": 1e-30, "fp32_matmul_prec": "highest"},
         {"": {}, "nesterov_palm": {"nesterov": True, **_DECAY["palm"]}},
