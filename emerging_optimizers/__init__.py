@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # make tables
     from emerging_optimizers.scalar_optimizers.laprop import LaProp as LaProp
     from emerging_optimizers.scalar_optimizers.lion import Lion as Lion
     from emerging_optimizers.scalar_optimizers.madam import MAdam as MAdam
+    from emerging_optimizers.scalar_optimizers.mars import MARS as MARS
     from emerging_optimizers.scalar_optimizers.rmsprop import RMSProp as RMSProp
     from emerging_optimizers.scalar_optimizers.signum import Signum as Signum
     from emerging_optimizers.scalar_optimizers.sim_ademamix import SimplifiedAdEMAMix as SimplifiedAdEMAMix

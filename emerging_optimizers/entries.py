@@ -150,6 +150,12 @@ OPTIMIZERS: dict[str, Entry] = {
         elementwise=True,
         start=0.002,
     ),
+    "mars": Entry(
+        path="emerging_optimizers.scalar_optimizers.mars:MARS",
+        description="AdamW for matrices on a gradient corrected by the previous one",
+        paper="Yuan et al. 2024, arXiv 2411.10438",
+        start=0.002,
+    ),
     "mop": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.mop:MOP",
         description="momentum orthogonalized exactly, scaled by its nuclear norm",

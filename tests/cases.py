@@ -156,6 +156,15 @@ CASES: list[OptimizerCase] = [
         {"": {}, "uncorrected": {"correct_bias": False, "scale_log2": 0}},
         state=("step", "exp_avg", "exp_avg_sq_scaled"),
     ),
+    # Gradients above a norm of 1 are cut to it, and others are not.
+    *_rows(
+        "mars",
+        {"lr": 0.05},
+        {"": {}, "strong": {"gamma": 0.3, "betas": (0.8, 0.95), **_DECAY["l2"]}},
+        state=(*_ADAM, "last_grad"),
+        batched=1e-5,
+        scale_free=False,
+    ),
     *_rows("rmsprop", {"lr": 0.03}, {"": {}, "l2": _DECAY["l2"]}, averages=False, state=("exp_avg_sq",)),
     *_rows(
         "muon",
