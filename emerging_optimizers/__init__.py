@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # make tables
     from emerging_optimizers.soap.rekls import REKLS as REKLS
     from emerging_optimizers.soap.soap import SOAP as SOAP
     from emerging_optimizers.soap.soap_muon import SOAPMuon as SOAPMuon
+    from emerging_optimizers.soap.splus import SPlus as SPlus
     from emerging_optimizers.soap.stacked_soap import StackedSoap as StackedSoap
     from emerging_optimizers.soap.tp_rekls import TpRekls as TpRekls
 

@@ -329,6 +329,13 @@ OPTIMIZERS: dict[str, Entry] = {
         unit="it is the spectral norm of an update of an orthogonal matrix",
         default_trains=False,
     ),
+    "splus": Entry(
+        path="emerging_optimizers.soap.splus:SPlus",
+        description="sign of the momentum in the eigenbasis of Shampoo's factors, which may be old",
+        paper="Frans et al. 2025, arXiv 2506.07254",
+        start=0.2,
+        unit="an update of an (M, N) matrix has an RMS of 2 / (M + N)",
+    ),
     "stacked_soap": Entry(
         path="emerging_optimizers.soap.stacked_soap:StackedSoap",
         description="SOAP with KL factors that a stack of matrices shares",

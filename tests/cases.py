@@ -353,6 +353,14 @@ CASES: list[OptimizerCase] = [
         state=_SOAP,
         batched=1e-2,
     ),
+    # A sign of an element near zero is up to rounding.
+    *_rows(
+        "splus",
+        {"lr": 0.5, "precondition_frequency": 1},
+        {"": {}, "iterated": {"use_eigh": False, "weight_decay": 0.1, "precondition_frequency": 3}},
+        state=("step", "momentum_buffer", "L", "R", "Q_L", "Q_R"),
+        batched=1e-3,
+    ),
     # Its stacks are in tests/engine/test_matrix_view.py, as the view "joined".
     *_rows("stacked_soap", {"lr": 0.1}, {"": {}}, state=_KL["state"], batched=1e-3),
     *_rows(
