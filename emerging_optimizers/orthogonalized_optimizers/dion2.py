@@ -45,7 +45,7 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
-from emerging_optimizers.engine.parts import Decay, Part
+from emerging_optimizers.engine.parts import Part
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
@@ -56,13 +56,14 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     UseSyrk,
 )
 
-SummedMomentum_BMN = Annotated[Tensor, Part("B M N", rounds=True, averages=Decay())]
+# Neither a sum nor an average: rows fade when they are used.
+UnusedMomentum_BMN = Annotated[Tensor, Part("B M N", rounds=True)]
 
 
 class Dion2State(NamedTuple):
     """The sum of gradients that have not been used up."""
 
-    momentum_buffer: SummedMomentum_BMN
+    momentum_buffer: UnusedMomentum_BMN
 
 
 @dataclass(frozen=True, kw_only=True)

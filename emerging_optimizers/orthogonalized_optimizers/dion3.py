@@ -46,7 +46,7 @@ from emerging_optimizers.orthogonalized_optimizers.dion2 import (
     Dion2,
     Dion2Rule,
     Fraction,
-    SummedMomentum_BMN,
+    UnusedMomentum_BMN,
     UsedMomentum,
 )
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
@@ -60,7 +60,7 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
 class Dion3State(NamedTuple):
     """The sum of gradients that have not been used up, and the second moment of each row."""
 
-    momentum_buffer: SummedMomentum_BMN
+    momentum_buffer: UnusedMomentum_BMN
     moment2_buffer: Annotated[Tensor, Part("B M 1")]
 
 

@@ -39,7 +39,7 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
-from emerging_optimizers.engine.parts import Decay, Momentum_BMN, Part
+from emerging_optimizers.engine.parts import Momentum_BMN, Part
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
@@ -55,7 +55,7 @@ class MuonMixState(NamedTuple):
     """The fast average and the slow one."""
 
     momentum_buffer: Momentum_BMN
-    slow_buffer: Annotated[Tensor, Part("B M N", rounds=True, averages=Decay("slow_momentum"))]
+    slow_buffer: Annotated[Tensor, Part("B M N", rounds=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

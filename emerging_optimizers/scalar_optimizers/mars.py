@@ -36,14 +36,14 @@ from emerging_optimizers.engine.options import (
     WeightDecayMethod,
     given,
 )
-from emerging_optimizers.engine.parts import FirstMoment, Like
+from emerging_optimizers.engine.parts import Like, Part
 from emerging_optimizers.scalar_optimizers.adamw import AdamState, adam_direction
 
 
 class MARSState(NamedTuple):
     """Moments, and the gradient of the last step."""
 
-    exp_avg: FirstMoment
+    exp_avg: Annotated[Tensor, Part(rounds=True)]  # of corrected gradients
     exp_avg_sq: Like
     last_grad: Like
 
