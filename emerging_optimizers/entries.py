@@ -333,7 +333,7 @@ OPTIMIZERS: dict[str, Entry] = {
         path="emerging_optimizers.soap.splus:SPlus",
         description="sign of the momentum in the eigenbasis of Shampoo's factors, which may be old",
         paper="Frans et al. 2025, arXiv 2506.07254",
-        start=0.2,
+        start=0.1,
         unit="an update of an (M, N) matrix has an RMS of 2 / (M + N)",
     ),
     "stacked_soap": Entry(
