@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:  # make tables
     from emerging_optimizers.orthogonalized_optimizers.adaptive_muon import AdaptiveMuon as AdaptiveMuon
+    from emerging_optimizers.orthogonalized_optimizers.dion2 import Dion2 as Dion2
+    from emerging_optimizers.orthogonalized_optimizers.dion3 import Dion3 as Dion3
     from emerging_optimizers.orthogonalized_optimizers.mop import MOP as MOP
     from emerging_optimizers.orthogonalized_optimizers.muon import Muon as Muon
     from emerging_optimizers.orthogonalized_optimizers.muon_hyperball import MuonHyperball as MuonHyperball
+    from emerging_optimizers.orthogonalized_optimizers.muon_mix import MuonMix as MuonMix
     from emerging_optimizers.orthogonalized_optimizers.muown import Muown as Muown
     from emerging_optimizers.orthogonalized_optimizers.polargrad import PolarGrad as PolarGrad
     from emerging_optimizers.orthogonalized_optimizers.scion import Scion as Scion
@@ -48,6 +51,7 @@ if TYPE_CHECKING:  # make tables
     from emerging_optimizers.scalar_optimizers.laprop import LaProp as LaProp
     from emerging_optimizers.scalar_optimizers.lion import Lion as Lion
     from emerging_optimizers.scalar_optimizers.madam import MAdam as MAdam
+    from emerging_optimizers.scalar_optimizers.mars import MARS as MARS
     from emerging_optimizers.scalar_optimizers.rmsprop import RMSProp as RMSProp
     from emerging_optimizers.scalar_optimizers.signum import Signum as Signum
     from emerging_optimizers.scalar_optimizers.sim_ademamix import SimplifiedAdEMAMix as SimplifiedAdEMAMix
@@ -60,6 +64,7 @@ if TYPE_CHECKING:  # make tables
     from emerging_optimizers.soap.rekls import REKLS as REKLS
     from emerging_optimizers.soap.soap import SOAP as SOAP
     from emerging_optimizers.soap.soap_muon import SOAPMuon as SOAPMuon
+    from emerging_optimizers.soap.splus import SPlus as SPlus
     from emerging_optimizers.soap.stacked_soap import StackedSoap as StackedSoap
     from emerging_optimizers.soap.tp_rekls import TpRekls as TpRekls
 

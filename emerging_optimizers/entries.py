@@ -91,6 +91,18 @@ OPTIMIZERS: dict[str, Entry] = {
         elementwise=True,
         start=0.002,
     ),
+    "dion2": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.dion2:Dion2",
+        description="Muon of the rows or columns whose momentum is longest, the others wait; fewer products",
+        paper="Ahn et al. 2025, arXiv 2512.16928",
+        start=0.002,
+    ),
+    "dion3": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.dion3:Dion3",
+        description="Dion2 by rows with NorMuon's second moment (NorDion2)",
+        paper="Amsel et al. 2026, arXiv 2608.11612",
+        start=0.002,
+    ),
     "iso": Entry(
         path="emerging_optimizers.riemannian_optimizers.isospectral:Iso",
         description="moves the singular vectors of a weight and keeps its singular values",
@@ -138,6 +150,12 @@ OPTIMIZERS: dict[str, Entry] = {
         elementwise=True,
         start=0.002,
     ),
+    "mars": Entry(
+        path="emerging_optimizers.scalar_optimizers.mars:MARS",
+        description="AdamW for matrices on a gradient corrected by the previous one",
+        paper="Yuan et al. 2024, arXiv 2411.10438",
+        start=0.002,
+    ),
     "mop": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.mop:MOP",
         description="momentum orthogonalized exactly, scaled by its nuclear norm",
@@ -166,6 +184,12 @@ OPTIMIZERS: dict[str, Entry] = {
         start=0.05,
         unit="it is a part of the weight's norm",
         default_trains=False,
+    ),
+    "muon_mix": Entry(
+        path="emerging_optimizers.orthogonalized_optimizers.muon_mix:MuonMix",
+        description="Muon with a fast and a slow momentum, mixed",
+        paper="modded-nanogpt 2026, pull request 340; Pagliardini et al. 2024, arXiv 2409.03137",
+        start=0.004,
     ),
     "muown": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muown:Muown",
@@ -304,6 +328,13 @@ OPTIMIZERS: dict[str, Entry] = {
         start=0.03,
         unit="it is the spectral norm of an update of an orthogonal matrix",
         default_trains=False,
+    ),
+    "splus": Entry(
+        path="emerging_optimizers.soap.splus:SPlus",
+        description="sign of the momentum in the eigenbasis of Shampoo's factors, which may be old",
+        paper="Frans et al. 2025, arXiv 2506.07254",
+        start=0.1,
+        unit="an update of an (M, N) matrix has an RMS of 2 / (M + N)",
     ),
     "stacked_soap": Entry(
         path="emerging_optimizers.soap.stacked_soap:StackedSoap",

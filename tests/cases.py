@@ -105,6 +105,7 @@ CASES: list[OptimizerCase] = [
             "uncorrected": {"correct_bias": False},
             "nesterov": {"nesterov": True},
             "brake": {**_BRAKE, "reference": False, "shapes": ((8, 6), (5,))},
+            "floor": {"weight_update_hook": ("update_floor", 1.5), "reference": False, "shapes": ((8, 6), (5,))},
             **_DECAY,
         },
         state=_ADAM,
@@ -155,6 +156,16 @@ CASES: list[OptimizerCase] = [
         {"": {}, "uncorrected": {"correct_bias": False, "scale_log2": 0}},
         state=("step", "exp_avg", "exp_avg_sq_scaled"),
     ),
+    # Gradients above a norm of 1 are cut to it, and others are not.
+    *_rows(
+        "mars",
+        {"lr": 0.05},
+        {"": {}, "strong": {"gamma": 0.3, "betas": (0.8, 0.95), **_DECAY["l2"]}},
+        averages=False,
+        state=(*_ADAM, "last_grad"),
+        batched=1e-5,
+        scale_free=False,
+    ),
     *_rows("rmsprop", {"lr": 0.03}, {"": {}, "l2": _DECAY["l2"]}, averages=False, state=("exp_avg_sq",)),
     *_rows(
         "muon",
@@ -182,6 +193,7 @@ CASES: list[OptimizerCase] = [
             "qdwh": {"orthogonalizer": "qdwh"},
             "svd": {"orthogonalizer": "svd"},
             "relative": {"weight_update_hook": "relative_update"},
+            "row_floor": {"weight_update_hook": ("row_update_floor", 1.0), "weight_decay": 0.1},
             "spectral_decay": {
                 "weight_update_hook": ("spectral_weight_decay", 4.0, 0.5),
                 "reference": False,
@@ -201,6 +213,26 @@ CASES: list[OptimizerCase] = [
             "normuon": {"moment2_method": "normuon"},
             "namo": {"lr": 0.2, "moment2_method": "namo"},
         },
+        state=("momentum_buffer", "moment2_buffer"),
+        batched=1e-5,
+    ),
+    *_rows(
+        "dion2",
+        {"lr": 0.1, "fp32_matmul_prec": "highest"},
+        {
+            "": {},
+            "half": {"fraction": 0.5, "momentum": 0.9, "scale_mode": "shape_scaling", "lr": 0.3, **_DECAY["l2"]},
+            "whole": {"fraction": 1.0, "orthogonalizer": "qdwh"},
+        },
+        averages=False,
+        state=("momentum_buffer",),
+        batched=1e-5,
+    ),
+    *_rows(
+        "dion3",
+        {"lr": 0.1, "fp32_matmul_prec": "highest"},
+        {"": {}, "half": {"fraction": 0.5, "beta2": 0.8, "weight_decay": 0.1}},
+        averages=False,
         state=("momentum_buffer", "moment2_buffer"),
         batched=1e-5,
     ),
@@ -244,6 +276,13 @@ CASES: list[OptimizerCase] = [
         state=("momentum_buffer",),
         batched=1e-5,
         rests=False,
+    ),
+    *_rows(
+        "muon_mix",
+        {"lr": 0.05, "fp32_matmul_prec": "highest"},
+        {"": {}, "nesterov": {"nesterov": True, "slow_momentum": 0.9, "momentum": 0.7, "slow_share": 0.8}},
+        state=("momentum_buffer", "slow_buffer"),
+        batched=1e-5,
     ),
     *_rows(
         "muown",
@@ -316,6 +355,14 @@ CASES: list[OptimizerCase] = [
         {"": {}, "kl": {**_KL, "scale_mode": "shape_scaling", "lr": 0.2}, "l2": _DECAY["l2"]},
         state=_SOAP,
         batched=1e-2,
+    ),
+    # A sign of an element near zero is up to rounding.
+    *_rows(
+        "splus",
+        {"lr": 0.5, "precondition_frequency": 1},
+        {"": {}, "iterated": {"use_eigh": False, "weight_decay": 0.1, "precondition_frequency": 3}},
+        state=("step", "momentum_buffer", "L", "R", "Q_L", "Q_R"),
+        batched=1e-3,
     ),
     # Its stacks are in tests/engine/test_matrix_view.py, as the view "joined".
     *_rows("stacked_soap", {"lr": 0.1}, {"": {}}, state=_KL["state"], batched=1e-3),

@@ -13,8 +13,10 @@ from emerging_optimizers.engine.hooks import (
     KeepNorm,
     RadialBrakeHook,
     RelativeUpdateHook,
+    RowUpdateFloorHook,
     SpectralClipHook,
     SpectralWeightDecayHook,
+    UpdateFloorHook,
     WeightUpdateHook,
     make_hook,
 )
@@ -25,6 +27,9 @@ HOOKS = [
     ("hyperball",),
     ("relative_update",),
     ("radial_brake", 0.3, 0.6),
+    ("update_floor", 0.8),
+    ("update_floor", 1.2),
+    ("row_update_floor", 1.0),
     ("spectral_clip", 0.5),
     ("spectral_weight_decay", 1.0, 0.4),
 ]
@@ -109,6 +114,25 @@ def test_relative_update_makes_the_learning_rate_the_relative_change():
     assert ((p.detach() - before).norm() / before.norm()).item() == pytest.approx(0.03, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["update_floor", "row_update_floor"])
+def test_a_floor_lengthens_what_is_short_beside_its_weight_and_nothing_else(name):
+    """Rows whose weight is long, short and zero, and one whose gradient is zero."""
+    W = torch.tensor([[30.0, 40.0], [0.3, 0.4], [0.0, 0.0], [3.0, 4.0]])
+    p = torch.nn.Parameter(W.clone())
+    o = LaProp([p], lr=0.1, weight_decay=0.0) if name == "update_floor" else Muon([p], lr=0.1, weight_decay=0.0)
+    o.param_groups[0]["weight_update_hook"] = (name, 0.5)
+    p.grad = torch.tensor([[1.0, -2.0], [-3.0, 1.0], [2.0, 2.0], [0.0, 0.0]])
+    o.step()
+    moved = (p.detach() - W).norm(dim=1) / 0.1
+    if name == "update_floor":  # LaProp's first update has elements of 1
+        assert (p.detach() - W).norm().item() == pytest.approx(0.1 * 0.5 * W.norm().item(), rel=1e-4)
+        return
+    assert moved[0].item() == pytest.approx(0.5 * 50.0, rel=1e-4)
+    assert moved[3] == 0.0  # a row that has no direction
+    assert moved[1:3].amax() < 3.0  # as long as Muon made them
+    assert (moved[1:3] > 0.5 * 0.5).all()
+
+
 def test_spectral_weight_decay_bounds_the_weight_and_spectral_clip_the_update():
     p = torch.nn.Parameter(3 * stack(0, 8, 6, dtype=torch.float32))
     hook = ("spectral_weight_decay", 1.0, 1.0)
@@ -182,7 +206,9 @@ def test_a_model_gets_the_hook_for_its_matrices_only():
         (lambda p: Muon(p, weight_update_hook="hypersphere"), r"weight_update_hook='hypersphere' .*hyperball"),
         (lambda p: Muon(p, weight_update_hook=("hyperball", -1.0)), "weight_update_hook=.*is not allowed"),
         (lambda p: Muon(p, weight_update_hook=("relative_update", 1, 2)), "weight_update_hook=.*is not allowed"),
+        (lambda p: Muon(p, weight_update_hook="update_floor"), "weight_update_hook=.*is not allowed"),
         (lambda p: AdamW(p, weight_update_hook="spectral_clip"), "AdamW: .*element-wise; leave it None"),
+        (lambda p: AdamW(p, weight_update_hook=("row_update_floor", 0.4)), "AdamW: .*rows.*element-wise; leave it"),
         (lambda p: MuonHyperball(p, weight_update_hook="radial_brake"), "law of its own"),
         (lambda p: Spel(p, weight_update_hook="radial_brake"), "law of its own"),
         (lambda p: LaProp(p, frob_normalize=True, weight_update_hook="radial_brake"), "law of its own"),
@@ -201,6 +227,8 @@ def test_what_is_not_possible_raises_at_construction(make, match):
         lambda: RadialBrakeHook(outward_scale=1.5),
         lambda: RadialBrakeHook(inward_scale=-0.1),
         lambda: RelativeUpdateHook(eps=-1.0),
+        lambda: UpdateFloorHook(0.0),
+        lambda: RowUpdateFloorHook(float("inf")),
         lambda: SpectralClipHook(0.0),
         lambda: SpectralWeightDecayHook(1.0, 2.0),
         lambda: make_hook("keep_norm"),

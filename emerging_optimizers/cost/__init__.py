@@ -27,7 +27,7 @@ from emerging_optimizers.registry import entry
 from emerging_optimizers.routing import create_optimizer
 from emerging_optimizers.routing.routed import devices_that_cast
 
-LONGEST_PERIOD = 50
+LONGEST_PERIOD = 100
 
 
 @dataclass(frozen=True, kw_only=True)

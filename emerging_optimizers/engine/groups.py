@@ -108,7 +108,9 @@ def _check_hook(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
     if rule.weight_law is not None:
         raise ValueError(f"{given}: the optimizer has a law of its own for the weight; leave it None")
     if hook.matrices_only and rule.elementwise:
-        raise ValueError(f"{given}: it is about singular values, and this optimizer is element-wise; leave it None")
+        raise ValueError(
+            f"{given}: it is about singular values or rows, and this optimizer is element-wise; leave it None"
+        )
 
 
 def check_parameter(p: Tensor, rule: Rule, group: Mapping[str, Any], label: str, owner: str) -> None:

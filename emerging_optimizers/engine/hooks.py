@@ -10,6 +10,8 @@ hook                       the new weight
 ``relative_update``        :math:`k W_{t-1} - \eta \, \|k W_{t-1}\| \, \hat U`
 ``radial_brake``           :math:`(\|k W_{t-1}\| + s (\|Y\| - \|k W_{t-1}\|)) \, \hat Y`, where
                            :math:`Y = k W_{t-1} - \eta U`; s depends on the sign of the change
+``update_floor``           :math:`k W_{t-1} - \eta \max(1, \rho \|W_{t-1}\| / \|U\|) \, U`
+``row_update_floor``       the same, with the norms of each row
 ``spectral_clip``          :math:`k W_{t-1} - \eta \, \mathrm{cap}_\beta(U)`
 ``spectral_weight_decay``  :math:`(1 - c) Y + c \, \mathrm{cap}_\beta(Y)`, where :math:`Y = k W_{t-1} - \eta U`
 =========================  ===========================================================================================
@@ -20,6 +22,7 @@ References:
     Wen et al. 2026, Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball Optimization,
         arXiv 2606.16899.
     Cesista 2025, Fast, Numerically Stable, and Auto-Differentiable Spectral Clipping via Newton-Schulz Iteration.
+    KellerJordan/modded-nanogpt 2026, pull requests 274 (update_floor) and 328 (row_update_floor).
 """
 
 from collections.abc import Mapping
@@ -45,7 +48,7 @@ class WeightUpdateHook(Generic[HookStateT]):
     checkpoint does not hold them.
 
     Attributes:
-        matrices_only: it is about singular values, and an element-wise optimizer cannot follow it.
+        matrices_only: it is about singular values or rows, and an element-wise optimizer cannot follow it.
     """
 
     matrices_only: ClassVar[bool] = False
@@ -175,6 +178,47 @@ class RelativeUpdateHook(WeightUpdateHook[Any]):
 
 
 @dataclass(frozen=True)
+class UpdateFloorHook(WeightUpdateHook[Any]):
+    """Lengthen an update that is short beside its weight, so that weights that have grown still turn.
+
+    An update that is zero, and one of a weight that is zero, stays as it is.
+
+    Args:
+        ratio: the least norm of an update, before the learning rate, in norms of the weight, > 0. A step then changes
+            the weight by at least the share `lr * ratio`; Muon's updates, of an RMS of 1, are lengthened where the
+            weight's RMS is above 1 / ratio.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.ratio) and self.ratio > 0):
+            raise ValueError(f"ratio={self.ratio!r} is not allowed; give a finite number > 0")
+
+    def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
+        least, norm = self.ratio * self.norm(old), self.norm(update)
+        return torch.where((norm > 0) & (norm < least), least * (update / norm), update)
+
+    def norm(self, stack: Tensor) -> Tensor:
+        """Of what is lengthened as one."""
+        return _norm(stack)
+
+
+@dataclass(frozen=True)
+class RowUpdateFloorHook(UpdateFloorHook):
+    """The same for each row of a matrix; a row is what an output of the layer has for itself.
+
+    Args:
+        ratio: the least norm of an update's row, before the learning rate, in norms of the weight's row, > 0.
+    """
+
+    matrices_only = True
+
+    def norm(self, stack: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(stack, dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True)
 class SpectralClipHook(WeightUpdateHook[Any]):
     """Bound the singular values of the update.
 
@@ -237,8 +281,10 @@ HOOKS: Mapping[str, type[WeightUpdateHook[Any]]] = {
     "hyperball": HyperballHook,
     "radial_brake": RadialBrakeHook,
     "relative_update": RelativeUpdateHook,
+    "row_update_floor": RowUpdateFloorHook,
     "spectral_clip": SpectralClipHook,
     "spectral_weight_decay": SpectralWeightDecayHook,
+    "update_floor": UpdateFloorHook,
 }
 _NAMES = {cls: name for name, cls in HOOKS.items()}
 WeightUpdateHookT = WeightUpdateHook[Any] | str | tuple[Any, ...] | None

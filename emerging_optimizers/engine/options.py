@@ -258,9 +258,9 @@ class EngineOptions(TypedDict, total=False):
         Option(
             Check(_makes_hook, f"None, a hook, its name ({', '.join(HOOKS)}) or (name, its arguments)"),
             'the law by which the weight moves: a name of `engine/hooks.py` ("hyperball", "radial_brake", '
-            '"relative_update", "spectral_clip", "spectral_weight_decay"), (name, its arguments), or a '
-            "`WeightUpdateHook`, which may be two functions of a parameter as published. None: W <- keep W - lr U. Per "
-            "group.",
+            '"relative_update", "update_floor", "row_update_floor", "spectral_clip", "spectral_weight_decay"), (name, '
+            "its arguments), or a `WeightUpdateHook`, which may be two functions of a parameter as published. None: "
+            "W <- keep W - lr U. Per group.",
             default=None,
         ),
     ]

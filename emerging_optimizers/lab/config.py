@@ -67,9 +67,11 @@ class Arm:
 _OPTIONS: dict[str, dict[str, Any]] = {
     "adaptive_muon": {"nesterov": True},
     "muon": {"nesterov": True},
+    "muon_mix": {"nesterov": True},
     "scion": {"spectral_radius": 10.0},
     "spectron": {"truncation_tolerance": 1.0},
     "soap": {"nesterov": True},
+    "splus": {"precondition_frequency": 10, "refresh_ramp": 5},
     "rekls": {"nesterov": True},
     "tp_rekls": {"fp32_matmul_prec": "highest"},
     "psgd_pro": {"damping_noise_scale": 1e-3},

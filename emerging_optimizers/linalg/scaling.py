@@ -58,3 +58,15 @@ def unit_norm(x: Tensor, dim: int | tuple[int, ...], eps: float = 0.0) -> Tensor
     """
     norm = vector_norm(x, dim=dim, keepdim=True).clamp_min(eps)
     return x / norm.masked_fill(norm == 0, 1)
+
+
+def with_norm_of(model_BMN: Tensor, x_BMN: Tensor) -> Tensor:
+    """Each matrix of x at the Frobenius norm of the model's; a zero matrix stays zero.
+
+    Example:
+        >>> import torch
+        >>> with_norm_of(torch.tensor([[[6.0, 8.0]]]), torch.tensor([[[0.0, 2.0]]]))
+        tensor([[[ 0., 10.]]])
+    """
+    norm_B11 = vector_norm(x_BMN, dim=(-2, -1), keepdim=True)
+    return x_BMN * (vector_norm(model_BMN, dim=(-2, -1), keepdim=True) / norm_B11.masked_fill(norm_B11 == 0, 1))

@@ -53,7 +53,7 @@ from emerging_optimizers.engine.options import (
     optional,
 )
 from emerging_optimizers.engine.parts import Momentum_BMN, Part, before_first_step
-from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
+from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor, with_norm_of
 from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumState, average
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
@@ -103,11 +103,11 @@ class AdaptiveMuonRule(PolarRule):
             U = O * (_norm(ahead_BMN) / (V.unsqueeze(-1).sqrt() + t.eps))
         elif self.moment2_method == "normuon":
             V = lerp(state.moment2_buffer, O.square().mean(_averaged(O.shape), keepdim=True), 1 - t.beta2)
-            U = _with_norm_of(O, O * torch.clamp_min(V, t.eps).rsqrt())
+            U = with_norm_of(O, O * torch.clamp_min(V, t.eps).rsqrt())
         else:
             V = lerp(state.moment2_buffer, O.square(), 1 - t.beta2)
             U = O / (V.sqrt() + t.eps)
-            U = _with_norm_of(O, U) if self.adamuon_scale == "muon" else U
+            U = with_norm_of(O, U) if self.adamuon_scale == "muon" else U
 
         scale = 1.0 if self.scale_mode is None else muon_scale_factor(O.size(-2), O.size(-1), self.scale_mode)
         return Step(U * (scale * t.extra_scale_factor), AdaptiveMuonState(momentum_BMN, V))
@@ -212,8 +212,3 @@ def _averaged(shape: tuple[int, ...]) -> int:
 
 def _norm(x_BMN: Tensor) -> Tensor:
     return vector_norm(x_BMN, dim=(-2, -1), keepdim=True)
-
-
-def _with_norm_of(model: Tensor, x: Tensor) -> Tensor:
-    norm = _norm(x)
-    return x * (_norm(model) / norm.masked_fill(norm == 0, 1))

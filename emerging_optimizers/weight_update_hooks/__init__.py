@@ -5,8 +5,10 @@ from emerging_optimizers.engine.hooks import (
     NoOpWeightUpdateHook,
     RadialBrakeHook,
     RelativeUpdateHook,
+    RowUpdateFloorHook,
     SpectralClipHook,
     SpectralWeightDecayHook,
+    UpdateFloorHook,
     WeightUpdateHook,
 )
 
@@ -15,7 +17,9 @@ __all__ = [
     "NoOpWeightUpdateHook",
     "RadialBrakeHook",
     "RelativeUpdateHook",
+    "RowUpdateFloorHook",
     "SpectralClipHook",
     "SpectralWeightDecayHook",
+    "UpdateFloorHook",
     "WeightUpdateHook",
 ]

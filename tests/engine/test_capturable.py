@@ -22,6 +22,7 @@ REFUSED = {
     *("shampoo", "shampoo_square_root", "shampoo_one_sided", "shampoo_no_side"),
     *("soap_eigh", "soap_every_third", "soap_ramp", "soap_overlap_every_third"),
     *("kl_shampoo_eigh", "kl_shampoo_overlap_ramp"),
+    *("splus", "splus_iterated"),
     *("rekls", "rekls_every_third", "rekls_overlap", "rekls_v3", "tp_rekls"),
     *("spectron", "spectron_truncated", "spectron_l2"),
 }

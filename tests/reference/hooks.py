@@ -32,6 +32,12 @@ def move(W: Tensor, decayed: Tensor, U: Tensor, lr: float, hook: Any) -> Tensor:
         outward, inward = a[:2] if a else (0.5, 1.0)
         change = Y.norm() - decayed.norm()
         return (decayed.norm() + (outward if change > 0 else inward) * change) * unit(Y)
+    if name == "update_floor":
+        least = a[0] * W.norm()
+        return decayed - lr * (least * unit(U) if U.norm() < least else U)
+    if name == "row_update_floor":
+        new = [move(w, k, u, lr, ("update_floor", a[0])) for w, k, u in zip(W, decayed, U, strict=True)]
+        return torch.stack(new)
     if name == "spectral_clip":
         return decayed - lr * capped(U, a[0])
     if name == "spectral_weight_decay":

@@ -208,3 +208,17 @@ class ReferenceMuown(ReferenceOrthogonalized):
         self.g = decay_weight(self.g - self.lr * adam, self.lr, self.weight_decay, self.weight_decay_method)
         self.v_norm = V.norm(dim=1, keepdim=True)
         return self.g * V / self.v_norm
+
+
+class ReferenceMuonMix(ReferenceOrthogonalized):
+    """S <- mu_s S + (1 - mu_s) G beside the momentum; M = (1 - w) F + w S (modded-nanogpt, pull request 340)."""
+
+    defaults = {"lr": 3e-3, "slow_momentum": 0.985, "slow_share": 0.5}
+
+    def average(self, G: Tensor) -> Tensor:
+        if self.t == 0:
+            self.momentum_buffer, self.slow_buffer = torch.zeros_like(G), torch.zeros_like(G)
+        self.momentum_buffer = self.momentum * self.momentum_buffer + (1 - self.momentum) * G
+        self.slow_buffer = self.slow_momentum * self.slow_buffer + (1 - self.slow_momentum) * G
+        mixed = (1 - self.slow_share) * self.momentum_buffer + self.slow_share * self.slow_buffer
+        return (1 - self.momentum) * G + self.momentum * mixed if self.nesterov else mixed
