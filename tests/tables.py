@@ -17,7 +17,7 @@ from emerging_optimizers.registry import OPTIMIZERS, Entry
 
 ROOT = Path(__file__).parents[1]
 INIT = ROOT / "emerging_optimizers" / "__init__.py"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "optimizers.md")
+PAGES = (ROOT / "docs" / "optimizers.md",)
 LONG, SHORT = 224, 160  # sides of the matrix whose state is measured; no default rank or block is one of them
 RANK = 64  # Spectron's default for such a matrix
 OPTIONS = {"spectron": {"truncation_tolerance": 1.0}}  # without it half of a random matrix is refused
@@ -43,12 +43,12 @@ def _sizes(name: str, M: int, N: int) -> Counter[str]:
     return Counter(named["".join(sorted(letters[n] for n in x.shape))] for x in matrices)
 
 
-def state(name: str, unit: int = 1) -> str:
-    """Numbers of state for each number of an (M, N) weight, times a unit; S and T are its shorter and longer side."""
+def state(name: str) -> str:
+    """Numbers of state for each number of an (M, N) weight; S and T are its shorter and longer side."""
     tall, wide = _sizes(name, LONG, SHORT), _sizes(name, SHORT, LONG)
     if tall != wide:  # which is about the shorter side, the N of the tall one
         tall = Counter({size.replace("M", "T").replace("N", "S"): count for size, count in tall.items()})
-    terms = [f"{unit * count} {size}" for size, count in sorted(tall.items())]
+    terms = [f"{count} {size}" for size, count in sorted(tall.items())]
     return " + ".join(term.removesuffix(" 1").removeprefix("1 ") for term in terms)
 
 
@@ -59,13 +59,10 @@ def linked(paper: str) -> str:
 
 CELLS: dict[str, Callable[[str, Entry], str]] = {
     "name": lambda name, entry: f"`{name}`",
-    "class": lambda name, entry: f"`{entry.load().__name__}`",
-    "what it is": lambda name, entry: entry.description,
     "update": lambda name, entry: said(entry.load(), "Update"),
     "when to use it": lambda name, entry: said(entry.load(), "When to use it"),
     "paper": lambda name, entry: linked(entry.paper),
     "state": lambda name, entry: state(name),
-    "bytes": lambda name, entry: state(name, unit=4),
 }
 
 

@@ -20,7 +20,7 @@ BY_HAND = {
     "tests/reference/tame_muon.py",
     "tests/reference/tame_lion.py",
 }
-FOLLOWING = {"emerging_optimizers/__init__.py", "README.md", "docs/optimizers.md"}
+FOLLOWING = {"emerging_optimizers/__init__.py", "docs/optimizers.md"}
 # In one process, since torch takes seconds to import.
 TABLES_AND_TESTS = "import sys, pytest; from tests import tables; tables.main(); sys.exit(pytest.main(sys.argv[1:]))"
 SUITES = ("conformance", "package", "optimizers_page")
