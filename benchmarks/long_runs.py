@@ -27,7 +27,7 @@ BEGIN, END = "<!-- long runs: begin -->", "<!-- long runs: end -->"
 STEPS = 20_000
 BASES = ("Q_L", "Q_R", "Q_M", "u", "v")  # whose columns are to be orthonormal; u and v are Iso's
 TWICE = ("adamw", "muon", "soap", "rekls", "shampoo", "psgd_pro", "iso")
-WHEN = (10, 100, 1000, STEPS)
+WHEN = (10, 100, 1000)
 
 
 def long_run(case: OptimizerCase, steps: int = STEPS) -> dict[str, Any]:

@@ -92,7 +92,9 @@ def factorized(kind: KindT, x_BMN: Tensor) -> Sequence[Tensor]:
         found: list[Tensor] = _opaque(x_BMN, kind)
         return found
     function = _KINDS[kind].function
-    if x_BMN.untyped_storage().device.type == "meta":  # without data (`estimate`)
+    if x_BMN.is_meta:  # shapes alone, for which torch has no geqrf
+        return _KINDS[kind].stand_ins(x_BMN)
+    if x_BMN.untyped_storage().device.type == "meta":  # without data, and counted (`estimate`)
         return function(x_BMN)
     listener = _LISTENER.get()
     if not _KINDS[kind].waits and (x_BMN.device.type != "cpu" or not (listener is None or listener.looks)):
@@ -118,7 +120,7 @@ def _opaque(x_BMN: Tensor, kind: str) -> list[Tensor]:
 
 @_opaque.register_fake
 def _(x_BMN: Tensor, kind: str) -> list[Tensor]:
-    return [part.contiguous() for part in _KINDS[kind].function(x_BMN)]  # type: ignore[index]  # as above
+    return [part.contiguous() for part in _KINDS[kind].stand_ins(x_BMN)]  # type: ignore[index]  # as above
 
 
 def _mended(kind: KindT, x_BMN: Tensor, parts: Sequence[Tensor] | None) -> Sequence[Tensor]:
