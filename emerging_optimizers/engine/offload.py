@@ -55,9 +55,7 @@ class Ferry:
                 name: [tuple(x.to(self._device, non_blocking=True) for x in some) for some in part]
                 for name, part in pieces.items()
             }
-            arrived = torch.Event(self._device)
-            arrived.record()
-        return Coming(there, arrived)
+        return Coming(there, self._stream.record_event())
 
     def land(self, coming: Coming) -> PiecesT:
         """The pieces, for whatever is launched from here on; the host does not wait."""
