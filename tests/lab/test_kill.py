@@ -73,12 +73,13 @@ def assert_survives(whole: Path, folder: Path, seed: int) -> None:
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()} | {"loss.png"}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_kill_at_a_random_moment_changes_nothing(whole: Path, tmp_path: Path, seed: int) -> None:
+def test_a_kill_at_a_random_moment_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    seed = random.randrange(1000)
+    print(f"seed {seed}")
     assert_survives(whole, tmp_path / "run", seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3, 103))
+@pytest.mark.parametrize("seed", range(100))
 def test_a_hundred_kills_change_nothing(whole: Path, tmp_path: Path, seed: int) -> None:
     assert_survives(whole, tmp_path / "run", seed)

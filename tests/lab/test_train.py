@@ -2,12 +2,9 @@
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -59,28 +56,6 @@ def test_a_run_learns_and_leaves_its_files(tiny, tmp_path):
 
     with pytest.raises(UsageError, match="holds results of `eopt train` already"):
         run_train(tiny, folder, Console(quiet=True))
-
-
-def test_a_killed_run_continues_with_the_same_losses(tiny, tiny_args, tmp_path):
-    long = replace(tiny, steps=80, eval_every=10, checkpoint_every=7)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_train(long, whole, Console(quiet=True))
-
-    changes = ["--steps", "80", "--eval-every", "10", "--checkpoint-every", "7", "--out", str(killed)]
-    command = [*EOPT, "train", *tiny_args, *changes]
-    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path)
-    victim, delay = random.choice(long.optimizers), random.uniform(0, 0.15)
-    print(f"to be killed {delay:.3f} s after the first checkpoint of {victim}")
-    while not (killed / victim / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    assert not (killed / "summary.json").exists()
-
-    main(["train", "--resume", str(killed)])
-    for name in long.optimizers:
-        assert losses(killed, name) == losses(whole, name), name
 
 
 def test_what_was_written_after_the_last_checkpoint_is_dropped(tiny, tmp_path):
