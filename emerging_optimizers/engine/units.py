@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.distributed.shares import Owned, Share
+from emerging_optimizers.distributed.shares import Here, Owned, Share
 from emerging_optimizers.engine.chunks import Segment
 from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.kept import kept_of
@@ -16,6 +17,7 @@ from emerging_optimizers.engine.transit import Transit
 
 # After how many skipped steps in a row a user is told.
 LONG_STREAK = 100
+_GRAD = attrgetter("grad")
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -34,6 +36,8 @@ class Units:
         self.shares = [share for share, _ in rows]
         # The user's parameters, and what is worked on of them here: in one process the same.
         self.sources = [share.source for share in self.shares]
+        # Who has the gradients: parameters of one process themselves, since asking hundreds of shares is slow.
+        self._holders = self.sources if all(type(share) is Here for share in self.shares) else self.shares
         self.parameters = parameters = [share.work for share in self.shares]
         self.blocks = [block for _, block in rows]
         self.item = item = self.blocks[0].item
@@ -93,7 +97,7 @@ class Units:
 
     def gradients(self) -> dict[int, Tensor]:
         """Those that there are, by their rows."""
-        return {i: grad for i, share in enumerate(self.shares) if (grad := share.grad) is not None}
+        return {i: grad for i, grad in enumerate(map(_GRAD, self._holders)) if grad is not None}
 
     def open(self, members: Sequence[int]) -> None:
         """Make the float32 weights of what is kept in less; `count` rounds and stores them, with those of `members`."""
