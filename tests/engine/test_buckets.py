@@ -128,6 +128,7 @@ def test_turns_spread_each_shape_over_the_period_and_batches_over_all_of_it() ->
         "matrix_view": "auto",
         "spike_guard": None,
         "state_dtype": None,
+        "offload": None,
         "weight_rounding": "nearest",
         "weight_update_hook": None,
         "weight_decay_method": "decoupled",
