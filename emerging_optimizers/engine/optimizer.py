@@ -64,6 +64,7 @@ class RuleOptimizer(DeclaredOptimizer):
     rule: ClassVar[type[Rule]]
     # Attributes beside torch's that a pickle or a copy keeps.
     _kept: ClassVar[tuple[str, ...]] = ("execution",)
+    _bucket_step: Callable[..., BucketStep] | None = None  # what stands in for it while an estimate counts
 
     def __init__(self, params: ParamsT, defaults: Mapping[str, Any] | None = None, **options: Any) -> None:
         options = {name: value for name, value in options.items() if name not in self.fixed}
@@ -372,7 +373,7 @@ class RuleOptimizer(DeclaredOptimizer):
     def _take(self, index: int, bucket: Bucket) -> Tensor | None:
         """The step of a bucket; the guard's factors of its units, None: all of them 1."""
         checked, group = self._rules[index], self.param_groups[index]
-        step = BucketStep(bucket, checked, group, self._ahead)
+        step = (self._bucket_step or BucketStep)(bucket, checked, group, self._ahead)
         step.take()
         for row in bucket.skipped_for_long():
             limit = checked.rule.largest_norm(bucket.dtype)

@@ -102,8 +102,20 @@ class BucketStep:
             if way.one_pass:
                 t = as_tensors(t, bucket.device)
             for chunk in bucket.chunks(segments, way.cut):
-                if not self._take_plain(chunk, members, phase, way, t):
-                    self._take_stacked(chunk, members, gradients, (phase, count), way, t)
+                self._take_chunk(chunk, members, gradients, (phase, count), way, t)
+
+    def _take_chunk(
+        self,
+        chunk: Chunk,
+        members: Mapping[int, Tensor],
+        gradients: Mapping[int, Tensor],
+        when: tuple[Phase, int],
+        way: Way,
+        t: Any,
+    ) -> None:
+        """Move a chunk. `gradients` are those of the bucket, `members` those of the phase and the count in `when`."""
+        if not self._take_plain(chunk, members, when[0], way, t):
+            self._take_stacked(chunk, members, gradients, when, way, t)
 
     def _take_plain(self, chunk: Chunk, members: Mapping[int, Tensor], phase: Phase, way: Way, t: Any) -> bool:
         """Move a chunk whose parameters are taken as they are; False: it has to be stacked, or masked."""
