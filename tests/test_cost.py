@@ -1,14 +1,21 @@
 """What an estimate counts is what a step does: state to the byte, products by hand, peaks by the same count."""
 
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emerging_optimizers import create_optimizer, estimate
 from emerging_optimizers.cost.meter import Like, Meter
+from emerging_optimizers.cost.repeats import _OnceEach
 from emerging_optimizers.cost.timings import Timings
 from emerging_optimizers.engine import chunks
+from emerging_optimizers.engine.run import BucketStep
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.orthogonalized_optimizers import Muon
@@ -116,10 +123,10 @@ def test_what_a_step_touches_first_comes_from_memory() -> None:
         row.add_(other)
         meter.touched.clear()
         weight[1].add_(other)
-    adds = {op.args[0].cold: count for op, count in meter.operations.items() if "add_" in str(op.func)}
+    adds = {op.args[0].cold: count for op, count in meter.counts.operations.items() if "add_" in str(op.func)}
     assert adds == {True: 2, False: 1}
-    assert not any(x.cold for op in meter.operations if op.func.is_view for x in op.args if isinstance(x, Like))
-    assert not any(op.args[1].cold for op in meter.operations if "add_" in str(op.func))
+    assert not any(x.cold for op in meter.counts.operations if op.func.is_view for x in op.args if isinstance(x, Like))
+    assert not any(op.args[1].cold for op in meter.counts.operations if "add_" in str(op.func))
 
 
 def test_seconds_count_python_and_the_look_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +178,7 @@ def test_a_large_call_is_timed_by_a_smaller_one(monkeypatch: pytest.MonkeyPatch)
         a, b = torch.empty(40_000, 50_000), torch.empty(50_000, 40_000).mT.contiguous().mT
         _ = a @ b
         _ = a.add(a)
-    seconds = {str(op.func): Timings()._time(op) for op in meter.operations}
+    seconds = {str(op.func): Timings()._time(op) for op in meter.counts.operations}
     mm, add = (next(op for op in timed if name in str(op.func)) for name in ("mm", "add"))
     left, right = mm.tensors()
     assert left.shape[1] == right.shape[0]
@@ -189,3 +196,50 @@ def test_an_estimate_makes_nothing_as_large_as_the_model(monkeypatch: pytest.Mon
     cost = estimate([matrix(8192, 8192)], "muon")
     assert cost.seconds is not None
     assert max(sum(x.nbytes for x in operation.tensors()) for operation in made if not operation.func.is_view) <= 2**26
+
+
+_HUGE = """
+import resource, sys, time, torch
+from emerging_optimizers import estimate
+resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+for name in sys.argv[1:]:
+    cost = estimate([torch.nn.Parameter(torch.empty(100_000, 100_000, device="meta"))], name, seconds=False)
+    print(name, cost.state_bytes // 10**10, f"{cost.flops:.3g}", time.process_time() < 60)
+"""
+
+
+def test_a_matrix_of_40_gigabytes_takes_neither_memory_nor_time() -> None:
+    """Chunks that are alike and the blocks of a product are counted once; nothing is made for want of a fake kernel."""
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{_HUGE}", "adamw", "muon", "soap", "madam"],
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    lines = found.stdout.splitlines()
+    assert lines == ["adamw 8 0 True", "muon 4 2e+16 True", "soap 8 0 True", "madam 8 0 True"], found.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "soap", "lion"])
+def test_what_is_passed_over_counts_as_if_it_had_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 4 * 24 * 16)
+    monkeypatch.setattr(chunks, "ELEMENT_CHUNK", 100)
+    monkeypatch.setattr(chunks, "FUSED_CHUNK", 100)
+    ps = [*(matrix(24, 16) for _ in range(5)), matrix(16, 24), nn.Parameter(torch.empty(3, 24, 16, device="meta"))]
+    once = estimate(ps, name, seconds=False)
+    monkeypatch.setattr(_OnceEach, "_take_chunk", BucketStep._take_chunk)
+    every = estimate(ps, name, seconds=False)
+    assert (once.state_bytes, once.peak_bytes) == (every.state_bytes, every.peak_bytes)
+    assert once.flops == pytest.approx(every.flops)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in READS_WEIGHTS])
+def test_no_call_is_made_on_real_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does where an operator has no fake kernel, of any size."""
+
+    def refuse(mode: Any, func: Any, *_: Any) -> Any:
+        raise AssertionError(f"{func} was run on real tensors")
+
+    monkeypatch.setattr(fake_tensor, "run_fallback_kernel", refuse)
+    fake_tensor.FakeTensorMode.cache_clear()
+    estimate([matrix(24, 16), matrix(16, 24)], name, seconds=False)

@@ -1,8 +1,9 @@
 """What a step computes and touches, counted on fake tensors."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +13,24 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from emerging_optimizers.linalg.flops import flops_of
+from emerging_optimizers.linalg.flops import call_without_data, flops_of
 
 WARM_STEPS = 3  # state, the first basis, the first of the later ones
 ALIGNED = 64
+
+
+@dataclass
+class Counts:
+    """Calls and their operations of arithmetic."""
+
+    operations: Counter["Operation"] = field(default_factory=Counter)
+    flops: float = 0.0
+
+    def add(self, other: "Counts", times: int = 1) -> None:
+        """What another has, so often."""
+        self.flops += times * other.flops
+        for operation, count in other.operations.items():
+            self.operations[operation] += times * count
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
@@ -23,8 +38,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
 
     def __init__(self, there: Iterable[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
-        self.operations: Counter[Any] = Counter()
-        self.flops = 0.0
+        self.counts = Counts()
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._there = {x.untyped_storage()._cdata for x in there if isinstance(x, Tensor)}
@@ -32,14 +46,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = call_without_data(func, args, kwargs)
         if func.namespace in ("prim", "profiler"):  # looks at attributes, and marks: outside of a mode no calls
             return out
-        self.operations[Operation.of(func, args, kwargs, self._is_cold)] += 1
+        self.counts.operations[Operation.of(func, args, kwargs, self._is_cold)] += 1
         for x in () if func.is_view else tree_leaves([args, kwargs]):
             if isinstance(x, Tensor):
                 self.touched.setdefault(x.untyped_storage()._cdata, set()).add(_extent(x))
-        self.flops += flops_of(func, args, kwargs, out)
+        self.counts.flops += flops_of(func, args, kwargs, out)
         self._alive = {k: held for k, held in self._alive.items() if not held[0].expired()}  # type: ignore[no-untyped-call]  # as above
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._there:
@@ -47,6 +61,15 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in t
                 self._alive.setdefault(key, held)
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return out
+
+    @contextmanager
+    def apart(self) -> Iterator[Counts]:
+        """Count what runs inside by itself, and not here."""
+        here, self.counts = self.counts, Counts()
+        try:
+            yield self.counts
+        finally:
+            self.counts = here
 
     def _is_cold(self, x: Tensor) -> bool:
         """Whether it was there before the step, which has not touched it yet."""
@@ -95,9 +118,14 @@ class Like:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device or self.device)
 
     def make(self) -> Tensor:
-        """One with data: positive, so that a root of it is finite."""
+        """One with data: positive, so that a root of it is finite; a square one also has a Cholesky factor."""
         x = self.empty()
-        return x.uniform_(0.5, 1) if x.is_floating_point() else x.fill_(1)
+        if not x.is_floating_point():
+            return x.fill_(1)
+        x.uniform_(0.5, 1)
+        if x.ndim > 1 and x.size(-1) == x.size(-2):
+            x.diagonal(dim1=-2, dim2=-1).add_(x.size(-1))
+        return x
 
 
 @dataclass(frozen=True)
@@ -142,7 +170,7 @@ class Operation:
         """Operations of arithmetic, and bytes that are read or written; nothing is computed."""
         with FakeTensorMode():
             args, kwargs = self.make(lambda like: like.empty())
-            out = self.func(*args, **kwargs)
+            out = call_without_data(self.func, args, kwargs)
             touched = [x for x in tree_leaves([args, kwargs, out]) if isinstance(x, Tensor)]
             moved = 0 if self.func.is_view else sum(_span(x.shape, x.stride()) * x.dtype.itemsize for x in touched)
             return flops_of(self.func, args, kwargs, out), moved

@@ -16,6 +16,7 @@ from emerging_optimizers.routing import create_optimizer
 
 COLD_BYTES = 64 * 2**20  # no less than caches hold
 LEAST_CALLS, MOST_CALLS = 3, 21
+LONG_S = 0.2  # of calls so long one is enough, behind one that is not counted
 # What is timed at most, in bytes and operations of a call: more is not faster for each of them, and an estimate holds
 # nothing as large as the model. On accelerators small calls say nothing of large ones.
 MOST_WORK = {"cpu": (2**26, 2**32), "cuda": (2**30, 2**40)}
@@ -55,7 +56,7 @@ class Timings:
             with Meter(()) as meter:
                 optimizer.step()
         step = statistics.median(taken[WARM_STEPS:])
-        return max(0.0, step - self.total(meter.operations)) / count
+        return max(0.0, step - self.total(meter.counts.operations)) / count
 
     def _time(self, operation: Operation) -> float:
         """Of a call; of a large one, those of a smaller one times what it has more of work."""
@@ -108,7 +109,7 @@ class Timings:
 
         taken: list[float] = []
         for call in range(min(calls, MOST_CALLS)):
-            if call > LEAST_CALLS and sum(taken) > 0.01:
+            if sum(taken) > (0.01 if call > LEAST_CALLS else LONG_S) and call > 1:
                 break
             args, kwargs = arguments(call)
             wait()

@@ -134,3 +134,17 @@ def before_first_step(
         return torch.full(size, part.start, dtype=dtype, device=device)
 
     return state(*(None if name in without else make(part) for name, part in parts_of(state).items()))
+
+
+def where_live(live: Tensor, new: Any, old: Any) -> Any:
+    """The new state of a chunk where it is live, else the old one."""
+    return type(old)(*(_where(live, x, y) for x, y in zip(new, old, strict=True)))
+
+
+def _where(live: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """The new rows of a stack where they are live; `live` has the gradient's rank, the stack may have another."""
+    if new is None or old is None:
+        return None
+    return torch.where(
+        live if live.ndim <= 1 and old.ndim <= 1 else live.reshape(-1, *(1 for _ in old.shape[1:])), new, old
+    )

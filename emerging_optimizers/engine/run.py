@@ -18,7 +18,7 @@ from emerging_optimizers.engine.fused import accepts, are_below, forget_scratch,
 from emerging_optimizers.engine.groups import Checked
 from emerging_optimizers.engine.guard import Decision, decide, sit_out
 from emerging_optimizers.engine.moving import Movement
-from emerging_optimizers.engine.parts import lost, parts_of
+from emerging_optimizers.engine.parts import lost, parts_of, where_live
 from emerging_optimizers.engine.rounding import watch
 from emerging_optimizers.engine.rule import Kernel, advance
 from emerging_optimizers.engine.scalars import as_tensors, make_scalars
@@ -119,8 +119,20 @@ class BucketStep:
             if way.one_pass:
                 t = as_tensors(t, bucket.device)
             for chunk in bucket.fetched(bucket.chunks(segments, way.cut)):
-                if not self._take_plain(chunk, members, phase, way, t):
-                    self._take_stacked(chunk, members, gradients, (phase, count), way, t)
+                self._take_chunk(chunk, members, gradients, (phase, count), way, t)
+
+    def _take_chunk(
+        self,
+        chunk: Chunk,
+        members: Mapping[int, Tensor],
+        gradients: Mapping[int, Tensor],
+        when: tuple[Phase, int],
+        way: Way,
+        t: Any,
+    ) -> None:
+        """Move a chunk. `gradients` are those of the bucket, `members` those of the phase and the count in `when`."""
+        if not self._take_plain(chunk, members, when[0], way, t):
+            self._take_stacked(chunk, members, gradients, when, way, t)
 
     def _take_plain(self, chunk: Chunk, members: Mapping[int, Tensor], phase: Phase, way: Way, t: Any) -> bool:
         """Move a chunk whose parameters are taken as they are; False: it has to be stacked, or masked."""
@@ -205,7 +217,7 @@ class BucketStep:
         sound = self._without(failures, chunk, live)
         if self.group["cautious"]:
             out = out._replace(direction=bucket.map_units(chunk, cautious, out.direction, grad))
-        new = out.state if sound is None else _keep(sound, out.state, state)
+        new = out.state if sound is None else where_live(sound, out.state, state)
         movers = self._movers(chunk, gradients, live, sound)
         behind: Callable[[], AbstractContextManager[object]] = nullcontext
         if now is not phase:
@@ -215,7 +227,7 @@ class BucketStep:
                 with noting(bucket.looks) as failures:
                     new = refresh(rule, ready, phase, execution)
                 moved = self._without(failures, chunk, sound, behind=True)
-                new = new if moved is None else _keep(moved, new, ready)
+                new = new if moved is None else where_live(moved, new, ready)
         writes = self.move.writes(bucket, chunk, *movers, out.direction)
         new = self._back(self.move.failures, chunk, sound, new, state)
 
@@ -259,7 +271,7 @@ class BucketStep:
     def _back(self, failures: Failures, chunk: Chunk, live: Tensor | None, new: Any, old: Any) -> Any:
         """The new state, but the old one where the law of the weight has failed."""
         moved = self._without(failures, chunk, live)
-        return new if moved is live or moved is None else _keep(moved, new, old)
+        return new if moved is live or moved is None else where_live(moved, new, old)
 
     def _movers(
         self, chunk: Chunk, members: Mapping[int, Tensor], live: Tensor | None, sound: Tensor | None
@@ -377,17 +389,3 @@ class BucketStep:
         self._commit(chunk, writes)
         if self.group["nonfinite"] == "propagate":
             forget_scratch()
-
-
-def _keep(live: Tensor, new: Any, old: Any) -> Any:
-    """The new state of a chunk where it is live, else the old one."""
-    return type(old)(*(_where(live, x, y) for x, y in zip(new, old, strict=True)))
-
-
-def _where(live: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """The new rows of a stack where they are live; `live` has the gradient's rank, the stack may have another."""
-    if new is None or old is None:
-        return None
-    return torch.where(
-        live if live.ndim <= 1 and old.ndim <= 1 else live.reshape(-1, *(1 for _ in old.shape[1:])), new, old
-    )

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-import emerging_optimizers.linalg.kernels.syrk  # noqa: F401  # makes the operator that has a formula here
+import emerging_optimizers.linalg.kernels.syrk  # noqa: F401  # makes an operator that has a formula here
+from emerging_optimizers.linalg.kernels.symmetric import by_blocks_, flops_by_blocks
 
 # Operations of LAPACK's routines for a matrix (m, n) with m >= n; Golub and Van Loan, Matrix Computations.
 FACTORIZATIONS: Mapping[str, Callable[[int, int], float]] = {
@@ -30,6 +33,21 @@ def _syrk_flops(a_shape: tuple[int, int, int], *_: Any, **__: Any) -> int:
     return B * M * (M + 1) * K  # half of a full product
 
 
+@register_flop_formula(by_blocks_)
+def _by_blocks_flops(
+    x_shape: tuple[int, int, int],
+    y_shape: Any,
+    plus_shape: Any,
+    beta: float,
+    alpha: float,
+    least: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    B, M, K = x_shape
+    return B * flops_by_blocks(M, K, least)
+
+
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     """Of one call of torch's dispatcher."""
     name = func.overloadpacket.__name__
@@ -38,6 +56,24 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
         return torch.Size(batch).numel() * FACTORIZATIONS[name](max(m, n), min(m, n))
     count = flop_registry.get(func.overloadpacket)
     return count(*args, **kwargs, out_val=out) if count else 0.0
+
+
+def call_without_data(func: Any, args: Any, kwargs: Any) -> Any:
+    """A call on tensors that may be of the meta device or fake; also those of ours that torch makes with data alone.
+
+    Of fake tensors it would make real ones, as large, and compute.
+    """
+    first: Any = args[0] if args else None
+    if func.overloadpacket is torch.ops.aten._fused_sgd_ and _has_no_data(first[0]):
+        return None
+    if func is torch.ops.aten.geqrf.default and _has_no_data(first):
+        *batch, m, n = first.shape
+        return torch.empty_like(first), first.new_empty(*batch, min(m, n))
+    return func(*args, **kwargs)
+
+
+def _has_no_data(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
@@ -56,10 +92,6 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.geqrf.default and args[0].is_meta:  # which torch cannot do without data
-            *batch, m, n = args[0].shape
-            out = torch.empty_like(args[0]), args[0].new_empty(*batch, min(m, n))
-        else:
-            out = func(*args, **kwargs)
+        out = call_without_data(func, args, kwargs)
         self.flops += flops_of(func, args, kwargs, out)
         return out

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from emerging_optimizers.linalg.flops import FlopCounter
 from emerging_optimizers.linalg.kernels import routes, symmetric
 
 
@@ -49,3 +50,13 @@ def test_what_is_not_in_the_table_is_multiplied_whole() -> None:
     assert routes.least_block(torch.empty(1, 5, 64)) is None
     assert routes.least_block(torch.empty(1, 64, 3)) is None
     assert routes.least_block(torch.empty(1, 64, 64, device="meta")) is None
+
+
+@pytest.mark.parametrize(("B", "M", "K"), [(1, 6, 9), (2, 13, 5), (3, 27, 40)])
+def test_an_operator_whose_count_is_that_of_its_products(B: int, M: int, K: int) -> None:
+    with FlopCounter() as counter:
+        symmetric.gram(torch.empty(B, M, K))
+    with FlopCounter() as whole:
+        for x_MK in torch.empty(B, M, K):
+            symmetric._by_blocks(x_MK, x_MK, None, 1.0, 1.0, torch.empty(M, M), 3)
+    assert counter.flops == whole.flops < 2 * B * M * M * K
