@@ -18,6 +18,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for `tests.tables`, which knows the cells of a row
 
+from emerging_optimizers.engine.options import EngineOptions, options_in  # noqa: E402
 from emerging_optimizers.registry import OPTIMIZERS, Entry  # noqa: E402
 from tests import tables  # noqa: E402
 
@@ -45,20 +46,25 @@ def linked(text: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"`\1 <https://arxiv.org/abs/\1>`__", text)
 
 
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def facts(name: str, entry: Entry) -> dict[str, str]:
     """What the declaration of an optimizer says, in words."""
     cls = entry.load()
     default = inspect.signature(cls).parameters["lr"].default
-    start = "not measured" if entry.start is None else f"{entry.start:g}"
-    own = "none: say one" if default is inspect.Parameter.empty else f"{default:g}"
-    match = "not measured" if entry.match is None else f"{entry.match:g} times AdamW's, at an update RMS of 1"
+    start = "not measured" if entry.start is None else f"{entry.start:g}, measured on a small job"
+    own = "none, so that it asks for one" if default is inspect.Parameter.empty else f"{default:g}"
+    at = "" if entry.rms is None else ", at an update RMS of 1; for a shape it is divided by the RMS there"
+    match = "not measured" if entry.match is None else f"{entry.match:g} times AdamW's rate{at}"
     return {
         "Name": f"``{name}``, of :class:`{entry.path.replace(':', '.')}`",
         "Update": tables.said(cls, "Update"),
         "Paper": linked(entry.paper),
         "Takes": "parameters of any shape" if entry.elementwise else "matrices, and stacks and convolutions as such",
         "State": f"{tables.state(name)} numbers for each number of an M x N weight: {tables.state(name, unit=4)} bytes",
-        "Learning rate to start from": f"{start} (the best of a small grid on the lab's job)",
+        "Learning rate to start from": start,
         "Learning rate of the class": own,
         "Unit of the learning rate": (
             "Adam's: elements move by 0.18 to 2.2 times it" if entry.in_adams_unit else entry.unit
@@ -68,30 +74,24 @@ def facts(name: str, entry: Entry) -> dict[str, str]:
 
 
 def cautions(entry: Entry) -> list[str]:
-    """When not to use it, as far as the declaration says."""
+    """When not to use it: what its class says, and what follows from its declaration."""
     cls = entry.load()
-    found = []
+    found = [sentence(tables.said(cls, "When not to use it"))]
     if not entry.elementwise:
-        found.append(
-            "Not for embeddings, output heads, norms and biases: ``create_optimizer`` gives those to AdamW "
-            "(:doc:`/routing`)."
-        )
+        found.append("Vectors (norms, biases): ``create_optimizer`` gives them to AdamW (:doc:`/routing`).")
     if not entry.default_trains:
-        found.append(
-            "Not at the learning rate that the class has by default: weights hardly move there (:doc:`/routing`)."
-        )
+        found.append("At the learning rate that the class has by default: weights hardly move there (:doc:`/routing`).")
     if not entry.in_adams_unit:
-        found.append(f"Not at a learning rate of AdamW's: {entry.unit}.")
+        found.append(f"At a learning rate of AdamW's as it is: {entry.unit}.")
     if "max_precond_dim" in cls.ranges:
         found.append(
-            "Not to precondition a side longer than ``max_precond_dim``: such a side has no factor, or a diagonal one."
+            "Matrices with a side longer than ``max_precond_dim``: that side has no factor, or a diagonal one."
         )
     if "precondition_frequency" in cls.ranges:
         found.append(
-            "Not with rare refreshes from the first step on: give ``warmup=`` or ``refresh_ramp=`` with "
-            "``precondition_frequency`` above 1 (:doc:`/tune`)."
+            "With ``precondition_frequency`` above 1, but without ``warmup=`` or ``refresh_ramp=`` (:doc:`/tune`)."
         )
-    return found or ["Nothing in its declaration speaks against a parameter; the decision table does not end here."]
+    return found
 
 
 def with_references(doc: str) -> str:
@@ -110,13 +110,13 @@ def optimizer_page(name: str, entry: Entry) -> str:
     return "\n".join(
         [
             heading(f"{cls.__name__} (``{name}``)", "="),
-            f"{entry.description[0].upper()}{entry.description[1:]}.\n",
+            sentence(entry.description) + "\n",
             "Give it a model, and it takes the parameters that it is made for::\n\n"
             "   from emerging_optimizers import create_optimizer\n\n"
             f'   optimizer = create_optimizer("{name}", model)\n',
             f".. list-table::\n   :widths: 30 70\n\n{rows}",
             heading("When to use it"),
-            f"{tables.said(cls, 'When to use it')}.\n",
+            sentence(tables.said(cls, "When to use it")) + "\n",
             heading("When not to use it"),
             bullets,
             heading("Cost"),
@@ -127,6 +127,7 @@ def optimizer_page(name: str, entry: Entry) -> str:
             with_references(inspect.getdoc(module) or ""),
             heading("Class and arguments"),
             f".. autoclass:: {cls.__module__}.{cls.__qualname__}\n",
+            "The :doc:`options that every optimizer has </generated/options>` are arguments too.\n",
         ]
     )
 
@@ -149,10 +150,24 @@ def index_page() -> str:
     return "\n".join(parts)
 
 
+def options_page() -> str:
+    """The options that every optimizer has, from where they are declared."""
+    parts = [
+        heading("Options that every optimizer has", "="),
+        "Each is an argument of every optimizer's constructor and of ``create_optimizer``.\n",
+    ]
+    for name, option in options_in(EngineOptions).items():
+        rows = f"   * - Default\n     - ``{option.default!r}``\n   * - Allowed\n     - {option.check.allowed}\n"
+        text = sentence(option.text.rstrip("."))
+        parts += [heading(f"``{name}``"), f"{text}\n", f".. list-table::\n   :widths: 20 80\n\n{rows}"]
+    return "\n".join(parts)
+
+
 def generate(app: Sphinx) -> None:
     """Write the pages of the optimizers and put the notebooks beside them; what has not changed keeps its time."""
     pages = {f"optimizers/{name}.rst": optimizer_page(name, entry) for name, entry in OPTIMIZERS.items()}
     pages["optimizers/index.rst"] = index_page()
+    pages["options.rst"] = options_page()
     for path in NOTEBOOKS.glob("*.ipynb"):
         pages[f"notebooks/{path.name}"] = path.read_text()
     for old in GENERATED.rglob("*.*"):
@@ -165,10 +180,17 @@ def generate(app: Sphinx) -> None:
             path.write_text(text)
 
 
-def without_cells(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Take from a class's docstring what its page says above: the cells of its table, and where the equations are."""
+def as_shown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """A docstring as a page shows it.
+
+    A module's has its references as a list. A class's loses the cells of its table, which its page says above.
+    """
+    if what == "module":
+        lines[:] = with_references("\n".join(lines)).splitlines()
     if what == "class":
-        text = re.sub(r"^(Update|When to use it): .+(?:\n {4}.+)*\n?", "", "\n".join(lines), flags=re.MULTILINE)
+        text = re.sub(
+            r"^(Update|When to use it|When not to use it): .+(?:\n {4}.+)*\n?", "", "\n".join(lines), flags=re.MULTILINE
+        )
         lines[:] = text.replace("; the equations are in this module's docstring", "").splitlines()
 
 
@@ -199,7 +221,7 @@ class Plain(TextLexer):
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("builder-inited", generate)
-    app.connect("autodoc-process-docstring", without_cells, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", as_shown, priority=100)  # before napoleon
     app.add_html_math_renderer("mathml", (inline_math, None), (displayed_math, None))
     app.add_lexer("mermaid", Plain)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
