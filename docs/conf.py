@@ -13,7 +13,6 @@ copyright = author
 release = version = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "pages"]
-exclude_patterns = ["generated/*.tmp"]
 
 # Links as GitHub follows them: to the headings of a page by their words.
 myst_heading_anchors = 3
@@ -36,6 +35,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system has it
 html_theme_options = {
     "navbar_align": "left",
     "navigation_with_keys": False,
@@ -45,4 +45,4 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"index": []}
+html_sidebars = {"index": [], "start": [], "choose": []}  # they have no neighbours to show

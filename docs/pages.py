@@ -62,7 +62,7 @@ def facts(name: str, entry: Entry) -> dict[str, str]:
         "Name": f"``{name}``, of :class:`{entry.path.replace(':', '.')}`",
         "Update": tables.said(cls, "Update"),
         "Paper": linked(entry.paper),
-        "Takes": "parameters of any shape" if entry.elementwise else "matrices, and stacks and convolutions as such",
+        "Takes": "parameters of any shape" if entry.elementwise else "matrices, stacks of matrices, and convolutions",
         "State": f"{tables.state(name)} numbers for each number of an M x N weight: {tables.state(name, unit=4)} bytes",
         "Learning rate to start from": start,
         "Learning rate of the class": own,

@@ -7,10 +7,12 @@ import sys
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import emerging_optimizers
 from emerging_optimizers.registry import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
@@ -82,3 +84,42 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
             r'<(?:script|img|iframe|link rel="(?:stylesheet|preload)")[^>]+(?:src|href)="([^"]+)"', path.read_text()
         )
         assert not [link for link in loads if urlsplit(link).scheme in ("http", "https")], path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_api_has_every_public_name(site: Path) -> None:
+    public = [name for name in emerging_optimizers.__all__ if not name.startswith("__")]
+    text = "".join(path.read_text() for path in site.rglob("*.html"))
+    assert not [name for name in public if not re.search(rf'id="[\w.]+\.{name}"', text)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("width", [1280, 380])
+def test_a_browser_has_nothing_to_say_and_scrolls_no_page_sideways(site: Path, browser: Any, width: int) -> None:
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    said: list[str] = []
+    tab.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("requestfailed", lambda request: said.append(request.url))
+    wide = []
+    for path in sorted(site.rglob("*.html")):
+        if "_static" in path.parts:
+            continue
+        tab.goto(path.as_uri())
+        if tab.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
+            wide.append(str(path.relative_to(site)))
+    tab.close()
+    assert not said
+    assert not wide
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_search_finds_muon(site: Path, browser: Any) -> None:
+    tab = browser.new_page()
+    tab.goto(f"{(site / 'search.html').as_uri()}?q=Muon")
+    tab.wait_for_selector("#search-results li a")
+    assert "Muon (muon)" in tab.locator("#search-results li a").all_inner_texts()
+    tab.close()
