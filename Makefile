@@ -22,9 +22,11 @@ STAMP := .venv/.installed
 ifeq ($(PY),.venv/bin/python)
 ENV := $(STAMP)
 FRAMEWORKS := .venv/.frameworks
+SPHINX := .venv/.docs
 else
 ENV :=
 FRAMEWORKS :=
+SPHINX :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
@@ -34,7 +36,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid match findings notebooks bench bench-gpu bench-page test check lint format-check types contracts lock audit test-all test-gpu test-kernels new tables fingerprint fingerprint-check format clean clean-env
+.PHONY: help env demo grid match findings notebooks docs bench bench-gpu bench-page test check lint format-check types contracts lock audit test-all test-gpu test-kernels new tables fingerprint fingerprint-check format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -80,6 +82,12 @@ bench-page: $(ENV) ## write the results of bench and bench-gpu into docs/perform
 notebooks: $(ENV) ## execute the notebooks of examples/ in place
 	@echo "notebooks: each in a kernel of its own (minutes)"
 	$(PY) examples/execute.py examples/*/*.ipynb
+
+docs: $(SPHINX) ## build the documentation as a site, site/index.html; a warning is an error
+	@echo "docs: a minute; the pages of the optimizers are made from the code"
+	@$(PY) -c "import sphinx, myst_nb, pydata_sphinx_theme" || { \
+	  echo "docs: $(PY) needs the extra 'docs': $(PY) -m pip install -c constraints.txt -e '.[docs]'"; exit 1; }
+	$(PY) -m sphinx -W --keep-going -q -b html -d build/docs docs site $(ARGS)
 
 test: check ## everything CI runs: check, then the tests that are not slow
 	@echo "test: pytest, two workers of one thread each"
@@ -150,7 +158,7 @@ format: $(ENV) ## format the code and mend what ruff can mend
 	$(PY) -m ruff check --fix .
 
 clean: ## remove caches and build output (the environment and runs/ stay)
-	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist site docs/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 clean-env: ## remove the environment
@@ -196,4 +204,9 @@ $(STAMP): pyproject.toml constraints.txt
 .venv/.frameworks: $(STAMP)
 	@echo "env: installing the frameworks of docs/frameworks.md"
 	@$(UV) -e '.[lab,dev,frameworks]' || $(PIP) -e '.[lab,dev,frameworks]'
+	@touch $@
+
+.venv/.docs: $(STAMP)
+	@echo "env: installing what builds the documentation"
+	@$(UV) -e '.[lab,dev,docs]' || $(PIP) -e '.[lab,dev,docs]'
 	@touch $@

@@ -2,8 +2,11 @@
 
 import gc
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +52,20 @@ def pytest_collection_finish() -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that the table runs on."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium without a window, where there is one."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright of the extra 'dev' is not installed")
+    with playwright.sync_playwright() as session:
+        names = ("chromium", "chromium-browser", "google-chrome")
+        path = next(filter(None, map(shutil.which, names)), session.chromium.executable_path)
+        if not Path(path).exists():
+            pytest.skip("there is no Chromium; CONTRIBUTING.md says how to get one")
+        browser = session.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(autouse=True)

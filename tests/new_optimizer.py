@@ -100,6 +100,7 @@ class $Class(RuleOptimizer):
 
     Update: m
     When to use it: as the start of a law of its own
+    When not to use it: as it is, since SGD has it
 
     Raises:
         ValueError: $refused

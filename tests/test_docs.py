@@ -4,7 +4,9 @@ import doctest
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import pytest
@@ -27,8 +29,11 @@ PAGES = (
             "qk_clip",
             "routing",
             "spectron",
+            "start",
             "trust",
+            "tune",
             "watching",
+            "write",
         )
     ),
 )
@@ -66,12 +71,13 @@ def test_the_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    namespace: dict[str, object] = {"__name__": "page"}
+    program = ModuleType("page")  # a module, so that what it defines can be pickled, as in a program of one's own
+    monkeypatch.setitem(sys.modules, "page", program)
     try:
         with patch.dict(OPTIMIZERS):  # a page may register one
             for block in blocks:
                 line = text[: block.start(1)].count("\n")
-                exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+                exec(compile("\n" * line + block[1], str(page), "exec"), vars(program))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

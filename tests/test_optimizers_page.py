@@ -25,6 +25,7 @@ def test_a_page_has_a_row_of_every_optimizer(page):
 def test_its_class_says_its_update_and_when_to_use_it_and_its_row_where_it_is_from(name):
     cells = {cell: tables.CELLS[cell](name, entry(name)) for cell in ("update", "when to use it", "paper")}
     assert not [cell for cell in cells.values() if "|" in cell]  # which would end the cell
+    assert tables.said(entry(name).load(), "When not to use it")  # on its page of the site
     assert re.search(r"arxiv\.org/abs/\d{4}\.\d{4,5}|(19|20)\d\d|pull request \d+", cells["paper"])
 
 

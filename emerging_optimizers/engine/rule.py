@@ -90,7 +90,7 @@ class Rule(ABC):
     Attributes:
         reads: names of what `update` finds in `t`, see `Scalars`. Where "step" is among them, the count is saved.
         elementwise: the rule acts on each element by itself; its state has the gradient's shape.
-        State: of a stack; its fields are `Part`s.
+        State: of a stack; each of its fields has a `Part`.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()

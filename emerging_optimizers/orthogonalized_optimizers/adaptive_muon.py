@@ -151,6 +151,7 @@ class AdaptiveMuon(PolarOptimizer):
 
     Update: s O / √v at the norm of O, v by element, by row or one number
     When to use it: Muon where rows see gradients of different sizes (`moment2_method="normuon"`, with a state of 1)
+    When not to use it: where memory is short: AdaMuon, the default, keeps two state tensors and Muon keeps one
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

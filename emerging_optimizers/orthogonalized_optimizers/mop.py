@@ -79,6 +79,8 @@ class MOP(OrthogonalizedOptimizer):
 
     Update: tr Σ · O, O exact
     When to use it: to know what exact orthogonalization changes
+    When not to use it: where time counts: it ended at 2.149 on the demo with 51 % of the time, Muon at 1.741 with
+        23 %
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

@@ -72,6 +72,8 @@ class Muon(PolarOptimizer):
 
     Update: s O
     When to use it: the first choice for hidden matrices
+    When not to use it: embeddings, heads, norms and biases; adapters of a language model, where AdamW was 0.02
+        better
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

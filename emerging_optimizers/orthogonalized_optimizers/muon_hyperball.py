@@ -77,6 +77,7 @@ class MuonHyperball(Muon):
 
     Update: s O, on a sphere of constant ‖W‖
     When to use it: the learning rate is an angle; no weight decay to tune
+    When not to use it: weights that start at zero: they have no sphere
 
     Raises:
         ValueError: a value out of its range, a parameter with fewer than two dimensions, or one that is zero where

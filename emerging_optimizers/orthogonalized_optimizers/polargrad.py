@@ -66,6 +66,7 @@ class PolarGrad(PolarOptimizer):
 
     Update: ⟨O, m⟩ O
     When to use it: updates that shrink with the gradient; the rate depends on the loss's scale
+    When not to use it: with a rate of AdamW or Muon: an update is as large as the gradient's nuclear norm makes it
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

@@ -114,6 +114,8 @@ class Scion(PolarOptimizer):
 
     Update: ρ lmo(m): √(M/N) O, sign, row, column or RMS norm by group
     When to use it: a whole model without Adam; rates that carry over widths
+    When not to use it: with a rate of AdamW, unless `match` translates it: the rate is a part of a norm ball's
+        radius
 
     Raises:
         ValueError: a value out of its range, or a vector where the norm is about matrices.

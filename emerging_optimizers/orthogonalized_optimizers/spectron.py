@@ -296,6 +296,7 @@ class Spectron(RuleOptimizer):
 
     Update: A and B of W = A Bᵀ by η O / (‖A‖ + ‖B‖ + 1) each, so that ‖ΔW‖ ≤ η
     When to use it: weights of low rank, from the start or as layers
+    When not to use it: weights that need their full rank: the first step cuts it off
 
     A weight that someone else writes (an average that is swapped in, clipping, `load_state_dict` of the model) is
     noticed on the device: it differs from the product that was written, in its largest entry or in norm, by more than

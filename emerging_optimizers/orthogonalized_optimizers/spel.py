@@ -133,6 +133,7 @@ class Spel(PolarOptimizer):
 
     Update: O, then W is orthogonalized
     When to use it: weights that are meant to be orthogonal
+    When not to use it: weights that are not meant to be orthogonal: every step makes them so
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

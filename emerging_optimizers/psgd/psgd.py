@@ -199,6 +199,7 @@ class PSGDPro(RuleOptimizer):
     Update: P_L m P_R; Q_L ← Q_L − η_p (Y Yᵀ − N I) Q_L / ℓ for Y = P_L (m + noise) P_R
     When to use it: whitening where eigendecompositions are too dear; `damping_noise_scale` at the size of the
         gradients
+    When not to use it: gradients whose size you do not know: `damping_noise_scale` has to fit it
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

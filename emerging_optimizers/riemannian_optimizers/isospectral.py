@@ -113,6 +113,7 @@ class Iso(RuleOptimizer):
 
     Update: U and V of W = U diag(σ) Vᵀ move along ∂/∂U and ∂/∂V, σ stays
     When to use it: reinforcement learning after pretraining: the spectrum survives
+    When not to use it: training from scratch: the singular values of a weight never change
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

@@ -168,6 +168,7 @@ class ObliqueSGD(RuleOptimizer):
 
     Update: tangent part of Σ μᵏ G, then unit columns or rows
     When to use it: as `oblique_adam`, with one state tensor
+    When not to use it: weights whose length means something; gradients of unknown size, which the rate depends on
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -209,6 +210,7 @@ class ObliqueSteepestSGD(ObliqueSGD):
 
     Update: tangent part of Σ μᵏ G, every column or row of it with an RMS of 1
     When to use it: embeddings (`dim=1`): rare tokens move as far as frequent ones, with one state tensor
+    When not to use it: a table that is tied to the head or starts small, without `scale_mode="unit_l2_norm"`
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -260,6 +262,7 @@ class ObliqueAdam(RuleOptimizer):
 
     Update: tangent part of m̂ / (√v̂ + ε), then unit columns or rows
     When to use it: weights whose length means nothing: embeddings, heads, normalised layers
+    When not to use it: weights whose length means something: every column or row is made 1 long
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
@@ -299,6 +302,7 @@ class ObliqueSteepestAdam(ObliqueAdam):
 
     Update: tangent part of m̂ / (√v̂ + ε), every column or row of it with an RMS of 1
     When to use it: as `oblique_steepest_sgd`, where features differ in size
+    When not to use it: rare tokens, unless you have compared: AdamW was better on Zipf's frequencies
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

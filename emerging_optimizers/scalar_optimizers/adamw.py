@@ -96,6 +96,8 @@ class AdamW(RuleOptimizer):
 
     Update: m̂ / (√v̂ + ε)
     When to use it: the baseline; beside every matrix optimizer; `nesterov=True` is NAdamW
+    When not to use it: where a lower loss in the same steps counts: Muon and SOAP ended 0.5 and 0.6 lower on the
+        demo
 
     Raises:
         ValueError: a value out of its range.

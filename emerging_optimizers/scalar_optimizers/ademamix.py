@@ -154,6 +154,7 @@ class AdEMAMix(RuleOptimizer):
 
     Update: (m̂ + α m_slow) / (√v̂ + ε)
     When to use it: runs of many thousand steps, with both warm-ups over the whole run
+    When not to use it: short runs, in which the slow momentum does not fill; memory for three states is short
 
     Raises:
         ValueError: a value out of its range.

@@ -70,6 +70,7 @@ class Lion(SingleMomentumOptimizer):
 
     Update: sign(β₁ m + (1 − β₁) G)
     When to use it: half of Adam's memory
+    When not to use it: where a tuned AdamW fits in memory: on the demo Lion ended at 2.399 and AdamW at 2.265
 
     Raises:
         ValueError: a value out of its range.

@@ -102,6 +102,7 @@ class MAdam(RuleOptimizer):
 
     Update: m̂ / √v̂, v kept times 2^k
     When to use it: very small gradients, where Adam's ε shortens the update
+    When not to use it: gradients well above Adam's ε, where it gives Adam's update
 
     Raises:
         ValueError: a value out of its range.

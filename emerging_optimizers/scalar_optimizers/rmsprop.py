@@ -76,6 +76,7 @@ class RMSProp(RuleOptimizer):
 
     Update: G / (√v + ε)
     When to use it: no momentum wanted; old recipes
+    When not to use it: wherever momentum helps, as it has none
 
     Raises:
         ValueError: a value out of its range.

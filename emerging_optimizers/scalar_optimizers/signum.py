@@ -104,6 +104,7 @@ class Signum(SingleMomentumOptimizer):
 
     Update: sign(m)
     When to use it: Lion with one β; learning rates across widths with `use_shape_scaling`
+    When not to use it: gradients whose small entries are noise: every element moves by the same length
 
     Raises:
         ValueError: a value out of its range, or a vector where the shape matters.

@@ -113,6 +113,7 @@ class SimplifiedAdEMAMix(TwoMomentsOptimizer):
 
     Update: (α G + m̂_slow) / (√v̂ + ε)
     When to use it: as AdEMAMix, with Adam's memory
+    When not to use it: short runs, as for AdEMAMix
 
     Raises:
         ValueError: a value out of its range.

@@ -96,6 +96,7 @@ class KLShampoo(RuleOptimizer):
 
     Update: L^(−1/2) m̂ R^(−1/2), each factor's gradients whitened by the other
     When to use it: SOAP with KL factors without Adam's second moment
+    When not to use it: where memory is short: 31 bytes a weight on the demo, Muon 4.2
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

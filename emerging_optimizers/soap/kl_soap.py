@@ -146,6 +146,7 @@ class KlSoapV3(SoapBase):
 
     Update: `soap` with `use_kl_shampoo=True`
     When to use it: configurations that carry this name
+    When not to use it: new code, which can say `soap` with `use_kl_shampoo=True`
 
     Args:
         params: tensors of two or more dimensions, (name, tensor) pairs, or groups. 3-D: a batch of matrices;
@@ -193,6 +194,7 @@ class ReklsV3(KlSoapV3):
 
     Update: `rekls`
     When to use it: configurations that carry this name
+    When not to use it: new code, which can say `rekls`
 
     Args:
         params: as in `KlSoapV3`.
@@ -241,6 +243,7 @@ class KlMSoap(SoapBase):
 
     Update: as `kl_soap`, with MAdam
     When to use it: gradients near 1e-8, where Adam's ε decides
+    When not to use it: gradients of ordinary size: it ended at 1.654 on the demo and `kl_soap` at 1.651
 
     Args:
         params: as in `KlSoapV3`.

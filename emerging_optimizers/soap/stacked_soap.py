@@ -57,6 +57,7 @@ class StackedSoap(SOAP):
 
     Update: `soap` with KL factors, of a 3-D parameter's matrices side by side
     When to use it: a stack of a few long matrices, which share the long side's factor
+    When not to use it: b matrices with sides S < T where T² < b S²: SOAP then keeps less
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

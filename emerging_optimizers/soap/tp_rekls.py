@@ -57,6 +57,7 @@ class TpRekls(REKLS):
 
     Update: `rekls` on the whole of a matrix of which each process has a shard
     When to use it: tensor-parallel weights that are plain tensors
+    When not to use it: DTensors and whole weights, which `rekls` takes
 
     Raises:
         ValueError: a value out of its range, a parameter with fewer than two dimensions, or tensors that are no shards

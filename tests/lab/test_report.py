@@ -190,19 +190,6 @@ def test_every_row_and_curve_belongs_to_a_button(runs):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright of the extra 'dev' is not installed")
-    with playwright.sync_playwright() as session:
-        names = ("chromium", "chromium-browser", "google-chrome")
-        path = next(filter(None, map(shutil.which, names)), session.chromium.executable_path)
-        if not Path(path).exists():
-            pytest.skip("there is no Chromium; CONTRIBUTING.md says how to get one")
-        browser = session.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def loaded(browser, runs):
     """The report, loaded once (seconds on a busy machine); what the console said is in `loaded.said`."""
     tab = browser.new_page()

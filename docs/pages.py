@@ -1,0 +1,227 @@
+"""Sphinx extension: the pages that are made from the code, links that leave `docs/`, and formulas without a script.
+
+The pages go to `docs/generated/`, which git does not know, so that none of them can be older than the code.
+"""
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from pygments.lexers.special import TextLexer
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for `tests.tables`, which knows the cells of a row
+
+from emerging_optimizers.engine.options import EngineOptions, options_in  # noqa: E402
+from emerging_optimizers.registry import OPTIMIZERS, Entry  # noqa: E402
+from tests import tables  # noqa: E402
+
+GENERATED = ROOT / "docs" / "generated"
+NOTEBOOKS = ROOT / "examples" / "gradient_spike"
+FAMILIES = {
+    "scalar_optimizers": "Element-wise",
+    "orthogonalized_optimizers": "Orthogonalized",
+    "shampoo": "Shampoo",
+    "soap": "SOAP",
+    "psgd": "PSGD",
+    "riemannian_optimizers": "Riemannian",
+}
+
+
+# ---- a page for each optimizer ---------------------------------------------------------------------------------------
+
+
+def heading(text: str, line: str = "-") -> str:
+    return f"{text}\n{line * len(text)}\n"
+
+
+def linked(text: str) -> str:
+    """Papers, with links to arXiv."""
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"`\1 <https://arxiv.org/abs/\1>`__", text)
+
+
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def facts(name: str, entry: Entry) -> dict[str, str]:
+    """What the declaration of an optimizer says, in words."""
+    cls = entry.load()
+    default = inspect.signature(cls).parameters["lr"].default
+    start = "not measured" if entry.start is None else f"{entry.start:g}, measured on a small job"
+    own = "none, so that it asks for one" if default is inspect.Parameter.empty else f"{default:g}"
+    at = "" if entry.rms is None else ", at an update RMS of 1; for a shape it is divided by the RMS there"
+    match = "not measured" if entry.match is None else f"{entry.match:g} times AdamW's rate{at}"
+    return {
+        "Name": f"``{name}``, of :class:`{entry.path.replace(':', '.')}`",
+        "Update": tables.said(cls, "Update"),
+        "Paper": linked(entry.paper),
+        "Takes": "parameters of any shape" if entry.elementwise else "matrices, stacks of matrices, and convolutions",
+        "State": f"{tables.state(name)} numbers for each number of an M x N weight: {tables.state(name, unit=4)} bytes",
+        "Learning rate to start from": start,
+        "Learning rate of the class": own,
+        "Unit of the learning rate": (
+            "Adam's: elements move by 0.18 to 2.2 times it" if entry.in_adams_unit else entry.unit
+        ),
+        '``match="adamw"``': match,
+    }
+
+
+def cautions(entry: Entry) -> list[str]:
+    """When not to use it: what its class says, and what follows from its declaration."""
+    cls = entry.load()
+    found = [sentence(tables.said(cls, "When not to use it"))]
+    if not entry.elementwise:
+        found.append("Vectors (norms, biases): ``create_optimizer`` gives them to AdamW (:doc:`/routing`).")
+    if not entry.default_trains:
+        found.append("At the learning rate that the class has by default: weights hardly move there (:doc:`/routing`).")
+    if not entry.in_adams_unit:
+        found.append(f"At a learning rate of AdamW's as it is: {entry.unit}.")
+    if "max_precond_dim" in cls.ranges:
+        found.append(
+            "Matrices with a side longer than ``max_precond_dim``: that side has no factor, or a diagonal one."
+        )
+    if "precondition_frequency" in cls.ranges:
+        found.append(
+            "With ``precondition_frequency`` above 1, but without ``warmup=`` or ``refresh_ramp=`` (:doc:`/tune`)."
+        )
+    return found
+
+
+def with_references(doc: str) -> str:
+    """A module's docstring, its references as a list with links."""
+    text, _, references = doc.partition("\nReferences:\n")
+    one_line_each = re.sub(r"\n {5,}", " ", references)
+    return text + "\n\n" + "".join(f"- {linked(line.strip())}\n" for line in one_line_each.splitlines() if line.strip())
+
+
+def optimizer_page(name: str, entry: Entry) -> str:
+    """The page of one optimizer, from its row in the registry, its docstrings and its signature."""
+    cls = entry.load()
+    module = importlib.import_module(cls.__module__)
+    rows = "".join(f"   * - {key}\n     - {value}\n" for key, value in facts(name, entry).items())
+    bullets = "".join(f"- {line}\n" for line in cautions(entry))
+    return "\n".join(
+        [
+            heading(f"{cls.__name__} (``{name}``)", "="),
+            sentence(entry.description) + "\n",
+            "Give it a model, and it takes the parameters that it is made for::\n\n"
+            "   from emerging_optimizers import create_optimizer\n\n"
+            f'   optimizer = create_optimizer("{name}", model)\n',
+            f".. list-table::\n   :widths: 30 70\n\n{rows}",
+            heading("When to use it"),
+            sentence(tables.said(cls, "When to use it")) + "\n",
+            heading("When not to use it"),
+            bullets,
+            heading("Cost"),
+            "What a step of it costs, in bytes, operations and time, on your model and your machine::\n\n"
+            f"   eopt estimate {name}\n\n"
+            "Measured beside other libraries: :doc:`/performance`. Its loss on the lab's job: :doc:`/training`.\n",
+            heading("Equations and notes"),
+            with_references(inspect.getdoc(module) or ""),
+            heading("Class and arguments"),
+            f".. autoclass:: {cls.__module__}.{cls.__qualname__}\n",
+            "The :doc:`options that every optimizer has </generated/options>` are arguments too.\n",
+        ]
+    )
+
+
+def index_page() -> str:
+    """The list of all of them, by family."""
+    parts = [heading("Every optimizer", "="), "One page each, made from its declaration in the code.\n"]
+    for package, title in FAMILIES.items():
+        mine = {n: e for n, e in OPTIMIZERS.items() if e.path.startswith(f"emerging_optimizers.{package}.")}
+        rows = "".join(
+            f"   * - :doc:`{entry.load().__name__} <{name}>`\n     - {entry.description}\n"
+            for name, entry in sorted(mine.items())
+        )
+        tree = "".join(f"   {name}\n" for name in sorted(mine))
+        parts += [
+            heading(title),
+            f".. list-table::\n   :widths: 30 70\n\n{rows}",
+            f".. toctree::\n   :hidden:\n\n{tree}",
+        ]
+    return "\n".join(parts)
+
+
+def options_page() -> str:
+    """The options that every optimizer has, from where they are declared."""
+    parts = [
+        heading("Options that every optimizer has", "="),
+        "Each is an argument of every optimizer's constructor and of ``create_optimizer``.\n",
+    ]
+    for name, option in options_in(EngineOptions).items():
+        rows = f"   * - Default\n     - ``{option.default!r}``\n   * - Allowed\n     - {option.check.allowed}\n"
+        text = sentence(option.text.rstrip("."))
+        parts += [heading(f"``{name}``"), f"{text}\n", f".. list-table::\n   :widths: 20 80\n\n{rows}"]
+    return "\n".join(parts)
+
+
+def generate(app: Sphinx) -> None:
+    """Write the pages of the optimizers and put the notebooks beside them; what has not changed keeps its time."""
+    pages = {f"optimizers/{name}.rst": optimizer_page(name, entry) for name, entry in OPTIMIZERS.items()}
+    pages["optimizers/index.rst"] = index_page()
+    pages["options.rst"] = options_page()
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        pages[f"notebooks/{path.name}"] = path.read_text()
+    for old in GENERATED.rglob("*.*"):
+        if old.is_file() and old.relative_to(GENERATED).as_posix() not in pages:
+            old.unlink()
+    for name, text in pages.items():
+        path = GENERATED / name
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+def as_shown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """A docstring as a page shows it.
+
+    A module's has its references as a list. A class's loses the cells of its table, which its page says above.
+    """
+    if what == "module":
+        lines[:] = with_references("\n".join(lines)).splitlines()
+    if what == "class":
+        text = re.sub(
+            r"^(Update|When to use it|When not to use it): .+(?:\n {4}.+)*\n?", "", "\n".join(lines), flags=re.MULTILINE
+        )
+        lines[:] = text.replace("; the equations are in this module's docstring", "").splitlines()
+
+
+# ---- formulas as MathML, which every browser draws by itself -------------------------------------------------
+
+
+def _mathml(self: Any, text: str, display: bool) -> None:
+    try:
+        self.body.append(tex2mathml(text, as_block=display))
+    except Exception as error:
+        raise ValueError(f"a formula that cannot be drawn: {text!r}: {error}") from error
+    raise nodes.SkipNode
+
+
+def inline_math(self: Any, node: nodes.math) -> None:
+    _mathml(self, node.astext(), False)
+
+
+def displayed_math(self: Any, node: nodes.math_block) -> None:
+    text = node.astext()
+    _mathml(self, text.strip(), True)
+
+
+class Plain(TextLexer):
+    """A drawing in words (mermaid), shown as it is written."""
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.connect("builder-inited", generate)
+    app.connect("autodoc-process-docstring", as_shown, priority=100)  # before napoleon
+    app.add_html_math_renderer("mathml", (inline_math, None), (displayed_math, None))
+    app.add_lexer("mermaid", Plain)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
