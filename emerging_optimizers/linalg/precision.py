@@ -29,7 +29,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, RLock
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -90,7 +90,8 @@ class _Block:
 
 
 _blocks: list[_Block] = []  # of all threads, in the order in which they were entered
-_switch = Lock()
+# Reentrant: an interrupt can arrive between two instructions of a `with`, and leave it held by the thread that goes on.
+_switch = RLock()
 
 
 @contextmanager
