@@ -68,14 +68,14 @@ def _stack_by_blocks(
 # One operator for a stack: a large matrix is a thousand products, each of which would be run by itself on tensors
 # without data. By `Library`, of which a call costs 7 us; `torch.library.custom_op` costs 130.
 _LIBRARY = torch.library.Library("emerging_optimizers", "FRAGMENT")  # type: ignore[no-untyped-call]  # untyped in torch
-_LIBRARY.define(
+_LIBRARY.define(  # type: ignore[no-untyped-call]  # as above
     "by_blocks_(Tensor x_BMK, Tensor y_BMK, Tensor? plus_BMM, float beta, float alpha, int least, Tensor(a!) out_BMM)"
     " -> ()"
 )
 by_blocks_ = torch.ops.emerging_optimizers.by_blocks_
 
 
-@torch.library.impl(_LIBRARY, "by_blocks_", "CompositeExplicitAutograd")  # type: ignore[untyped-decorator]  # as above
+@torch.library.impl(_LIBRARY, "by_blocks_", "CompositeExplicitAutograd")
 def _(
     x_BMK: Tensor, y_BMK: Tensor, plus_BMM: Tensor | None, beta: float, alpha: float, least: int, out_BMM: Tensor
 ) -> None:
