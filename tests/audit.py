@@ -16,14 +16,14 @@ ASK = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "
 
 
 def judged(status: int, out: str, err: str) -> tuple[int, str]:
-    """Exit status and words for what pip-audit has answered as JSON; its own status does not tell findings from errors."""
+    """Exit status and words for an answer of pip-audit in JSON; its own status does not tell findings from errors."""
     try:
         packages = json.loads(out)["dependencies"]
     except (ValueError, LookupError, TypeError):
         last = (err.strip().splitlines() or [f"exit status {status}"])[-1]
         return 0, f"audit: left out, pip-audit gave no answer ({last})"
     found = [
-        f"audit: {package['name']} {package['version']}: {hole['id']}, mended in {', '.join(hole['fix_versions']) or '-'}"
+        f"audit: {package['name']} {package['version']}: {hole['id']}, mended in {', '.join(hole['fix_versions'])}"
         for package in packages
         for hole in package.get("vulns", ())
     ]

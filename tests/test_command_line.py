@@ -174,7 +174,7 @@ def test_questions_need_no_extra_and_the_rest_names_it() -> None:
     for words, status, said in (
         ("list muon", 0, "Newton-Schulz"),
         ("recipes", 0, "moonlight"),
-        ("estimate lion --shapes 8x8", 0, "8 8"),
+        ("estimate lion --shapes 8x8", 0, "8x8"),
         ("plan --mesh 4", 0, "rank"),
         ("train", 1, "`eopt train` needs tyro; pip install 'emerging-optimizers[lab]'"),
     ):
@@ -195,7 +195,9 @@ def test_a_terminal_of_ascii_is_no_error() -> None:
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     for words in (["list"], ["estimate", "lion", "--shapes", "8x8"]):
         done = subprocess.run([*EOPT, *words], capture_output=True, text=True, env=environment, timeout=120)
-        assert (done.returncode, done.stderr) == (0, "")
+        # A slow machine is told how long it has taken.
+        other = [line for line in done.stderr.splitlines() if not line.startswith("eopt estimate: ")]
+        assert (done.returncode, other) == (0, [])
 
 
 def interrupted(words: Sequence[str], kept: Path) -> str:
