@@ -9,18 +9,29 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from emerging_optimizers import create_optimizer, plan_parameters
 from emerging_optimizers._version import __version__
 from emerging_optimizers.cli import progress
 from emerging_optimizers.cli.progress import Progress
 from emerging_optimizers.cli.questions import QUESTIONS
+from emerging_optimizers.cost.scale import at_scale
 from emerging_optimizers.lab.__main__ import LAB, main
 from emerging_optimizers.lab.commands import COMMANDS
+from emerging_optimizers.lab.config import TrainConfig
+from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
+from emerging_optimizers.lab.spike import SpikeConfig
+from emerging_optimizers.lab.tf32 import TF32Config
+from emerging_optimizers.registry import OPTIMIZERS
+from emerging_optimizers.routing.recipes import RECIPES
+from emerging_optimizers.testing.conformance import made_by
 
 EOPT = [sys.executable, "-W", "error", "-m", "emerging_optimizers.lab"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -163,7 +174,7 @@ def test_questions_need_no_extra_and_the_rest_names_it() -> None:
     for words, status, said in (
         ("list muon", 0, "Newton-Schulz"),
         ("recipes", 0, "moonlight"),
-        ("estimate lion --shapes 8x8", 0, "8 8"),
+        ("estimate lion --shapes 8x8", 0, "8x8"),
         ("plan --mesh 4", 0, "rank"),
         ("train", 1, "`eopt train` needs tyro; pip install 'emerging-optimizers[lab]'"),
     ):
@@ -184,27 +195,53 @@ def test_a_terminal_of_ascii_is_no_error() -> None:
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     for words in (["list"], ["estimate", "lion", "--shapes", "8x8"]):
         done = subprocess.run([*EOPT, *words], capture_output=True, text=True, env=environment, timeout=120)
-        assert (done.returncode, done.stderr) == (0, "")
+        # A slow machine is told how long it has taken.
+        other = [line for line in done.stderr.splitlines() if not line.startswith("eopt estimate: ")]
+        assert (done.returncode, other) == (0, [])
 
 
-def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
-    folder = tmp_path / "a run"
-    words = ["train", "--optimizers", "adamw", *TINY.replace("--steps 4", "--steps 2000").split(), "--out", str(folder)]
+def interrupted(words: Sequence[str], kept: Path) -> str:
+    """What a command says that is interrupted once there is something in a file."""
     # Where the tests run in the background, a shell has told all of them to ignore the interrupt.
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         [*EOPT, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=heeding
     ) as process:
-        metrics = folder / "adamw" / "metrics.jsonl"
-        for _ in range(600):
-            if metrics.exists() and metrics.stat().st_size:
+        for _ in range(1200):
+            if kept.exists() and kept.stat().st_size:
                 break
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"eopt: interrupted; `eopt train --resume '{folder}'` goes on" in err
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
     assert "Traceback" not in err
+    return err
+
+
+def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    words = ["train", "--optimizers", "adamw", *TINY.replace("--steps 4", "--steps 2000").split(), "--out", str(folder)]
+    err = interrupted(words, folder / "adamw" / "metrics.jsonl")
+    assert f"eopt: interrupted; `eopt train --resume '{folder}'` goes on" in err
+
+
+def test_an_interrupted_grid_names_the_command_that_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "a grid.json"
+    rates = [*TINY.split(), "--optimizers", "adamw,muon,soap,rekls"]
+    err = interrupted(["grid", *rates, "--out", str(out), "--overwrite"], out)
+    said = err.partition("eopt: interrupted; `eopt ")[2].partition("` goes on")[0]
+    assert shlex.split(said) == ["grid", *rates, "--out", str(out), "--resume"]
+    before = len(json.loads(out.read_text())["runs"])
+    done = subprocess.run([*EOPT, *shlex.split(said)], capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(out.read_text())["runs"]) > before
+
+
+def test_an_interrupted_comparison_of_precisions_names_the_command_that_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "tf32"
+    words = ["--steps", "25", "--spike-at", "3", "--optimizers", "rekls", "--processes", "1", "--out", str(out)]
+    err = interrupted(["tf32", *words], out / "runs.json")
+    assert f"eopt: interrupted; `{shlex.join(['eopt', 'tf32', *words, '--resume'])}` goes on" in err
 
 
 class Stream(io.StringIO):
@@ -240,3 +277,47 @@ def test_progress_is_not_part_of_an_answer(monkeypatch: Any, capsys: Any) -> Non
     assert status == 0
     assert json.loads(out)
     assert err.startswith("eopt check: ")
+
+
+def test_names_of_optimizers_are_taken_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["estimate", "MuOn", "--shapes", "8x4", "--no-seconds"],
+        ["estimate", "MuOn", "--model", "gpt2-small", "--mesh", "2"],
+        ["plan", "MuOn", "--mesh", "2"],
+        ["list", "MUON"],
+    ):
+        main(words)
+        upper = capsys.readouterr().out
+        main([word.lower() for word in words])
+        assert upper == capsys.readouterr().out
+    for kind in (TrainConfig, TF32Config, EigenbasisConfig, SpikeConfig):
+        assert kind(optimizers=("ReKLS",)).optimizers == ("rekls",)
+    assert TrainConfig(optimizers=("Muon",), lr={"MUON": 0.1}).lr == {"muon": 0.1}
+    assert at_scale("gpt2-small", "MUON", "2") == at_scale("gpt2-small", "muon", "2")
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    recipe, known = next(iter(RECIPES.items()))
+    create_optimizer(next(iter(known.options)).upper(), model, recipe=recipe.upper())
+    create_optimizer("MUON", model, companion="AdamW", embedding="Sinkhorn", overrides={"2.weight": "LION"})
+    assert plan_parameters(model, "MUON")["1.weight"].optimizer == "muon"
+    assert made_by("LION")([torch.nn.Parameter(torch.ones(2))]).param_groups
+
+
+def test_a_shell_completes_commands_options_and_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["completion", "bash"])
+    script = capsys.readouterr().out
+
+    def completed(*words: str) -> list[str]:
+        asked = f'COMP_WORDS=({shlex.join(["eopt", *words])}); COMP_CWORD={len(words)}; _eopt; echo "${{COMPREPLY[*]}}"'
+        found = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True, timeout=60)
+        assert found.returncode == 0, found.stderr
+        return found.stdout.split()
+
+    assert {*completed("")} == {*QUESTIONS, *LAB, "completion"}
+    assert completed("est") == ["estimate"]
+    assert {*completed("estimate", "")} == {*OPTIMIZERS}
+    assert completed("train", "--optimizers", "adamw,mu") == [f"adamw,{x}" for x in OPTIMIZERS if x.startswith("mu")]
+    assert completed("train", "--eval-") == ["--eval-every", "--eval-windows"]
+    assert completed("check", "--l") == ["--lr"]
+    main(["completion", "zsh"])
+    assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit")
+    assert ended("completion fish", capsys) == (2, "", "eopt: there is no completion for 'fish'; give bash or zsh\n")

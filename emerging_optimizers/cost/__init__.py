@@ -76,8 +76,8 @@ def estimate(
 
     Args:
         model_or_params: a module, which may be on the meta device, or what any torch optimizer takes.
-        optimizer: a name of `list_optimizers()`, made by `create_optimizer` with `options`; or a function, such as a
-            class, from the module or the parameters to a torch optimizer.
+        optimizer: a name of `list_optimizers()`, in any case, made by `create_optimizer` with `options`; or a function,
+            such as a class, from the module or the parameters to a torch optimizer.
         device: where the step would run, and one that is there; None: where the parameters are.
         seconds: time the operations; a large one by a smaller one that does the same, in no more than 64 MiB on a CPU,
             1 GiB on CUDA.

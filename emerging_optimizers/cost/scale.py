@@ -156,7 +156,7 @@ def at_scale(
 
     Args:
         model: see `read_model`; or a model itself.
-        optimizer: a registry name, with its defaults.
+        optimizer: a registry name, upper or lower case, with its defaults.
         mesh: "SHARDSxTENSOR", such as "64x8": so many shards of FSDP2 times so many of tensor parallelism; "SHARDS"
             alone, without tensor parallelism; "REPLICASxSHARDSxTENSOR", such as "2x32x8": that so often (HSDP), and
             owners are chosen among all of them; or the numbers.
@@ -183,7 +183,7 @@ def at_scale(
     needs = Update(optimizer).needs
     return _summary(
         ledger,
-        optimizer=optimizer,
+        optimizer=optimizer.lower(),
         model="own" if isinstance(model, Decoder) else model,
         mesh=sizes,
         expert_parallel=expert_parallel,

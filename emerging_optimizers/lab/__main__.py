@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from emerging_optimizers._version import __version__
 from emerging_optimizers.cli import FailedError, UsageError
 from emerging_optimizers.cli.arguments import parse
+from emerging_optimizers.cli.completion import completion, options_of
 from emerging_optimizers.cli.questions import QUESTIONS
 
 # What help says of the lab's commands, whose own texts cannot be read without the extra; a test compares them.
@@ -78,7 +79,9 @@ def run(args: list[str]) -> None:
         print(f"eopt {__version__}")
         return
     name, words = args[0].lower(), args[1:]
-    if name in QUESTIONS:
+    if name == "completion":
+        print(completion(" ".join(words) or "bash", _options()))
+    elif name in QUESTIONS:
         parse(QUESTIONS[name], name, words).run()
     elif name in LAB:
         _lab_command(name, words)
@@ -100,12 +103,23 @@ def _lab_command(name: str, words: list[str]) -> None:
     parsed(COMMANDS[name], words).run(words)
 
 
+def _options() -> dict[str, list[str]]:
+    """The options of each command, of those of the lab where it is installed."""
+    lab: dict[str, list[str]] = {name: [] for name in LAB}
+    with contextlib.suppress(ImportError):
+        from emerging_optimizers.lab.commands import COMMANDS
+
+        lab = {name: options_of(kind) for name, kind in COMMANDS.items()}
+    return {name: options_of(kind) for name, kind in QUESTIONS.items()} | lab | {"completion": []}
+
+
 def help_text() -> str:
     """What there is."""
     questions = {name: (kind.__doc__ or "").splitlines()[0] for name, kind in QUESTIONS.items()}
     width = max(map(len, (*LAB, *questions)))
     lines = ["usage: eopt COMMAND ...; eopt COMMAND --help says what it takes", "", "questions:"]
     lines += [f"  {name:{width}}  {text}" for name, text in questions.items()]
+    lines += [f"  {'completion':{width}}  Print what bash (or zsh) completes words by, for `source`."]
     lines += ["", "experiments (pip install 'emerging-optimizers[lab]'):"]
     lines += [f"  {name:{width}}  {text}" for name, text in LAB.items()]
     return "\n".join([*lines, "", "eopt --version says which version this is."])

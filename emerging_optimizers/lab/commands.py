@@ -6,8 +6,8 @@ so that help does not wait for torch.
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
@@ -73,15 +73,19 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 @contextmanager
-def resumable(folder: Path, processes: int | None) -> Iterator[None]:
-    """A block whose interrupt names the command by which its run goes on."""
+def resumable(command: Sequence[str], has_kept: Callable[[], bool]) -> Iterator[None]:
+    """A block whose interrupt names the command that goes on, if something of the run has been kept by then."""
     try:
         yield
     except KeyboardInterrupt:
-        if not (folder / "config.json").exists():
+        if not has_kept():
             raise
-        words = ["eopt", "train", "--resume", str(folder), *([] if processes is None else ["--nproc", str(processes)])]
-        raise StoppedError(f"interrupted; `{shlex.join(words)}` goes on") from None
+        raise StoppedError(f"interrupted; `{shlex.join(command)}` goes on") from None
+
+
+def _resuming(name: str, args: Sequence[str]) -> list[str]:
+    """The command line that goes on with what a command has kept."""
+    return ["eopt", name, *(word for word in args if word not in ("--overwrite", "--resume")), "--resume"]
 
 
 def _shown(result: "TrainResult", as_json: bool) -> None:
@@ -92,6 +96,11 @@ def _shown(result: "TrainResult", as_json: bool) -> None:
     if lost := [run.optimizer for run in result.runs if not math.isfinite(run.final_loss)]:
         given = ",".join(f"{name}=..." for name in lost)
         raise FailedError(f"{', '.join(lost)} diverged: the last loss is not finite; give a lower rate, --lr {given}")
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Another one where a file has been replaced."""
+    return (found.st_ino, found.st_mtime_ns) if path.exists() and (found := path.stat()) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +145,7 @@ class Train(Overwriting):
 
         if self.resume is None:
             folder = self.out or new_folder()
-            with resumable(folder, self.nproc):
+            with self._resumable(folder):
                 if self.nproc is None:
                     _shown(run_train(self.config, folder, overwrite=self.overwrite), self.json)
                 else:
@@ -160,12 +169,17 @@ class Train(Overwriting):
         if (self.nproc is not None) != is_sharded(folder):
             how = "without --nproc; leave it out" if self.nproc else "with --nproc; say how many processes go on"
             raise UsageError(f"{folder} was begun {how}")
-        with resumable(folder, self.nproc):
+        with self._resumable(folder):
             if self.nproc is None:
                 _shown(resume_train(folder), self.json)
             else:
                 go_on(folder, read_run(folder)[0], self.nproc)
                 self._say(folder)
+
+    def _resumable(self, folder: Path) -> AbstractContextManager[None]:
+        processes = [] if self.nproc is None else ["--nproc", str(self.nproc)]
+        command = ["eopt", "train", "--resume", str(folder), *processes]
+        return resumable(command, (folder / "config.json").exists)
 
     def _say(self, folder: Path) -> None:
         """Where a run of several processes is; its losses have been shown as they came."""
@@ -194,7 +208,10 @@ class Grid(Continuing):
 
         with sole_writer(self.out.parent, self.out.name):
             resume = claim(self.out, "grid", self.existing)
-            present_grid(run_grid(self.config, self.out, resume=resume), self.out, as_json=self.json)
+            before = None if resume else _version(self.out)
+            with resumable(_resuming("grid", args), lambda: _version(self.out) != before):
+                rows = run_grid(self.config, self.out, resume=resume)
+            present_grid(rows, self.out, as_json=self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +290,7 @@ class TF32(Continuing):
     def run(self, args: Sequence[str]) -> None:
         """Runs what is missing, shows the table and writes the files."""
         from emerging_optimizers.lab.experiment import require_positive
-        from emerging_optimizers.lab.places import UNSAVED
+        from emerging_optimizers.lab.places import RESULT, UNSAVED
         from emerging_optimizers.lab.present import carry_out
         from emerging_optimizers.lab.record import sole_writer
         from emerging_optimizers.lab.tf32 import TF32Result, run_tf32
@@ -286,7 +303,12 @@ class TF32(Continuing):
 
         require_positive(self, "processes")
         with sole_writer(self.out):
-            carry_out(runs, tf32_view, self.out, ("eopt", "tf32", *args), self.existing, self.json)
+            before = None if self.resume else _version(self.out / RESULT)
+            with resumable(
+                _resuming("tf32", args),
+                lambda: (self.out / UNSAVED).exists() or _version(self.out / RESULT) != before,
+            ):
+                carry_out(runs, tf32_view, self.out, ("eopt", "tf32", *args), self.existing, self.json)
             (self.out / UNSAVED).unlink(missing_ok=True)
 
 

@@ -104,6 +104,11 @@ SPIKE_SCALE = 1000.0
 SPIKE_GUARD = 2.0
 
 
+def lower_names(config: Any) -> None:
+    """Write the optimizers of a request as the registry has them: upper and lower case are the same."""
+    object.__setattr__(config, "optimizers", tuple(name.lower() for name in config.optimizers))
+
+
 def _parse_names(words: list[str]) -> tuple[str, ...]:
     return tuple(name.strip().lower() for name in words[0].split(",") if name.strip())
 
@@ -184,6 +189,8 @@ class TrainConfig:
     """Threads of torch; two are slower than one on a loaded machine."""
 
     def __post_init__(self) -> None:
+        lower_names(self)
+        object.__setattr__(self, "lr", {name.lower(): rate for name, rate in self.lr.items()})
         for name in (
             *("steps", "batch", "context", "width", "depth", "heads", "warmup"),
             *("eval_every", "eval_windows", "checkpoint_every", "threads"),

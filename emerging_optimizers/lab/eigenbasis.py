@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
-from emerging_optimizers.lab.config import Names
+from emerging_optimizers.lab.config import Names, lower_names
 from emerging_optimizers.lab.experiment import (
     from_json,
     reproducible,
@@ -68,6 +68,7 @@ class EigenbasisConfig:
     """Threads of torch."""
 
     def __post_init__(self) -> None:
+        lower_names(self)
         require_positive(self, "steps", "threads", "top")
         require_distinct(self, "optimizers", "precisions")
         for name, known in (("optimizers", tuple(OPTIMIZERS)), ("precisions", PRECISIONS)):

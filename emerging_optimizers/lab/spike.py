@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
-from emerging_optimizers.lab.config import Names
+from emerging_optimizers.lab.config import Names, lower_names
 from emerging_optimizers.lab.experiment import (
     from_json,
     reproducible,
@@ -65,6 +65,7 @@ class SpikeConfig:
     """Threads of torch."""
 
     def __post_init__(self) -> None:
+        lower_names(self)
         require_positive(self, "steps", "warmup_steps", "threads")
         require_distinct(self, "optimizers", "spike_at", "spike_scale")
         if min(self.shape) < 1:

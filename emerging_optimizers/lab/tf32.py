@@ -20,7 +20,7 @@ from typing import Any
 
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
-from emerging_optimizers.lab.config import TUNED, Names, TrainConfig
+from emerging_optimizers.lab.config import TUNED, Names, TrainConfig, lower_names
 from emerging_optimizers.lab.experiment import from_json, require_distinct, require_positive, to_json
 from emerging_optimizers.lab.places import UNSAVED, same_request
 from emerging_optimizers.lab.record import read_json, reading, sealed, sole_writer, write_json
@@ -49,6 +49,7 @@ class TF32Config:
     """Threads of torch in each process."""
 
     def __post_init__(self) -> None:
+        lower_names(self)
         require_positive(self, "steps", "threads")
         require_distinct(self, "optimizers", "seeds")
         if unknown := sorted(set(self.optimizers) - set(OPTIMIZERS)):

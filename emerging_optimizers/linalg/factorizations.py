@@ -92,8 +92,11 @@ def factorized(kind: KindT, x_BMN: Tensor) -> Sequence[Tensor]:
         found: list[Tensor] = _opaque(x_BMN, kind)
         return found
     function = _KINDS[kind].function
-    if x_BMN.is_meta:  # shapes alone, for which torch has no geqrf
-        return _KINDS[kind].stand_ins(x_BMN)
+    if x_BMN.is_meta:  # shapes alone; torch's geqrf does not take them, but where operations are counted
+        try:
+            return function(x_BMN)
+        except NotImplementedError:
+            return _KINDS[kind].stand_ins(x_BMN)
     if x_BMN.untyped_storage().device.type == "meta":  # without data, and counted (`estimate`)
         return function(x_BMN)
     listener = _LISTENER.get()
