@@ -42,8 +42,9 @@ def heading(text: str, line: str = "-") -> str:
 
 
 def linked(text: str) -> str:
-    """Papers, with links to arXiv."""
-    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"`\1 <https://arxiv.org/abs/\1>`__", text)
+    """Papers, with links to arXiv, and pages of this site that the code names."""
+    text = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"`\1 <https://arxiv.org/abs/\1>`__", text)
+    return re.sub(r"`?docs/([\w/]+)\.md`?", r":doc:`/\1`", text)
 
 
 def sentence(text: str) -> str:
@@ -98,7 +99,8 @@ def with_references(doc: str) -> str:
     """A module's docstring, its references as a list with links."""
     text, _, references = doc.partition("\nReferences:\n")
     one_line_each = re.sub(r"\n {5,}", " ", references)
-    return text + "\n\n" + "".join(f"- {linked(line.strip())}\n" for line in one_line_each.splitlines() if line.strip())
+    items = "".join(f"- {linked(line.strip())}\n" for line in one_line_each.splitlines() if line.strip())
+    return linked(text) + (f"\n\nReferences:\n\n{items}" if items else "\n")
 
 
 def optimizer_page(name: str, entry: Entry) -> str:
@@ -120,8 +122,8 @@ def optimizer_page(name: str, entry: Entry) -> str:
             heading("When not to use it"),
             bullets,
             heading("Cost"),
-            "What a step of it costs, in bytes, operations and time, on your model and your machine::\n\n"
-            f"   eopt estimate {name}\n\n"
+            "What a step of it costs on this machine, in bytes, operations and time, for matrices that you name::\n\n"
+            f'   eopt estimate {name} --shapes "12*768x768,4*3072x768"\n\n'
             "Measured beside other libraries: :doc:`/performance`. Its loss on the lab's job: :doc:`/training`.\n",
             heading("Equations and notes"),
             with_references(inspect.getdoc(module) or ""),
@@ -192,6 +194,7 @@ def as_shown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
             r"^(Update|When to use it|When not to use it): .+(?:\n {4}.+)*\n?", "", "\n".join(lines), flags=re.MULTILINE
         )
         lines[:] = text.replace("; the equations are in this module's docstring", "").splitlines()
+    lines[:] = [linked(line) for line in lines]
 
 
 # ---- formulas as MathML, which every browser draws by itself -------------------------------------------------
