@@ -3,13 +3,16 @@
 The pages go to `docs/generated/`, which git does not know, so that none of them can be older than the code.
 """
 
+import contextlib
 import importlib
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from pygments.lexers.special import TextLexer
@@ -18,6 +21,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for `tests.tables`, which knows the cells of a row
 
+from emerging_optimizers import estimate  # noqa: E402
 from emerging_optimizers.engine.options import EngineOptions, options_in  # noqa: E402
 from emerging_optimizers.registry import OPTIMIZERS, Entry  # noqa: E402
 from tests import tables  # noqa: E402
@@ -74,6 +78,20 @@ def facts(name: str, entry: Entry) -> dict[str, str]:
     }
 
 
+def cost(entry: Entry) -> str:
+    """What a step on one matrix takes, counted; two optimizers look at values of the weight, so that nothing is."""
+    matrix = torch.nn.Parameter(torch.empty(768, 768, device="meta"))
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        warnings.simplefilter("ignore")  # about the learning rate, which changes no cost
+        counted = estimate([matrix], lambda params: entry.load()(params, lr=1e-3), seconds=False)
+        work = f"{counted.flops / 1e9:.3g} GFLOP of products and factorizations" if counted.flops else "no product"
+        return (
+            f"For one matrix of 768 x 768, counted: {counted.state_bytes / 1e6:.1f} MB of state, {work} in a step, "
+            f"{counted.peak_bytes / 1e6:.1f} MB for a moment.\n"
+        )
+    return ""
+
+
 def cautions(entry: Entry) -> list[str]:
     """When not to use it: what its class says, and what follows from its declaration."""
     cls = entry.load()
@@ -122,7 +140,8 @@ def optimizer_page(name: str, entry: Entry) -> str:
             heading("When not to use it"),
             bullets,
             heading("Cost"),
-            "What a step of it costs on this machine, in bytes, operations and time, for matrices that you name::\n\n"
+            cost(entry),
+            "On your machine, with the time, for matrices that you name::\n\n"
             f'   eopt estimate {name} --shapes "12*768x768,4*3072x768"\n\n'
             "Measured beside other libraries: :doc:`/performance`. Its loss on the lab's job: :doc:`/training`.\n",
             heading("Equations and notes"),
