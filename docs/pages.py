@@ -68,7 +68,7 @@ def facts(name: str, entry: Entry) -> dict[str, str]:
         "Update": tables.said(cls, "Update"),
         "Paper": linked(entry.paper),
         "Takes": "parameters of any shape" if entry.elementwise else "matrices, stacks of matrices, and convolutions",
-        "State": f"{tables.state(name)} numbers for each number of an M x N weight: {tables.state(name, unit=4)} bytes",
+        "State": f"{tables.state(name, unit=4)} bytes for each number of an M x N weight",
         "Learning rate to start from": start,
         "Learning rate of the class": own,
         "Unit of the learning rate": (
@@ -78,8 +78,8 @@ def facts(name: str, entry: Entry) -> dict[str, str]:
     }
 
 
-def cost(entry: Entry) -> str:
-    """What a step on one matrix takes, counted; two optimizers look at values of the weight, so that nothing is."""
+def cost(name: str, entry: Entry) -> str:
+    """What a step on one matrix takes, counted, and how to ask for other matrices."""
     matrix = torch.nn.Parameter(torch.empty(768, 768, device="meta"))
     with warnings.catch_warnings(), contextlib.suppress(ValueError):
         warnings.simplefilter("ignore")  # about the learning rate, which changes no cost
@@ -87,9 +87,13 @@ def cost(entry: Entry) -> str:
         work = f"{counted.flops / 1e9:.3g} GFLOP of products and factorizations" if counted.flops else "no product"
         return (
             f"For one matrix of 768 x 768, counted: {counted.state_bytes / 1e6:.1f} MB of state, {work} in a step, "
-            f"{counted.peak_bytes / 1e6:.1f} MB for a moment.\n"
+            f"{counted.peak_bytes / 1e6:.1f} MB for a moment.\n\n"
+            "On your machine, with the time, for matrices that you name::\n\n"
+            f'   eopt estimate {name} --shapes "12*768x768,4*3072x768"\n'
         )
-    return ""
+    return (
+        "Its step looks at values of the weights, so that it cannot be counted without them: time one on your model.\n"
+    )
 
 
 def cautions(entry: Entry) -> list[str]:
@@ -140,9 +144,7 @@ def optimizer_page(name: str, entry: Entry) -> str:
             heading("When not to use it"),
             bullets,
             heading("Cost"),
-            cost(entry),
-            "On your machine, with the time, for matrices that you name::\n\n"
-            f'   eopt estimate {name} --shapes "12*768x768,4*3072x768"\n\n'
+            cost(name, entry),
             "Measured beside other libraries: :doc:`/performance`. Its loss on the lab's job: :doc:`/training`.\n",
             heading("Equations and notes"),
             with_references(inspect.getdoc(module) or ""),
