@@ -20,8 +20,11 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 nb_execution_mode = "off"  # the notebooks carry the outputs of one run, which a test holds; running them takes minutes
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
+smartquotes = False  # "skip" is a text that somebody will copy
+
 # Docstrings: one backtick is code, and a type is said once, in the signature.
 default_role = "code"
+maximum_signature_line_length = 80  # a longer one has a line for each argument
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

@@ -3,13 +3,16 @@
 The pages go to `docs/generated/`, which git does not know, so that none of them can be older than the code.
 """
 
+import contextlib
 import importlib
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from pygments.lexers.special import TextLexer
@@ -18,6 +21,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for `tests.tables`, which knows the cells of a row
 
+from emerging_optimizers import estimate  # noqa: E402
 from emerging_optimizers.engine.options import EngineOptions, options_in  # noqa: E402
 from emerging_optimizers.registry import OPTIMIZERS, Entry  # noqa: E402
 from tests import tables  # noqa: E402
@@ -42,8 +46,9 @@ def heading(text: str, line: str = "-") -> str:
 
 
 def linked(text: str) -> str:
-    """Papers, with links to arXiv."""
-    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"`\1 <https://arxiv.org/abs/\1>`__", text)
+    """Papers, with links to arXiv, and pages of this site that the code names."""
+    text = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"`\1 <https://arxiv.org/abs/\1>`__", text)
+    return re.sub(r"`?docs/([\w/]+)\.md`?", r":doc:`/\1`", text)
 
 
 def sentence(text: str) -> str:
@@ -63,7 +68,7 @@ def facts(name: str, entry: Entry) -> dict[str, str]:
         "Update": tables.said(cls, "Update"),
         "Paper": linked(entry.paper),
         "Takes": "parameters of any shape" if entry.elementwise else "matrices, stacks of matrices, and convolutions",
-        "State": f"{tables.state(name)} numbers for each number of an M x N weight: {tables.state(name, unit=4)} bytes",
+        "State": f"{tables.state(name, unit=4)} bytes for each number of an M x N weight",
         "Learning rate to start from": start,
         "Learning rate of the class": own,
         "Unit of the learning rate": (
@@ -71,6 +76,24 @@ def facts(name: str, entry: Entry) -> dict[str, str]:
         ),
         '``match="adamw"``': match,
     }
+
+
+def cost(name: str, entry: Entry) -> str:
+    """What a step on one matrix takes, counted, and how to ask for other matrices."""
+    matrix = torch.nn.Parameter(torch.empty(768, 768, device="meta"))
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        warnings.simplefilter("ignore")  # about the learning rate, which changes no cost
+        counted = estimate([matrix], lambda params: entry.load()(params, lr=1e-3), seconds=False)
+        work = f"{counted.flops / 1e9:.3g} GFLOP of products and factorizations" if counted.flops else "no product"
+        return (
+            f"For one matrix of 768 x 768, counted: {counted.state_bytes / 1e6:.1f} MB of state, {work} in a step, "
+            f"{counted.peak_bytes / 1e6:.1f} MB for a moment.\n\n"
+            "On your machine, with the time, for matrices that you name::\n\n"
+            f'   eopt estimate {name} --shapes "12*768x768,4*3072x768"\n'
+        )
+    return (
+        "Its step looks at values of the weights, so that it cannot be counted without them: time one on your model.\n"
+    )
 
 
 def cautions(entry: Entry) -> list[str]:
@@ -98,7 +121,8 @@ def with_references(doc: str) -> str:
     """A module's docstring, its references as a list with links."""
     text, _, references = doc.partition("\nReferences:\n")
     one_line_each = re.sub(r"\n {5,}", " ", references)
-    return text + "\n\n" + "".join(f"- {linked(line.strip())}\n" for line in one_line_each.splitlines() if line.strip())
+    items = "".join(f"- {linked(line.strip())}\n" for line in one_line_each.splitlines() if line.strip())
+    return linked(text) + (f"\n\nReferences:\n\n{items}" if items else "\n")
 
 
 def optimizer_page(name: str, entry: Entry) -> str:
@@ -120,8 +144,7 @@ def optimizer_page(name: str, entry: Entry) -> str:
             heading("When not to use it"),
             bullets,
             heading("Cost"),
-            "What a step of it costs, in bytes, operations and time, on your model and your machine::\n\n"
-            f"   eopt estimate {name}\n\n"
+            cost(name, entry),
             "Measured beside other libraries: :doc:`/performance`. Its loss on the lab's job: :doc:`/training`.\n",
             heading("Equations and notes"),
             with_references(inspect.getdoc(module) or ""),
@@ -192,6 +215,7 @@ def as_shown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
             r"^(Update|When to use it|When not to use it): .+(?:\n {4}.+)*\n?", "", "\n".join(lines), flags=re.MULTILINE
         )
         lines[:] = text.replace("; the equations are in this module's docstring", "").splitlines()
+    lines[:] = [linked(line) for line in lines]
 
 
 # ---- formulas as MathML, which every browser draws by itself -------------------------------------------------

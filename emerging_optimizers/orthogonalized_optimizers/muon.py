@@ -72,7 +72,7 @@ class Muon(PolarOptimizer):
 
     Update: s O
     When to use it: the first choice for hidden matrices
-    When not to use it: embeddings, heads, norms and biases; adapters of a language model, where AdamW was 0.02
+    When not to use it: embeddings and heads; adapters of a language model, where AdamW was 0.02
         better
 
     Raises:
