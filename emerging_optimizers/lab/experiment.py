@@ -5,8 +5,10 @@ Nothing here imports torch before an experiment runs, so that ``eopt --help`` an
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from multiprocessing.context import BaseContext
 from typing import Any, Protocol
 
 from emerging_optimizers.cli import UsageError
@@ -21,6 +23,21 @@ class Result(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
+
+
+@contextmanager
+def workers(processes: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with the block: after an interrupt or an error nobody waits for runs that cannot be kept."""
+    pool = ProcessPoolExecutor(processes, context)
+    try:
+        yield pool
+    except BaseException:
+        running = [*pool._processes.values()]  # the public name, `terminate_workers`, is of Python 3.14
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.terminate()
+        raise
+    pool.shutdown()
 
 
 def require_positive(config: object, *names: str) -> None:

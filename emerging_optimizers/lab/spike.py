@@ -9,7 +9,6 @@ Nothing here imports torch before an experiment runs, so that ``eopt --help`` an
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
@@ -26,6 +25,7 @@ from emerging_optimizers.lab.experiment import (
     require_positive,
     rounded,
     to_json,
+    workers,
 )
 from emerging_optimizers.lab.measures import STEADY_WINDOW, largest, recovery_steps, settled_steps
 from emerging_optimizers.lab.spike_arms import DEFAULT_ARMS, GUARD, SpikeArm, find_arm
@@ -230,7 +230,7 @@ def run_spike(config: SpikeConfig, processes: int = 1, say: Say = quiet) -> Spik
     # Not "fork": a process that has used torch may hold locks. The fork server imports it once for all.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     context.set_forkserver_preload([__name__, "torch._dynamo"])
-    with ProcessPoolExecutor(processes, context) as pool:
+    with workers(processes, context) as pool:
         # The costliest come last in the default; begun first, they leave no process idle at the end.
         names = tuple(reversed(arms))
         shared = pool.map(partial(run_arm, config), names, map(arms.get, names))

@@ -10,7 +10,7 @@ Nothing here imports torch before an experiment runs, so that ``eopt --help`` an
 import math
 import os
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -21,7 +21,7 @@ from typing import Any
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
 from emerging_optimizers.lab.config import TUNED, Names, TrainConfig, lower_names
-from emerging_optimizers.lab.experiment import from_json, require_distinct, require_positive, to_json
+from emerging_optimizers.lab.experiment import from_json, require_distinct, require_positive, to_json, workers
 from emerging_optimizers.lab.places import UNSAVED, same_request
 from emerging_optimizers.lab.record import read_json, reading, sealed, sole_writer, write_json
 
@@ -177,18 +177,15 @@ def _run_tf32(config: TF32Config, out: Path | None, processes: int, resume: bool
             config.seeds, config.optimizers, FORMS, (False, True), PRECISIONS
         )
     ]
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with workers(processes, get_context("spawn")) as pool:
         futures = [pool.submit(train_once, config, run) for run in wanted if run.key not in done]
-        try:
-            say(f"{len(wanted) - len(futures)} of {len(wanted)} runs")
-            for ended, future in enumerate(as_completed(futures), len(wanted) - len(futures) + 1):
-                run = future.result()
-                done[run.key] = run
-                say(f"{ended} of {len(wanted)} runs")
-                if unsaved is not None:
-                    write_json(unsaved, sealed(TF32Result(config=config, runs=tuple(done.values())).to_json()))
-        finally:
-            pool.shutdown(cancel_futures=True)  # a full disk does not wait for runs that it could not keep
+        say(f"{len(wanted) - len(futures)} of {len(wanted)} runs")
+        for ended, future in enumerate(as_completed(futures), len(wanted) - len(futures) + 1):
+            run = future.result()
+            done[run.key] = run
+            say(f"{ended} of {len(wanted)} runs")
+            if unsaved is not None:
+                write_json(unsaved, sealed(TF32Result(config=config, runs=tuple(done.values())).to_json()))
     return TF32Result(config=config, runs=tuple(done[run.key] for run in wanted))
 
 

@@ -64,7 +64,7 @@ def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fa
 
 def calls_a_routine(case: OptimizerCase) -> bool:
     """Whether a step of a row of the table factorizes."""
-    muon = case.name in ("muon_qdwh", "muon_svd", "spel_qdwh", "mop", "mop_spectral", "polargrad_svd")
+    muon = case.name in ("muon_qdwh", "muon_svd", "spel_qdwh", "mop", "mop_spectral", "polargrad_svd", "dion2_whole")
     shampoo = case.optimizer == "shampoo" and case.name != "shampoo_no_side"
     iso = case.name in ("iso", "iso_polar")
     return muon or shampoo or iso or case.optimizer == "moso" or ("Q_L" in case.state and case.name != "soap_no_side")
