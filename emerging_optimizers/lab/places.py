@@ -18,7 +18,7 @@ from emerging_optimizers.lab.record import UNFINISHED, read_json
 
 # The files by which the folder of a command is known: of `eopt train`, of `eopt tf32` before it has ended, and of what
 # is made in one go, which says in environment.json whose it is.
-TRAINED, UNSAVED, RESULT = "config.json", "runs.json", "result.json"
+TRAINED, UNSAVED, RESULT, ENVIRONMENT = "config.json", "runs.json", "result.json", "environment.json"
 # How a page of `eopt report` begins, which may be replaced.
 PAGE = b"<!doctype html>\n<!-- eopt report -->\n"
 
@@ -105,8 +105,8 @@ def _holder(out: Path, command: str) -> str | None:
         return command if os.path.lexists(out) else None
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     names = {name for name in names if name != "lock.json" and not name.endswith(UNFINISHED)}
-    if not names:
-        return None
+    if not names or (names == {ENVIRONMENT} and _is_of_ours(out / ENVIRONMENT)):
+        return None  # all that a full disk has let a command write
     owner = _owner(out, names, command)
     if owner is None:
         shown = ", ".join([*sorted(names)[:3], *(["..."] if len(names) > 3 else [])])
@@ -122,6 +122,14 @@ def _owner(folder: Path, names: set[str], command: str) -> str | None:
     if RESULT not in names:
         return None
     try:
-        return str(read_json(folder / "environment.json")["command"][1])
+        return str(read_json(folder / ENVIRONMENT)["command"][1])
     except (UsageError, LookupError, TypeError):
         return command if command != "train" else None  # of whom it is, its reader finds out
+
+
+def _is_of_ours(environment: Path) -> bool:
+    """Whether a command has written this file of a common name."""
+    try:
+        return {"torch", "command"} <= {*read_json(environment)}
+    except (UsageError, TypeError):
+        return False

@@ -118,7 +118,8 @@ class Dion2(PolarOptimizer):
     """Dion2; the equations are in this module's docstring.
 
     Update: s O of the longest rows or columns of a sum of gradients, zero elsewhere
-    When to use it: Muon where the time of Newton-Schulz counts; not for loss
+    When to use it: Muon where the time of Newton-Schulz counts
+    When not to use it: where the loss counts: on the demo it ended at 2.02 to 2.10 and Muon at 1.74
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

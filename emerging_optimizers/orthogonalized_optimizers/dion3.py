@@ -92,6 +92,7 @@ class Dion3(Dion2):
 
     Update: s O / √v of the longest rows at the norm of O, v by row; zero elsewhere
     When to use it: as Dion2, where rows see gradients of different sizes
+    When not to use it: where the loss counts, as for Dion2: on the demo it ended at 2.10
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

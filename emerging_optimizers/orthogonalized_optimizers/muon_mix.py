@@ -84,7 +84,8 @@ class MuonMix(PolarOptimizer):
     """MuonMix; the equations are in this module's docstring.
 
     Update: s O, O of (1 − w) m + w m_slow
-    When to use it: long runs with Muon; short ones gain nothing
+    When to use it: long runs with Muon
+    When not to use it: short runs: on the demo it ended at 1.745 and Muon at 1.739, with half the state
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

@@ -71,6 +71,7 @@ class MARS(RuleOptimizer):
 
     Update: m̂ / (√v̂ + ε) of G + γ β₁/(1 − β₁) (G − G_old), cut to a norm of 1
     When to use it: noisy gradients, as a longer-sighted AdamW for matrices
+    When not to use it: where Muon can be had: on the demo it ended at 2.236 and Muon at 1.739
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.

@@ -42,16 +42,13 @@ class Pool:
         future.set_result(tf32.replace(run, final_loss=2.0, losses={"12": 2.0}, update_rms=(1.0,)))
         return future
 
-    def shutdown(self, **_):
-        pass
-
 
 @pytest.fixture
 def line(tiny_args, tmp_path, monkeypatch):
     """The words of a small job of a command, and the place where it writes."""
     monkeypatch.setattr(grid, "train_one", trained)
     monkeypatch.setattr(present, "_draw", lambda view, folder: (folder / "no.png",))  # drawing takes seconds
-    monkeypatch.setattr(tf32, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(tf32, "workers", Pool)
     words = {
         "train": [*tiny_args, "--optimizers", "adamw"],
         "grid": [*tiny_args, "--optimizers", "adamw"],
