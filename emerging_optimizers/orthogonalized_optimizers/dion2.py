@@ -46,13 +46,12 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Part
-from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
+from emerging_optimizers.orthogonalized_optimizers.muon import MuonRule
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
     NewtonSchulzPrecision,
     OrthogonalizerOptions,
     PolarOptimizer,
-    PolarRule,
     UseSyrk,
 )
 
@@ -67,12 +66,11 @@ class Dion2State(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dion2Rule(PolarRule):
+class Dion2Rule(MuonRule):
     """The polar factor of the longest rows or columns."""
 
     State: ClassVar[type[Any]] = Dion2State
     reads: ClassVar[tuple[str, ...]] = ("momentum", "extra_scale_factor")
-    scale_mode: MuonScaleT = "spectral"
     fraction: float = 0.25
 
     def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
@@ -98,10 +96,6 @@ class Dion2Rule(PolarRule):
         count = ceil(self.fraction * rows_BMN.size(-2))
         found_BK = rows_BMN.abs().sum(dim=-1).topk(count, dim=-1).indices
         return found_BK.unsqueeze(-1).expand(-1, -1, rows_BMN.size(-1))
-
-    def scale(self, grad: Tensor, t: Scalars) -> Any:
-        """Muon's, for the shape of the whole matrix."""
-        return muon_scale_factor(grad.size(-2), grad.size(-1), self.scale_mode) * t.extra_scale_factor
 
 
 Fraction = Annotated[

@@ -40,13 +40,12 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Momentum_BMN, Part
-from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
+from emerging_optimizers.orthogonalized_optimizers.muon import MuonRule
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
     NewtonSchulzPrecision,
     OrthogonalizerOptions,
     PolarOptimizer,
-    PolarRule,
     UseSyrk,
 )
 
@@ -59,12 +58,11 @@ class MuonMixState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonMixRule(PolarRule):
+class MuonMixRule(MuonRule):
     """The polar factor of a mixture of two momenta."""
 
     State = MuonMixState
     reads = ("momentum", "slow_momentum", "slow_share", "extra_scale_factor")
-    scale_mode: MuonScaleT = "spectral"
 
     def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
         """See the module's equations."""
@@ -76,8 +74,7 @@ class MuonMixRule(PolarRule):
 
     def orthogonalize(self, x_BMN: Tensor, t: Any) -> Tensor:
         """s O."""
-        scale = muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode) * t.extra_scale_factor
-        return self.polar(x_BMN).mul_(scale)  # fresh, so in place
+        return self.polar(x_BMN).mul_(self.scale(x_BMN, t))  # fresh, so in place
 
 
 class MuonMix(PolarOptimizer):
