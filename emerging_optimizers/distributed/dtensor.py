@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.distributed.groups import GATHERS, Peers, peers_with
+from emerging_optimizers.distributed.groups import GATHERS, Peers, peers_with, ranks_in
 from emerging_optimizers.distributed.plan import Box, Shard, Sharding, coordinates
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def spread_of(name: str, x: "DTensor") -> Spread:
 
 def ranks_of(x: "DTensor") -> tuple[int, ...]:
     """The global ranks of a DTensor's mesh, in the order of `plan.coordinates`."""
-    return tuple(map(int, x.device_mesh.mesh.flatten().tolist()))
+    return ranks_in(x.device_mesh)
 
 
 def piece_of(x: "DTensor", axis: int) -> tuple[int, int]:
@@ -187,7 +187,9 @@ def as_sharded(local: Tensor, like: Any, shape: Sequence[int]) -> Tensor:
     """A DTensor around what lies here, with mesh and placements of another."""
     from torch.distributed.tensor import DTensor
 
-    return _around(DTensor, local, _spec(like.device_mesh, like.placements, shape, local.dtype))
+    alike = local.dtype == like.dtype and tuple(shape) == tuple(like.shape) and like.is_contiguous()
+    spec = like._spec if alike else _spec(like.device_mesh, like.placements, shape, local.dtype)
+    return _around(DTensor, local, spec)
 
 
 def _around(kind: Any, local: Tensor, spec: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """A process group: how large it is, where this process stands in it, and what its processes hold together."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -105,9 +106,15 @@ def _again(ranks: tuple[int, ...]) -> Peers:
 _known: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, Peers]] = {}
 
 
+@lru_cache(maxsize=4096)  # torch makes the tensor of a mesh anew each time, and every parameter asks
+def ranks_in(mesh: Any) -> tuple[int, ...]:
+    """The global ranks in a `DeviceMesh`, in its order."""
+    return tuple(map(int, mesh.mesh.flatten().tolist()))
+
+
 def peers_of(mesh: Any) -> Peers:
     """The processes of a `DeviceMesh` of any number of dimensions; all of them ask at the same time."""
-    return peers_with(tuple(sorted(mesh.mesh.flatten().tolist())), mesh)
+    return peers_with(tuple(sorted(ranks_in(mesh))), mesh)
 
 
 def peers_with(ranks: tuple[int, ...], mesh: Any = None) -> Peers:

@@ -6,6 +6,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -89,10 +90,10 @@ class Net(nn.Module):
         return out
 
 
-def make_net() -> nn.Module:
+def make_net(dtype: torch.dtype = torch.float64) -> nn.Module:
     """The same on each process."""
     torch.manual_seed(0)
-    return Net().double()
+    return Net().to(dtype)
 
 
 def gradients(step: int, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -111,7 +112,9 @@ def gradients(step: int, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     return found
 
 
+@lru_cache
 def _mesh(*shape: int) -> Any:
+    """One for all models of a process: each would make groups of its own, with their threads."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh("cpu", shape, mesh_dim_names=tuple("abc"[: len(shape)]))
@@ -184,6 +187,16 @@ def mixed(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh, ignored_params={experts, *vectors})
 
 
+def two_meshes(model: nn.Module) -> None:
+    """Experts over pairs of processes, a layer over all in another order, the rest plain."""
+    from torch.distributed.tensor import Shard
+
+    pairs = _mesh(2, dist.get_world_size() // 2)
+    _distribute(model, "experts", pairs["b"], Shard(0))
+    _distribute(model.get_submodule("odd"), "weight", _mesh(dist.get_world_size()), Shard(1))
+    _distribute(model.get_submodule("up"), "weight", pairs["a"], Shard(0))
+
+
 def replicated(model: nn.Module) -> None:
     """As under DistributedDataParallel: every process has everything."""
 
@@ -191,6 +204,7 @@ def replicated(model: nn.Module) -> None:
 LAYOUTS: dict[str, Callable[[nn.Module], None]] = {
     f.__name__: f
     for f in (
-        fsdp, hsdp, tensor_parallel, fsdp_and_tensor_parallel, expert_parallel, cut_experts, mixed, replicated,
+        fsdp, hsdp, tensor_parallel, fsdp_and_tensor_parallel, expert_parallel, cut_experts, mixed, two_meshes,
+        replicated,
     )
 }  # fmt: skip

@@ -1,6 +1,9 @@
 """An optimizer does to sharded parameters what it does to them in one process."""
 
 from collections.abc import Sequence
+from functools import partial
+from heapq import nlargest
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 from emerging_optimizers.distributed.dtensor import local_of, spread_of
 from emerging_optimizers.distributed.groups import GATHERS
 from emerging_optimizers.testing import assert_same_as_one_process
-from emerging_optimizers.testing.one_process import part_of
+from emerging_optimizers.testing.one_process import difference_of, in_one_process, part_of
 from tests.cases import CASES
 from tests.distributed.processes import LAYOUTS, gradients, make_net, run
 
@@ -18,11 +21,21 @@ BY_NAME = {case.name: case for case in CASES}
 # One of each kind: element by element, element by element with a law for all of them, by matrix, with bases that are
 # refreshed in turns, from the weight, with a law for the weight.
 KINDS = ("adamw", "adamw_brake", "muon", "soap_every_third", "spectron")
-# By how much a weight of about 1 may be off after twenty steps. In float32 norms and stacks of other sizes are rounded
-# otherwise, and what Newton-Schulz or a factor makes of that is larger.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3}
-# Where it matters how many there are: empty shards, replicas, two dimensions.
-WORLDS = {"fsdp": 4, "hsdp": 4, "fsdp_and_tensor_parallel": 4, "mixed": 4}
+# By how much a weight of about 1 may be off after twenty steps. Measured were 3e-15 and 2e-6, both LaProp without bias
+# correction, whose weights move farthest; all others stay below 1e-15 and 6e-7.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5}
+# In how many tests the sweep over all cases comes.
+PARTS = 4
+# On how many processes a layout is tried on every day, where that is not two: empty shards, replicas, two dimensions;
+# three divide next to nothing.
+WORLDS = {
+    "fsdp": (3, 4),
+    "hsdp": (4,),
+    "fsdp_and_tensor_parallel": (4,),
+    "mixed": (4,),
+    "cut_experts": (2, 3),
+    "two_meshes": (4,),
+}
 
 
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -36,38 +49,50 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return case.make([{"params": plain}, {"params": fused, **view}], spike_guard=2.0)
 
 
-def compare(layout: str, names: Sequence[str], steps: int, dtype: torch.dtype = torch.float64) -> list[str]:
-    """What differs, in words; in each of several processes."""
-    found = []
-    for name in names:
-        try:
-            assert_same_as_one_process(
-                lambda: make_net().to(dtype),
-                lambda model, name=name: optimizer_of(name, model),
-                LAYOUTS[layout],
-                steps=steps,
-                tolerance=TOLERANCES[dtype],
-                gradients=gradients,
-            )
-        except Exception as error:
-            found.append(f"{layout}, {name}: {type(error).__name__}: {error}")
-    return found + [f"{GATHERS.count} tensors were gathered"] * (GATHERS.count > 0)
+def compare(
+    layouts: Sequence[str], names: Sequence[str], steps: int, dtypes: Sequence[torch.dtype] = (torch.float64,)
+) -> tuple[list[str], dict[tuple[torch.dtype, str, str], float]]:
+    """What differs, in words, and the largest difference of each dtype, layout and case; in each of several processes.
+
+    All layouts in one go: what one process does is the same for them, and so is the count of a rule's operations.
+    """
+    found, sizes = [], {}
+    for name, dtype in product(names, dtypes):
+        make_model, make_optimizer = partial(make_net, dtype), partial(optimizer_of, name)
+        expected = in_one_process(make_model, make_optimizer, steps=steps, gradients=gradients)
+        for layout in layouts:
+            try:
+                size, parameter, rank = difference_of(
+                    expected, make_model, make_optimizer, LAYOUTS[layout], steps=steps, gradients=gradients
+                )
+            except Exception as error:
+                found.append(f"{layout}, {name}, {dtype}: {type(error).__name__}: {error}")
+                continue
+            sizes[dtype, layout, name] = size
+            if not size <= TOLERANCES[dtype]:
+                found.append(f"{layout}, {name}, {dtype}: {parameter} differs by {size:.1e} on rank {rank}")
+    return found + [f"{GATHERS.count} tensors were gathered"] * (GATHERS.count > 0), sizes
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_sharded_is_as_one_process(layout: str) -> None:
-    world = WORLDS.get(layout, 2)
-    assert run(world, compare, layout, KINDS, 6) == [[]] * world
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_sharded_is_as_one_process(world: int) -> None:
+    layouts = [name for name in LAYOUTS if world in WORLDS.get(name, (2,))]
+    assert [found for found, _ in run(world, compare, layouts, KINDS, 6)] == [[]] * world
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(6000)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_case_is_as_one_process(layout: str, world: int, dtype: torch.dtype) -> None:
-    names = [case.name for case in CASES if case.optimizer != "tp_rekls"]
-    assert run(world, compare, layout, names, 20, dtype, timeout=5000) == [[]] * world
+def test_every_case_is_as_one_process(world: int, part: int) -> None:
+    names = [case.name for case in CASES if case.optimizer != "tp_rekls"][part::PARTS]
+    layouts = [name for name in LAYOUTS if world >= min(WORLDS.get(name, (2,)))]
+    outcome = run(world, compare, layouts, names, 20, [*TOLERANCES], timeout=5000)
+    sizes = outcome[0][1]
+    for dtype in TOLERANCES:
+        largest = nlargest(5, ((size, *where) for (kind, *where), size in sizes.items() if kind == dtype))
+        print(f"\n{dtype}, of {len(sizes)} comparisons the largest differences: {largest}")
+    assert [found for found, _ in outcome] == [[]] * world
 
 
 def make_two_dtypes() -> nn.Module:

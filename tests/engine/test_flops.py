@@ -109,3 +109,18 @@ def test_products_and_factorizations_are_counted_without_data() -> None:
         torch.linalg.eigh(product)
     assert (reflectors.shape, scales.shape) == (x.shape, (3, 4))
     assert counter.flops == pytest.approx(3 * (2 * (8 * 16 - 64 / 3) + 9 * 64))
+
+
+def test_a_call_that_is_known_is_counted_again_and_another_one_otherwise() -> None:
+    x, y = torch.empty(3, 8, 4, device="meta"), torch.empty(3, 4, 2, device="meta")
+    with FlopCounter() as counter:
+        for _ in range(2):
+            made = torch.bmm(x, y)
+        wide = torch.bmm(x.double(), y.double())
+        real = torch.bmm(torch.ones(3, 8, 4), torch.ones(3, 4, 2))
+        rows, columns = x.sum(1), x.sum(2)
+        written = torch.zeros_like(x).add_(1)
+    assert counter.flops == 4 * 2 * 3 * 8 * 4 * 2
+    assert (made.shape, made.dtype, wide.dtype) == ((3, 8, 2), torch.float32, torch.float64)
+    assert (rows.shape, columns.shape, written.shape) == ((3, 4), (3, 8), x.shape)
+    assert bool((real == 4).all())
