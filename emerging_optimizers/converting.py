@@ -120,6 +120,7 @@ def recognised(state_dict: Mapping[str, Any]) -> str:
         ValueError: none of them, or several could have.
     """
     check_format(state_dict)
+    _refuse_heavyball(state_dict)
     groups = state_dict["param_groups"]
     options = set(chain.from_iterable(groups))
     entries = set(chain.from_iterable(x for x in state_dict["state"].values() if isinstance(x, Mapping)))
@@ -140,6 +141,15 @@ def recognised(state_dict: Mapping[str, Any]) -> str:
             "the checkpoint could be keller-jordan's Muon or a published one of momentum; say source= (--from) which"
         )
     return "published"
+
+
+def _refuse_heavyball(state_dict: Mapping[str, Any]) -> None:
+    """Its releases from 2 on say who they are; their moments are debiased and lie under names of functions."""
+    if "heavyball" in state_dict:
+        raise ValueError(
+            "the checkpoint is heavyball's (2 or later), whose state is not converted; start the new optimizer "
+            "anew, or finish the run with heavyball"
+        )
 
 
 def options_of(saved: Mapping[str, Any], source: str, name: str) -> dict[str, Any]:

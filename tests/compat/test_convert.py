@@ -202,6 +202,14 @@ def test_a_file(tmp_path, capsys):
     assert new.param_groups[0].items() >= {"lr": 0.03, "scale_mode": "shape_scaling", "nesterov": True}.items()
 
 
+def test_heavyballs_checkpoint_is_named():
+    """The layout of heavyball 3.2.1: entries of a view of the parameter, under the name of the function."""
+    entries = {"update_by_adam_exp_avg_0": torch.ones(M, N), "is_initialized": {0}}
+    groups = [{"lr": 0.1, "betas": [0.9, 0.99], "params": [0]}]
+    with pytest.raises(ValueError, match="the checkpoint is heavyball's"):
+        recognised({"state": {0: {0: entries}}, "param_groups": groups, "heavyball": {}})
+
+
 class Anything:
     """What weights_only does not unpickle."""
 
