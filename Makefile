@@ -85,7 +85,7 @@ notebooks: $(ENV) ## execute the notebooks of examples/ in place
 
 docs: $(SPHINX) ## build the documentation as a site, site/index.html; a warning is an error
 	@echo "docs: a minute; the pages of the optimizers are made from the code"
-	@$(PY) -c "import sphinx, myst_nb, pydata_sphinx_theme" 2>/dev/null || { \
+	@$(PY) -c "import sphinx, myst_nb, pydata_sphinx_theme, mmdr" 2>/dev/null || { \
 	  echo "docs: $(PY) needs the extra 'docs': $(PY) -m pip install -c constraints.txt -e '.[docs]'"; exit 1; }
 	$(PY) -m sphinx -W --keep-going -q -b html -d build/docs docs site $(ARGS)
 
@@ -152,7 +152,7 @@ format: $(ENV) ## format the code and mend what ruff can mend
 	$(PY) -m ruff check --fix .
 
 clean: ## remove caches and build output (the environment and runs/ stay)
-	rm -rf build dist site docs/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist site docs/generated jupyter_execute .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 clean-env: ## remove the environment
