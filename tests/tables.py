@@ -44,7 +44,7 @@ def _sizes(name: str, M: int, N: int) -> Counter[str]:
 
 
 def state(name: str, unit: int = 1) -> str:
-    """State for each number of an (M, N) weight: numbers, or bytes by `unit`. S and T are its shorter and longer side."""
+    """State for each number of an (M, N) weight, in numbers of `unit` bytes; S, T: its shorter and longer side."""
     tall, wide = _sizes(name, LONG, SHORT), _sizes(name, SHORT, LONG)
     if tall != wide:  # which is about the shorter side, the N of the tall one
         tall = Counter({size.replace("M", "T").replace("N", "S"): count for size, count in tall.items()})
