@@ -23,10 +23,12 @@ ifeq ($(PY),.venv/bin/python)
 ENV := $(STAMP)
 FRAMEWORKS := .venv/.frameworks
 SPHINX := .venv/.docs
+RELEASE := .venv/.release
 else
 ENV :=
 FRAMEWORKS :=
 SPHINX :=
+RELEASE :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
@@ -36,7 +38,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid match findings notebooks docs bench bench-gpu bench-page test check lint format-check types contracts lock audit test-all test-gpu test-kernels new tables fingerprint fingerprint-check format clean clean-env
+.PHONY: help env demo grid match findings notebooks docs docs-check bench bench-gpu bench-page test check lint format-check types contracts lock audit release-check test-all test-gpu test-kernels new tables fingerprint fingerprint-check format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -85,9 +87,12 @@ notebooks: $(ENV) ## execute the notebooks of examples/ in place
 
 docs: $(SPHINX) ## build the documentation as a site, site/index.html; a warning is an error
 	@echo "docs: a minute; the pages of the optimizers are made from the code"
-	@$(PY) -c "import sphinx, myst_nb, pydata_sphinx_theme" 2>/dev/null || { \
+	@$(PY) -c "import sphinx, myst_nb, pydata_sphinx_theme, mmdr" 2>/dev/null || { \
 	  echo "docs: $(PY) needs the extra 'docs': $(PY) -m pip install -c constraints.txt -e '.[docs]'"; exit 1; }
 	$(PY) -m sphinx -W --keep-going -q -b html -d build/docs docs site $(ARGS)
+
+docs-check: $(SPHINX) ## build the site anew and look at it: links, titles, pictures, and in a Chromium where there is one
+	$(PYTEST) tests/test_site.py $(ARGS)
 
 test: check ## everything CI runs: check, then the tests that are not slow
 	@echo "test: pytest, two workers of one thread each"
@@ -111,13 +116,16 @@ contracts: $(ENV)
 	@echo "contracts: import-linter"
 	@$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-logo
 
-lock: ## write requirements-dev.lock again: the packages of the development environment with their hashes (needs uv)
-	@uv pip compile pyproject.toml --extra lab --extra dev --universal --python-version 3.11 --generate-hashes \
+lock: ## write requirements-dev.lock again: the packages of development, docs and releases with their hashes (needs uv)
+	@uv pip compile pyproject.toml --extra lab --extra dev --extra docs --extra release --universal --python-version 3.11 --generate-hashes \
 	  -c constraints.txt --no-emit-package torch --no-header --no-annotate -q \
 	  | awk '/^[a-z]/ {keep = $$0 !~ /^(cuda|nvidia|triton)/} keep' > requirements-dev.lock
 
 audit: $(ENV) ## ask whether a package of requirements-dev.lock has a known vulnerability (needs the network)
 	@$(PY) -m tests.audit
+
+release-check: $(RELEASE) ## build dist/, look into wheel and sdist, use each in a clean environment (needs an index)
+	@TORCH_INDEX="$(TORCH_INDEX)" $(PY) -m tests.release $(ARGS)
 
 test-all: check audit $(FRAMEWORKS) ## like test, with the slow sweeps and the examples of every framework
 	@echo "test-all: pytest with the slow sweeps"
@@ -152,7 +160,7 @@ format: $(ENV) ## format the code and mend what ruff can mend
 	$(PY) -m ruff check --fix .
 
 clean: ## remove caches and build output (the environment and runs/ stay)
-	rm -rf build dist site docs/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist site docs/generated jupyter_execute .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 clean-env: ## remove the environment
@@ -195,12 +203,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-.venv/.frameworks: $(STAMP)
-	@echo "env: installing the frameworks of docs/frameworks.md"
-	@$(UV) -e '.[lab,dev,frameworks]' || $(PIP) -e '.[lab,dev,frameworks]'
-	@touch $@
-
-.venv/.docs: $(STAMP)
-	@echo "env: installing what builds the documentation"
-	@$(UV) -e '.[lab,dev,docs]' || $(PIP) -e '.[lab,dev,docs]'
+# An extra that one target needs.
+.venv/.frameworks .venv/.docs .venv/.release: $(STAMP)
+	@echo "env: installing the extra '$(@:.venv/.%=%)'"
+	@$(UV) -e '.[lab,dev,$(@:.venv/.%=%)]' || $(PIP) -e '.[lab,dev,$(@:.venv/.%=%)]'
 	@touch $@

@@ -18,6 +18,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "pages"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath", "amsmath"]
 nb_execution_mode = "off"  # the notebooks carry the outputs of one run, which a test holds; running them takes minutes
+nb_render_markdown_format = "gfm"  # tables too
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 smartquotes = False  # "skip" is a text that somebody will copy

@@ -1,4 +1,4 @@
-"""Sphinx extension: the pages that are made from the code, links that leave `docs/`, and formulas without a script.
+"""Sphinx extension: the pages that are made from the code, and formulas, drawings and pictures without a script.
 
 The pages go to `docs/generated/`, which git does not know, so that none of them can be older than the code.
 """
@@ -12,10 +12,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import mmdr
 import torch
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
-from pygments.lexers.special import TextLexer
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
@@ -238,8 +238,41 @@ def displayed_math(self: Any, node: nodes.math_block) -> None:
     _mathml(self, text.strip(), True)
 
 
-class Plain(TextLexer):
-    """A drawing in words (mermaid), shown as it is written."""
+# ---- drawings and pictures -------------------------------------------------------------------------------------------
+
+# The ways of Mermaid in greys, which suit every page; a note is wrapped instead of growing over its neighbours.
+DRAWN = (
+    '%%{init: {"theme": "neutral", "look": "classic", "fontFamily": "DejaVu Sans, Verdana, sans-serif",'
+    ' "themeVariables": {"fontFamily": "DejaVu Sans, Verdana, sans-serif", "fontSize": "13px",'
+    ' "noteBkgColor": "#ffffff", "noteTextColor": "#000000", "noteBorderColor": "#888888"},'
+    ' "sequence": {"wrap": true, "width": 230, "messageFontSize": 12, "noteFontSize": 12, "actorFontSize": 13}}}%%\n'
+)
+
+
+def drawn(app: Sphinx, doctree: nodes.document) -> None:
+    """Blocks of Mermaid, which GitHub draws in the browser, as pictures that are part of the page."""
+    for block in list(doctree.findall(nodes.literal_block)):
+        if block.get("language") == "mermaid":
+            svg = mmdr.render(DRAWN + block.astext()).svg()
+            own = svg.replace("merman", f"drawing-{app.env.new_serialno('drawing')}")  # the names in it, once on a page
+            block.replace_self(nodes.raw("", f'<div class="drawing">{own}</div>', format="html"))
+
+
+def described(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """A picture that nobody describes, as those of a notebook are, is named by its section."""
+    for image in doctree.findall(nodes.image):
+        above = image.parent
+        while not (above is None or isinstance(above, nodes.section)):
+            above = above.parent
+        if "alt" not in image and above is not None:
+            image["alt"] = f"Figure: {above[0].astext()}"
+
+
+def enlarged(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """A click on a picture opens it alone, as large as it is: the column is narrow, a telephone narrower."""
+    if "body" in context:
+        picture = r'(<img [^>]*src="([^"]*_images/[^"]+)"[^>]*>)'
+        context["body"] = re.sub(picture, r'<a class="picture" href="\2">\1</a>', context["body"])
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -247,5 +280,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", generate)
     app.connect("autodoc-process-docstring", as_shown, priority=100)  # before napoleon
     app.add_html_math_renderer("mathml", (inline_math, None), (displayed_math, None))
-    app.add_lexer("mermaid", Plain)
+    app.connect("doctree-read", drawn)
+    app.connect("doctree-resolved", described)
+    app.connect("html-page-context", enlarged)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -43,12 +43,12 @@ def _sizes(name: str, M: int, N: int) -> Counter[str]:
     return Counter(named["".join(sorted(letters[n] for n in x.shape))] for x in matrices)
 
 
-def state(name: str) -> str:
-    """Numbers of state for each number of an (M, N) weight; S and T are its shorter and longer side."""
+def state(name: str, unit: int = 1) -> str:
+    """State for each number of an (M, N) weight, in numbers of `unit` bytes; S, T: its shorter and longer side."""
     tall, wide = _sizes(name, LONG, SHORT), _sizes(name, SHORT, LONG)
     if tall != wide:  # which is about the shorter side, the N of the tall one
         tall = Counter({size.replace("M", "T").replace("N", "S"): count for size, count in tall.items()})
-    terms = [f"{count} {size}" for size, count in sorted(tall.items())]
+    terms = [f"{count * unit} {size}" for size, count in sorted(tall.items())]
     return " + ".join(term.removesuffix(" 1").removeprefix("1 ") for term in terms)
 
 

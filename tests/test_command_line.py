@@ -132,6 +132,15 @@ def test_help_and_version(capsys: Any) -> None:
         assert ended(f"{name} --version", capsys) == (0, f"eopt {__version__}\n", "")
 
 
+def test_version_as_json_says_what_a_report_of_a_fault_needs(capsys: Any) -> None:
+    status, out, err = ended("--version --json", capsys)
+    said = json.loads(out)
+    assert (status, err) == (0, "")
+    assert said["eopt"] == __version__
+    assert said["packages"]["torch"]
+    assert str(Path.home()) not in out
+
+
 def test_what_help_says_of_the_labs_commands_is_what_they_say() -> None:
     assert {name: (kind.__doc__ or "").splitlines()[0] for name, kind in COMMANDS.items()} == LAB
 

@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds without a warning, and every link inside it leads somewhere."""
+"""The documentation as a site: it builds without a warning, every link leads somewhere, every page can be read."""
 
 import os
 import re
@@ -18,27 +18,37 @@ from emerging_optimizers.registry import OPTIMIZERS
 ROOT = Path(__file__).parents[1]
 
 
-class Links(HTMLParser):
-    """What a page links to and loads, and the names in it that a link may lead to."""
+class Page(HTMLParser):
+    """What a page links to and loads, the names in it that a link may lead to, its tags, and its pictures' words."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.links: set[str] = set()
-        self.names: set[str] = set()
+        self.names: list[str] = []
+        self.tags: list[str] = []
+        self.alts: list[str] = []
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "img":
+            self.alts.append(dict(attrs).get("alt") or "")
         for key, value in attrs:
             if key == "id":
-                self.names.add(value or "")
+                self.names.append(value or "")
             elif key in ("href", "src") and value:
                 self.links.add(unescape(value))
+
+
+def pages_of(site: Path) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html")) if "_static" not in path.parts}
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("sphinx", reason="sphinx of the extra 'docs' is not installed")
     pytest.importorskip("myst_nb", reason="myst-nb of the extra 'docs' is not installed")
+    pytest.importorskip("mmdr", reason="mmdr of the extra 'docs' is not installed")
     place = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     command += ["-d", str(place / "doctrees"), "docs", str(place / "html")]
@@ -53,7 +63,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_link_of_the_site_leads_to_a_file_and_to_a_name_in_it(site: Path) -> None:
-    pages = {path: Links(path) for path in site.rglob("*.html") if "_static" not in path.parts}
+    pages = pages_of(site)
     broken = []
     for path, page in pages.items():
         for link in page.links:
@@ -65,6 +75,42 @@ def test_every_link_of_the_site_leads_to_a_file_and_to_a_name_in_it(site: Path) 
             if not target.exists() or (name and target in pages and name not in pages[target].names):
                 broken.append(f"{path.relative_to(site)}: {link}")
     assert not broken
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_page_has_a_title_and_a_heading_and_its_names_once(site: Path) -> None:
+    for path, page in pages_of(site).items():
+        title = re.search(r"<title>\s*(\S.*?)</title>", path.read_text(), re.DOTALL)
+        assert title, path
+        assert not title[1].startswith("&lt;no title"), path
+        assert page.tags.count("h1") == 1 or path.name == "search.html", path  # whose heading a script writes
+        assert len(page.names) == len(set(page.names)), path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_picture_is_described_in_words(site: Path) -> None:
+    for path, page in pages_of(site).items():
+        assert all(alt.strip() and "/" not in alt and not alt.endswith(".png") for alt in page.alts), (path, page.alts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["internals/architecture", "distributed"])
+def test_blocks_of_mermaid_are_drawn(site: Path, name: str) -> None:
+    blocks = re.findall(r"^```mermaid$", (ROOT / "docs" / f"{name}.md").read_text(), re.MULTILINE)
+    assert blocks
+    assert (site / f"{name}.html").read_text().count('<div class="drawing"><svg') == len(blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_notebooks_are_pages_with_their_figures_and_tables(site: Path) -> None:
+    for path in sorted((ROOT / "examples" / "gradient_spike").glob("*.ipynb")):
+        page = Page(site / "generated" / "notebooks" / f"{path.stem}.html")
+        assert len(page.alts) == path.read_text().count('"image/png"'), path.name
+        assert "table" in page.tags, path.name
 
 
 @pytest.mark.slow
@@ -117,9 +163,11 @@ def test_a_browser_has_nothing_to_say_and_scrolls_no_page_sideways(site: Path, b
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_search_finds_muon(site: Path, browser: Any) -> None:
+@pytest.mark.parametrize(
+    ("words", "page"), [("Muon", "Muon (muon)"), ("GradScaler", "What is promised, and how it is tested")]
+)
+def test_the_search_finds(site: Path, browser: Any, words: str, page: str) -> None:
     tab = browser.new_page()
-    tab.goto(f"{(site / 'search.html').as_uri()}?q=Muon")
-    tab.wait_for_selector("#search-results li a")
-    assert "Muon (muon)" in tab.locator("#search-results li a").all_inner_texts()
+    tab.goto(f"{(site / 'search.html').as_uri()}?q={words}")
+    tab.wait_for_selector(f"#search-results li a:text-is('{page}')")
     tab.close()

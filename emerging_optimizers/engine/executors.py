@@ -72,8 +72,8 @@ def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: 
     with nullcontext() if rule.elementwise else fp32_matmul_precision(_precision(rule)):
         if execution != "compiled":
             return advance(rule, grad, state, t, phase)
-        step: Step = _compiled(rule, phase, BACKEND)(grad, state, as_tensors(t, grad.device))
-        return step
+        direction, new = _compiled(rule, phase, BACKEND)(grad, state, as_tensors(t, grad.device))
+        return Step(direction, type(state)(*new))
 
 
 def refresh(rule: Rule, state: Any, phase: Phase, execution: Execution) -> Any:
@@ -81,7 +81,7 @@ def refresh(rule: Rule, state: Any, phase: Phase, execution: Execution) -> Any:
     with fp32_matmul_precision(_precision(rule)):
         if execution != "compiled":
             return rule.refresh(state, phase)
-        return _compiled_refresh(rule, phase, BACKEND)(state)
+        return type(state)(*_compiled_refresh(rule, phase, BACKEND)(state))
 
 
 def _precision(rule: Rule) -> FP32MatmulPrecT:
@@ -134,16 +134,18 @@ def _compiled_elements(rule: Rule, backend: str) -> Any:
 @cache
 def _compiled(rule: Rule, phase: Phase, backend: str) -> Any:
     # Only the pure rule is compiled. The weight is written by the engine: compiled, `add_(a @ b, alpha=-lr)` loses
-    # its alpha and a float learning rate freezes at its second value (torch 2.13).
-    def update(grad: Tensor, state: Any, t: Any) -> Step:
-        return advance(rule, grad, state, t, phase)
+    # its alpha and a float learning rate freezes at its second value (torch 2.13). States come out as plain tuples:
+    # torch 2.11 makes some NamedTuples again without their values, or not at all.
+    def update(grad: Tensor, state: Any, t: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        out = advance(rule, grad, state, t, phase)
+        return out.direction, tuple(out.state)
 
     return torch.compile(update, fullgraph=True, dynamic=False, backend=backend)
 
 
 @cache
 def _compiled_refresh(rule: Rule, phase: Phase, backend: str) -> Any:
-    def refresh(state: Any) -> Any:
-        return rule.refresh(state, phase)
+    def refresh(state: Any) -> tuple[Any, ...]:
+        return tuple(rule.refresh(state, phase))
 
     return torch.compile(refresh, fullgraph=True, dynamic=False, backend=backend)

@@ -14,7 +14,8 @@ from emerging_optimizers._version import __version__
 from emerging_optimizers.cli import FailedError, UsageError
 from emerging_optimizers.cli.arguments import parse
 from emerging_optimizers.cli.completion import completion, options_of
-from emerging_optimizers.cli.questions import QUESTIONS
+from emerging_optimizers.cli.questions import QUESTIONS, show
+from emerging_optimizers.cli.versions import versions
 
 # What help says of the lab's commands, whose own texts cannot be read without the extra; a test compares them.
 LAB = {
@@ -76,7 +77,10 @@ def run(args: list[str]) -> None:
             raise UsageError("no command is given")
         return
     if "--version" in args:
-        print(f"eopt {__version__}")
+        if "--json" in args:
+            show(versions(), as_json=True)
+        else:
+            print(f"eopt {__version__}")
         return
     name, words = args[0].lower(), args[1:]
     if name == "completion":
@@ -122,7 +126,7 @@ def help_text() -> str:
     lines += [f"  {'completion':{width}}  Print what bash (or zsh) completes words by, for `source`."]
     lines += ["", "experiments (pip install 'emerging-optimizers[lab]'):"]
     lines += [f"  {name:{width}}  {text}" for name, text in LAB.items()]
-    return "\n".join([*lines, "", "eopt --version says which version this is."])
+    return "\n".join([*lines, "", "eopt --version says which version this is; with --json also of what is around it."])
 
 
 def _ended(message: str, status: int) -> Ended:
