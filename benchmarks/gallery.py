@@ -1,12 +1,13 @@
 """The recipes of `eopt gallery`, and the figures and tables of docs/gallery.md.
 
 `python -m benchmarks.gallery [ITEM ...]` tries recipes of each optimizer of an item, on seed 0: the rates that the
-registry says to start from, WIDE drawn ones, and then, one after the other, NEAR ones near the best so far. The best
-FINALISTS run again with another seed, and the lowest mean of both is the recipe. Every optimizer gets the same draws,
-and all that a draw says: two rates, two betas, decay, warm-up. What trials/ITEM.json holds is not run again.
+registry says to start from, WIDE drawn ones, and then, one after the other, NEAR ones near the best so far; of AdamW,
+MORE of those. The best FINALISTS run again with another seed, and the lowest mean of both is the recipe. Every
+optimizer gets the same draws, and all that a draw says: two rates, two betas, decay, warm-up. What trials/ITEM.json
+holds is not run again.
 
 `python -m benchmarks.gallery --page` runs `eopt gallery` for each item that is not in runs/ yet, copies its picture
-into docs/images/gallery/ and its result into benchmarks/results/, and prints the tables.
+into docs/images/gallery/ and its result into benchmarks/results/gallery/, and prints the tables.
 """
 
 import math
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from emerging_optimizers.lab.config import BASELINE
 from emerging_optimizers.lab.experiment import to_json
 from emerging_optimizers.lab.gallery import ITEMS, TRIALS, Recipe, Trial, train, trials
 from emerging_optimizers.lab.record import environment, write_json
@@ -27,7 +29,8 @@ from emerging_optimizers.lab.tasks import OPEN
 from emerging_optimizers.registry import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
-WIDE, NEAR, FINALISTS, AGAIN = 4, 4, 2, 4
+RESULTS = ROOT / "benchmarks" / "results" / "gallery"
+WIDE, NEAR, MORE, FINALISTS, AGAIN = 4, 4, 9, 2, 4
 DRAWN = {  # what is no rate
     "beta1": (0.8, 0.9, 0.95),
     "beta2": (0.9, 0.95, 0.99, 0.999),
@@ -62,24 +65,29 @@ def tune(name: str) -> None:
         return found
 
     path = TRIALS / f"{name}.json"
-    found = dict(trials(name)) if path.exists() else {}
+    found = {optimizer: [*tried] for optimizer, tried in trials(name).items()} if path.exists() else {}
     for optimizer in item.optimizers:
-        if optimizer in found:
-            continue
         draw = random.Random(name)  # the same for every optimizer
         start = Recipe(lr=OPTIMIZERS[optimizer].start or math.nan, **START)
-        tried: list[Trial] = []
-        for k in range(1 + WIDE + NEAR):
-            best = min(tried, key=lambda trial: trial.losses["0"], default=None)
+        tried = found.setdefault(optimizer, [])
+        for k in range(1 + WIDE + NEAR + (MORE if optimizer == BASELINE else 0)):
+            best = min(tried[:k], key=lambda trial: trial.losses["0"], default=None)
             recipe = start if best is None else drawn(draw, start) if k <= WIDE else near(draw, best.recipe)
             recipe = Recipe(**{key: float(f"{value:.3g}") for key, value in asdict(recipe).items()})
-            tried.append(Trial(recipe=recipe, losses={"0": loss(optimizer, recipe, 0)}))
+            if k == len(tried):
+                tried.append(Trial(recipe=recipe, losses={"0": loss(optimizer, recipe, 0)}))
+                save(path, found)
+            assert tried[k].recipe == recipe
         for trial in sorted(tried, key=lambda trial: trial.losses["0"])[:FINALISTS]:
-            again = replace(trial, losses={**trial.losses, str(AGAIN): loss(optimizer, trial.recipe, AGAIN)})
-            tried[tried.index(trial)] = again
-        found[optimizer] = tried
-        write_json(path, {"environment": environment(1), "trials": to_json(found)})
-    trials.cache_clear()
+            if str(AGAIN) not in trial.losses:
+                again = replace(trial, losses={**trial.losses, str(AGAIN): loss(optimizer, trial.recipe, AGAIN)})
+                tried[tried.index(trial)] = again
+                save(path, found)
+
+
+def save(path: Path, found: dict[str, list[Trial]]) -> None:
+    """What has been tried so far."""
+    write_json(path, {"environment": environment(1), "trials": to_json(found)})
 
 
 def page() -> None:
@@ -91,6 +99,8 @@ def page() -> None:
                 [sys.executable, "-m", "emerging_optimizers.lab", "gallery", name, "--out", str(folder)], check=True
             )
         shutil.copy(folder / "gallery.png", ROOT / "docs" / "images" / "gallery" / f"{name}.png")
+        shutil.copy(folder / "result.json", RESULTS / f"{name}.json")
+        shutil.copy(folder / "environment.json", RESULTS / f"{name}.environment.json")
         print(f"{name}\n\n{(folder / 'tables.md').read_text()}", flush=True)
 
 

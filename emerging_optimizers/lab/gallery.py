@@ -61,9 +61,7 @@ ITEMS = {
     "vit": Item(
         title="A ViT on digits", unit="nats per image", steps=100, others=_BOTH, takes="images", needs="scikit-learn"
     ),
-    "moe": Item(title="A mixture of experts", unit=_CHARACTER, steps=100, others=_BOTH, takes="text"),
     "low_rank": Item(title="A GPT of low rank", unit=_CHARACTER, steps=100, others=("spectron",), takes="text"),
-    "lora": Item(title="Fine-tuning with LoRA", unit=_CHARACTER, steps=80, others=_BOTH, takes="text", needs="peft"),
     "recurrent": Item(title="An LSTM", unit=_CHARACTER, steps=100, others=_BOTH, takes="text"),
     "autoencoder": Item(
         title="An autoencoder",
@@ -76,7 +74,7 @@ ITEMS = {
     "physics": Item(
         title="A physics-informed network",
         unit="relative error of u",
-        steps=300,
+        steps=200,
         others=(*_BOTH, "kl_shampoo"),
         log=True,
     ),

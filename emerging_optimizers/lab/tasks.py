@@ -205,6 +205,15 @@ def pretrained(task: Task, seed: int) -> Any:
     return model
 
 
+def in_characters_of(known: Text, own: Text) -> Text:
+    """A text without the characters that another one does not have, in the numbers of that one."""
+    ids_V = torch.tensor([known.vocabulary.find(character) for character in own.vocabulary])
+    train, validation = (ids[ids >= 0] for ids in (ids_V[own.train], ids_V[own.validation]))
+    if min(len(train), len(validation)) <= CONTEXT:
+        raise UsageError(f"{own.source} has hardly a character of the text that the model knows; give another one")
+    return replace(own, vocabulary=known.vocabulary, train=train, validation=validation)
+
+
 # ---- a differential equation -----------------------------------------------------------------------------------------
 
 
@@ -302,31 +311,10 @@ def _autoencoder(path: str | None) -> Task:
     return of_images(images, partial(Autoencoder, images.images_BCHW[0].numel()))
 
 
-def _lora(path: str | None) -> Task:
-    """The GPT, trained on the text that comes with Python, then adapted to the user's text or to Python's code."""
-    import _pydecimal
-
-    known = load_text(None, CONTEXT)
-    text = in_characters_of(known, load_text(path or _pydecimal.__file__, CONTEXT))
-    base = cache(partial(pretrained, of_text(known, partial(gpt, known))))
-    return of_text(text, lambda seed: with_lora(base(seed), seed))
-
-
-def in_characters_of(known: Text, own: Text) -> Text:
-    """A text without the characters that another one does not have, in the numbers of that one."""
-    ids_V = torch.tensor([known.vocabulary.find(character) for character in own.vocabulary])
-    train, validation = (ids[ids >= 0] for ids in (ids_V[own.train], ids_V[own.validation]))
-    if min(len(train), len(validation)) <= CONTEXT:
-        raise UsageError(f"{own.source} has hardly a character of the text that the model knows; give another one")
-    return replace(own, vocabulary=known.vocabulary, train=train, validation=validation)
-
-
 OPEN: dict[str, Callable[[str | None], Task]] = {
     "gpt": _characters(gpt),
     "vit": _vit,
-    "moe": _characters(experts),
     "low_rank": _characters(_low_rank),
-    "lora": _lora,
     "recurrent": _characters(_recurrent),
     "autoencoder": _autoencoder,
     "physics": lambda _: helmholtz(),

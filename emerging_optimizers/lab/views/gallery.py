@@ -24,7 +24,7 @@ def gallery_view(result: GalleryResult) -> View:
     seeds = sorted({run.seed for run in result.runs})
     return View(
         title=f"Gallery: {item.title[:1].lower()}{item.title[1:]}",
-        question="How fast does each optimizer train it, tuned with equally many trials, by step and by CPU second?",
+        question="How fast does each optimizer train it, tuned alike, by step and by CPU second?",
         facts=f"{result.runs[0].parameters:,} parameters are trained, for {result.steps[-1]} steps, with seeds "
         f"{', '.join(map(str, seeds))}: lines are medians, bands reach from the least to the most.{data}",
         keys=keys,
@@ -97,14 +97,15 @@ def _recipes(result: GalleryResult) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (
             name,
+            number(result.trials[name], "d"),
             *(number(x, ".2g") for x in (recipe.lr, recipe.companion_lr)),
             *(number(x, "g") for x in (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.warmup)),
         )
         for name, recipe in result.recipes.items()
     ]
     return Table(
-        title=f"The recipes, each the best of {min(result.trials.values())}",
-        head=("optimizer", "rate of matrices", "of the rest", "momentum", "beta2", "decay", "warm-up"),
+        title="The recipes, each the best of so many trials",
+        head=("optimizer", "trials", "rate of matrices", "of the rest", "momentum", "beta2", "decay", "warm-up"),
         rows=rows,
         keys=[*result.recipes],
     )
