@@ -325,7 +325,8 @@ OPEN: dict[str, Callable[[str | None], Task]] = {
 
 def schedule(done: int, steps: int, warmup: int) -> float:
     """What a rate is multiplied by: a line up, then half a cosine down."""
-    return min((done + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, done - warmup) / (steps - warmup)))
+    falls = max(1, steps - warmup)  # a run of one step has no time to fall
+    return min((done + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, done - warmup) / falls))
 
 
 def fit(
