@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,14 +22,15 @@ from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from emerging_optimizers import create_optimizer, plan_parameters
+from emerging_optimizers.lab import tasks
 from emerging_optimizers.lab.data import Text, load_text, seeded
-from emerging_optimizers.lab.model import GPT, Block
+from emerging_optimizers.lab.images import Images
 from emerging_optimizers.lab.palette import DARK, styles
 from emerging_optimizers.lab.record import environment, write_json
+from emerging_optimizers.lab.tasks import BATCH, BETAS, CONTEXT, WIDTH, ViT, fit, loss_of, schedule
 from emerging_optimizers.lab.views.describe import Table
 from emerging_optimizers.registry import OPTIMIZERS
 
@@ -38,9 +39,7 @@ OUT = ROOT / "benchmarks" / "results" / "match.json"
 GUESSES = {"muon": 0.4, "soap": 2.0, "rekls": 2.0, "shampoo": 2.0, "scion": 0.4}  # factors that the first sweep has
 TASKS = ("gpt", "digits", "experts")
 SEEDS = (0, 1, 2)
-STEPS, WARMUP, BATCH, CONTEXT, WIDTH, HEADS = 150, 40, 16, 64, 64, 4
-DEPTH = {"gpt": 2, "experts": 1}
-BETAS = (0.9, 0.95)
+STEPS, WARMUP = 150, 40
 DECAYS = (0.01, 0.1, 1.0)
 START = 0.008  # where the search for AdamW's rate begins
 NEAR = (0.5, 1.0, 2.0)
@@ -69,66 +68,17 @@ class Result(NamedTuple):
 # ---- the tasks -------------------------------------------------------------------------------------------------------
 
 
-class ExpertBlock(Block):
-    """The GPT's block with four experts in place of its perceptron, of which the router takes two for a character."""
-
-    def __init__(self, width: int, heads: int, generator: torch.Generator) -> None:
-        super().__init__(width, heads)
-        del self.mlp_in, self.mlp_out
-        self.router = nn.Linear(width, 4, bias=False)
-        self.experts_up = nn.Parameter(torch.empty(4, 2 * width, width))
-        self.experts_down = nn.Parameter(torch.empty(4, width, 2 * width))
-        for p in self.parameters():
-            if p.ndim > 1:
-                nn.init.normal_(p, 0, 0.02, generator=generator)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        y_SD = self.mlp_norm(x_BTD).flatten(0, 1)
-        gates, chosen = self.router(y_SD).softmax(-1).topk(2)
-        gates_SE = torch.zeros(len(y_SD), 4).scatter(1, chosen, gates / gates.sum(-1, keepdim=True))
-        hidden_ESH = F.gelu(y_SD @ self.experts_up.mT)
-        out_SD = torch.einsum("esd,se->sd", hidden_ESH @ self.experts_down.mT, gates_SE)
-        return x_BTD + out_SD.view_as(x_BTD)
-
-
-class ViT(nn.Module):
-    """Patches of `side` x `side` pixels of an image of `size` x `size`."""
-
-    def __init__(self, seed: int, *, side: int = 2, size: int = 8, channels: int = 1) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.patch = nn.Conv2d(channels, WIDTH, side, side)
-            self.position = nn.Parameter(torch.randn((size // side) ** 2, WIDTH) * 0.02)
-            layer = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-            self.layers = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, **layer) for _ in range(2))
-            self.norm = nn.LayerNorm(WIDTH)
-            self.head = nn.Linear(WIDTH, 10)
-
-    def loss(self, images: Tensor, labels_B: Tensor) -> Tensor:
-        images_BCHW = images if images.ndim == 4 else images[:, None]
-        x_BTD = self.patch(images_BCHW).flatten(2).mT + self.position
-        for layer in self.layers:
-            x_BTD = layer(x_BTD)
-        return F.cross_entropy(self.head(self.norm(x_BTD.mean(1))), labels_B)
-
-
 @cache
 def digits() -> tuple[Tensor, Tensor]:
     """1797 images of 8 x 8 pixels in [0, 1], in a fixed random order, and their labels."""
-    try:
-        from sklearn.datasets import load_digits
-
-        images, labels = map(torch.tensor, load_digits(return_X_y=True))
-    except ModuleNotFoundError:
-        if not sys.argv[1:]:
-            sys.exit("the digits need scikit-learn: pip install scikit-learn, or name UCI's optdigits.tes")
+    if sys.argv[1:]:
         lines = [line for line in Path(sys.argv[1]).read_text().splitlines() if line[:1].isdigit()]
         table = torch.tensor([[int(x) for x in line.split(",")] for line in lines])
-        images, labels = table[:, :64], table[:, 64]
-    order = torch.randperm(len(images), generator=seeded(0, 0))
-    return images[order].view(-1, 8, 8).float() / 16, labels[order]
+        found = Images.of(sys.argv[1], table[:, :64].reshape(-1, 8, 8) / 16, table[:, 64])
+    else:
+        found = tasks.digits()
+    assert found.labels_B is not None
+    return found.images_BCHW[:, 0], found.labels_B
 
 
 @cache
@@ -140,12 +90,7 @@ def make(task: str, seed: int) -> Any:
     """A model with its initial weights."""
     if task == "digits":
         return ViT(seed)
-    size = {"context": CONTEXT, "width": WIDTH, "depth": DEPTH[task], "heads": HEADS}
-    model = GPT(vocabulary=len(text().vocabulary), **size, seed=seed)
-    if task == "experts":
-        generator = seeded(seed, -1)
-        model.blocks = nn.ModuleList(ExpertBlock(WIDTH, HEADS, generator) for _ in range(DEPTH[task]))
-    return model
+    return tasks.experts(text(), seed) if task == "experts" else tasks.gpt(text(), seed)
 
 
 def batch(task: str, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -177,38 +122,14 @@ def train(cell: Cell) -> Result:
 
     rms = math.nan
     before: list[Tensor] = []
-    for step in fit(model, optimizer, partial(batch, cell.task, cell.seed), STEPS):
+    for step in fit(model, optimizer, partial(batch, cell.task, cell.seed), STEPS, WARMUP):
         if step == STEPS // 2 - 1:
             before = [p.detach().clone() for p in matrices]
         if step == STEPS // 2:
             with torch.no_grad():
                 moved = torch.cat([(p - q).flatten() for p, q in zip(matrices, before, strict=True)])
-            rms = moved.square().mean().sqrt().item() / (cell.lr * schedule(step - 1, STEPS))
-    return Result(loss_of(model, held_out(cell.task)), round(rms, 3))
-
-
-def schedule(done: int, steps: int) -> float:
-    """What a rate is multiplied by: a line up, then half a cosine down."""
-    return min((done + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(0, done - WARMUP) / (steps - WARMUP)))
-
-
-def fit(model: Any, optimizer: torch.optim.Optimizer, batches: Callable[[int], Any], steps: int) -> Iterator[int]:
-    """Train; the number of every step that is done, from 1."""
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(schedule, steps=steps))
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        model.loss(*batches(step)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        yield step
-        rates.step()
-
-
-@torch.no_grad()
-def loss_of(model: Any, examples: tuple[Tensor, Tensor]) -> float:
-    """With four digits, infinite where it is not finite."""
-    loss = model.loss(*examples).item()
-    return round(loss, 4) if math.isfinite(loss) else math.inf
+            rms = moved.square().mean().sqrt().item() / (cell.lr * schedule(step - 1, STEPS, WARMUP))
+    return Result(round(loss_of(model, held_out(cell.task)), 4), round(rms, 3))
 
 
 # ---- the sweeps ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ is worth there at all.
 import _pydecimal
 import json
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,37 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.match import (
-    BATCH,
-    BETAS,
-    CONTEXT,
-    NEAR,
-    SEEDS,
-    WARMUP,
-    WIDTH,
-    Runs,
-    ViT,
-    batch,
-    fit,
-    held_out,
-    loss_of,
-    make,
-    search,
-    text,
-)
+from benchmarks.match import NEAR, SEEDS, WARMUP, Runs, batch, held_out, make, search, text
 from emerging_optimizers import create_optimizer
+from emerging_optimizers.lab import tasks
 from emerging_optimizers.lab.data import Text, load_text, seeded
 from emerging_optimizers.lab.record import environment
+from emerging_optimizers.lab.tasks import BASE_STEPS, BATCH, BETAS, CONTEXT, RANK, WIDTH, ViT, fit, loss_of
 from emerging_optimizers.lab.views.describe import Table
 from emerging_optimizers.routing.roles import TREATMENTS
 
 OUT = Path(__file__).parent / "results" / "role_defaults.json"
-STEPS, DECAY, RANK, BASE_STEPS = 100, 0.01, 8, 300
+STEPS, DECAY = 100, 0.01
 START = 0.008  # where each search for a rate begins
 AROUND = (0.25, *NEAR)
 FRESH = (3, 4, 5, 6, 7)  # seeds that have found no rate
 HELD_OUT = 1000  # a seed of no run
-LINEAR = ["query", "key", "value", "output", "mlp_in", "mlp_out", "linear1", "linear2"]  # what LoRA adapts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,32 +96,20 @@ class ConvNeXt(nn.Module):
 
 
 @cache
-def pretrained(task: str, seed: int) -> nn.Module:
-    """A model that AdamW has trained, as nearly all are that people adapt."""
-    model = make(task, seed)
-    optimizer = create_optimizer("adamw", model, lr=START, weight_decay=DECAY, betas=BETAS)
-    for _ in fit(model, optimizer, partial(batch, task, seed), BASE_STEPS):
-        pass
-    return model
+def base(task: str, seed: int) -> nn.Module:
+    """A model that AdamW has trained."""
+    return tasks.pretrained(tasks.Task(partial(make, task), partial(batch, task), partial(held_out, task)), seed)
 
 
 def adapted(task: str, seed: int) -> nn.Module:
     """One of three such models, frozen, with LoRA's factors."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = deepcopy(pretrained(task, seed % 3))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return inject_adapter_in_model(LoraConfig(r=RANK, target_modules=LINEAR), model)
+    return tasks.with_lora(base(task, seed % 3), seed)
 
 
 @cache
 def code() -> Text:
     """A module of Python's, in the characters of the text that the GPT is trained on, which is prose."""
-    known, own = text(), load_text(_pydecimal.__file__, CONTEXT)
-    ids_V = torch.tensor([known.vocabulary.find(character) for character in own.vocabulary])
-    train, validation = (ids[ids >= 0] for ids in (ids_V[own.train], ids_V[own.validation]))
-    return replace(own, source="_pydecimal", vocabulary=known.vocabulary, train=train, validation=validation)
+    return replace(tasks.in_characters_of(text(), load_text(_pydecimal.__file__, CONTEXT)), source="_pydecimal")
 
 
 def turned(examples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -232,7 +203,7 @@ def train(cell: Cell) -> Result:
     )
     for _ in fit(model, optimizer, partial(task.batch, cell.seed), STEPS):
         pass
-    return Result(loss_of(model, task.held_out()))
+    return Result(round(loss_of(model, task.held_out()), 4))
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------

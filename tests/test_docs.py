@@ -24,6 +24,7 @@ PAGES = (
         for name in (
             "distributed",
             "field",
+            "gallery",
             "migrate",
             "optimizers",
             "qk_clip",

@@ -27,6 +27,7 @@ LAB = {
     "range.",
     "tf32": "Train with SOAP and REKLS in float32 and in emulated TF32, with and without a spike, and compare the "
     "losses.",
+    "gallery": "Train a small task with a tuned AdamW and with matrix optimizers, three seeds each.",
     "report": "Put the results of every finished run into one HTML file, with tables and interactive figures.",
 }
 

@@ -22,6 +22,7 @@ from emerging_optimizers.cli import FailedError, StoppedError, UsageError
 from emerging_optimizers.cli.progress import Progress, Say
 from emerging_optimizers.lab.config import TrainConfig
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
+from emerging_optimizers.lab.gallery import GalleryConfig
 from emerging_optimizers.lab.places import Existing
 from emerging_optimizers.lab.precision import PrecisionConfig
 from emerging_optimizers.lab.spike import SpikeConfig
@@ -313,6 +314,28 @@ class TF32(Continuing):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gallery(Continuing):
+    """Train a small task with a tuned AdamW and with matrix optimizers, three seeds each."""
+
+    config: tyro.conf.OmitArgPrefixes[GalleryConfig] = field(default_factory=GalleryConfig)
+    out: Path | None = None
+    """Folder of the result and the figure; by default runs/gallery-ITEM."""
+
+    def run(self, args: Sequence[str]) -> None:
+        """Lists the tasks, or trains one, shows its tables and writes its files."""
+        from emerging_optimizers.lab.gallery import GalleryResult, run_gallery
+        from emerging_optimizers.lab.present import carry_out, in_one_go, show
+        from emerging_optimizers.lab.views.gallery import gallery_view, list_of_items
+
+        if not self.config.item:
+            show((list_of_items(),), as_json=self.json)
+            return
+        out = self.out or Path(f"runs/gallery-{self.config.item}")
+        run = in_one_go(GalleryResult, self.config, out, partial(run_gallery, self.config))
+        carry_out(run, gallery_view, out, ("eopt", "gallery", *args), self.existing, self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Overwriting):
     """Put the results of every finished run into one HTML file, with tables and interactive figures."""
 
@@ -336,5 +359,5 @@ class Report(Overwriting):
         print(self.out)
 
 
-Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Report
+Command = Train | Grid | Spike | Eigenbasis | Precision | TF32 | Gallery | Report
 COMMANDS = {kind.__name__.lower(): kind for kind in get_args(Command)}

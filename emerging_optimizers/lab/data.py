@@ -93,8 +93,8 @@ def load_text(path: str | None, context: int) -> Text:
     needed = HELD_OUT * (context + 1)
     if len(text) < needed:
         raise UsageError(
-            f"{source} has {len(text)} characters and --context {context} needs {needed}, since the last "
-            f"tenth is held out and must hold {context + 1}; give a longer text or a shorter context"
+            f"{source} has {len(text)} characters and a context of {context} needs {needed}, since the last "
+            f"tenth is held out and must hold {context + 1}; give a longer text, or a shorter context"
         )
     vocabulary = "".join(sorted(set(text)))
     index = {character: i for i, character in enumerate(vocabulary)}

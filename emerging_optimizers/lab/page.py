@@ -103,8 +103,14 @@ def _trace(curve: Curve, key: Key) -> dict[str, Any]:
         "faint": curve.faint,
         "symbol": SYMBOLS[key.mark if curve.mark == OWN else curve.mark] if curve.mark else "",
         "x": None if curve.x is None else list(curve.x),
-        "y": [y if math.isfinite(y) else None for y in curve.y],
+        "y": _finite(curve.y),
+        "band": None if curve.band is None else [_finite(edge) for edge in curve.band],
     }
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    """What is not finite is a gap."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def _axis(

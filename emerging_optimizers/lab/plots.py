@@ -119,6 +119,8 @@ def _draw_panel(axes: Axes, panel: Panel, keys: Mapping[str, Key]) -> None:
     for curve in panel.curves:
         x = range(1, len(curve.y) + 1) if curve.x is None else curve.x
         axes.plot(x, curve.y, **_style(curve, keys[curve.key]))
+        if curve.band is not None:
+            axes.fill_between(x, *curve.band, color=keys[curve.key].color, alpha=0.15, linewidth=0)
     for place in panel.lines:
         axes.axvline(place, color=DARK, alpha=0.5, linestyle=":", linewidth=1)
     for level in panel.levels:

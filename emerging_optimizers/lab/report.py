@@ -9,6 +9,7 @@ from typing import Any
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.lab.config import TrainConfig
 from emerging_optimizers.lab.eigenbasis import EigenbasisResult
+from emerging_optimizers.lab.gallery import GalleryResult
 from emerging_optimizers.lab.page import Section, render
 from emerging_optimizers.lab.places import claim_page
 from emerging_optimizers.lab.precision import PrecisionResult
@@ -18,6 +19,7 @@ from emerging_optimizers.lab.spike import SpikeResult
 from emerging_optimizers.lab.tf32 import TF32Result
 from emerging_optimizers.lab.views.describe import View
 from emerging_optimizers.lab.views.eigenbasis import eigenbasis_view
+from emerging_optimizers.lab.views.gallery import gallery_view
 from emerging_optimizers.lab.views.precision import precision_view
 from emerging_optimizers.lab.views.spike import spike_view
 from emerging_optimizers.lab.views.tf32 import tf32_view
@@ -56,6 +58,7 @@ KINDS = (
     Kind("eigenbasis", "eigenbasis*/result.json", _stored(EigenbasisResult), eigenbasis_view),
     Kind("precision", "precision*/result.json", _stored(PrecisionResult), precision_view),
     Kind("tf32", "tf32*/result.json", _stored(TF32Result), tf32_view),
+    Kind("gallery", "gallery*/result.json", _stored(GalleryResult), gallery_view),
     Kind("train", "*/summary.json", _trained, train_view),
 )
 
@@ -126,7 +129,7 @@ def _command(name: str, config: Any) -> str:
                 given = [str(x) for x in value]
             case _:
                 given = [str(value)]
-        words += [f"--{field.name.replace('_', '-')}", *given]
+        words += given if field.name == "item" else [f"--{field.name.replace('_', '-')}", *given]
     return shlex.join(words)
 
 

@@ -42,7 +42,7 @@ def test_held_out_windows_reach_from_the_first_to_the_last_character(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"abc" * 10, r"has 30 characters and --context 16 needs 170"),
+        (b"abc" * 10, r"has 30 characters and a context of 16 needs 170"),
         (b"\xff\xfe\xfa" * 100, r"--text .*can't decode"),
         (None, r"--text .*No such file"),
     ],

@@ -56,6 +56,7 @@ def line(tiny_args, tmp_path, monkeypatch):
         "eigenbasis": EIGENBASIS.split(),
         "precision": PRECISION.split(),
         "tf32": TF32.split(),
+        "gallery": ["physics", "--steps", "1"],
     }
     return lambda command: ([command, *words[command]], tmp_path / ("out.json" if command == "grid" else "out"))
 

@@ -16,6 +16,7 @@ from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.commands import Command
 from emerging_optimizers.lab.config import TrainConfig, UsageError
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig, run_eigenbasis
+from emerging_optimizers.lab.gallery import GalleryConfig, GalleryResult, run_gallery
 from emerging_optimizers.lab.page import _plot
 from emerging_optimizers.lab.precision import PrecisionConfig, run_precision
 from emerging_optimizers.lab.record import environment, write_json
@@ -33,6 +34,7 @@ CONFIGS = {
     ),
     "eigenbasis": EigenbasisConfig(shape=(12, 8), steps=12, spike_at=5, offsets=(1, 2), top=3),
     "precision": PrecisionConfig(shape=(8, 16), ranges=(10.0, 1e6), draws=2),
+    "gallery": GalleryConfig(item="physics", steps=3),
     "train": TrainConfig(**TINY, optimizers=("adamw", "lion"), lr={"lion": 1e-3}),
     "train_spiked": TrainConfig(**TINY, optimizers=("adamw",), spike_at=3, spike_scale=100.0),
     "tf32": TF32Config(optimizers=("rekls",), seeds=(0, 3), steps=12, spike_at=4),
@@ -66,7 +68,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    for name, run in {"spike": run_spike, "eigenbasis": run_eigenbasis, "precision": run_precision}.items():
+    made = {"spike": run_spike, "eigenbasis": run_eigenbasis, "precision": run_precision, "gallery": run_gallery}
+    for name, run in made.items():
         write_json(runs / name / "result.json", run(CONFIGS[name]).to_json())
         write_json(runs / name / "environment.json", {**environment(1), "command": ["eopt", name]})
     write_json(runs / "tf32" / "result.json", filled(CONFIGS["tf32"]).to_json())
@@ -120,6 +123,9 @@ def test_the_tables_of_the_other_experiments_hold_the_numbers_of_their_results(r
     assert [(key, numbers[:3]) for key, numbers in page.rows["train_spiked"][1:]] == spiked
     first = [run["final_loss"] for run in stored(runs, "tf32")["runs"] if run["seed"] == 0]
     assert [numbers[0] for _, numbers in page.rows["tf32"]] == first
+    gallery = GalleryResult.from_json(stored(runs, "gallery"))
+    losses = [(name, [*gallery.last(name)]) for name in gallery.recipes]
+    assert [(key, numbers[:3]) for key, numbers in page.rows["gallery"][: len(losses)]] == losses
 
 
 def test_nothing_is_fetched(runs, page):

@@ -9,12 +9,14 @@ pytest.importorskip("plotly", reason="plotly of the extra 'lab' is not installed
 
 from emerging_optimizers.lab import plots
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig, run_eigenbasis
+from emerging_optimizers.lab.gallery import GalleryConfig, run_gallery
 from emerging_optimizers.lab.page import _plot
 from emerging_optimizers.lab.precision import PrecisionConfig, run_precision
 from emerging_optimizers.lab.runs import TrainResult
 from emerging_optimizers.lab.spike import SpikeConfig, run_spike
 from emerging_optimizers.lab.views.describe import Table, View, number
 from emerging_optimizers.lab.views.eigenbasis import eigenbasis_view
+from emerging_optimizers.lab.views.gallery import gallery_view
 from emerging_optimizers.lab.views.precision import precision_view
 from emerging_optimizers.lab.views.spike import spike_view
 from emerging_optimizers.lab.views.tf32 import tf32_view
@@ -29,6 +31,7 @@ VIEWS = {
     ),
     "precision": lambda: precision_view(run_precision(PrecisionConfig(shape=(6, 8), ranges=(10.0, 1e6), draws=2))),
     "tf32": lambda: tf32_view(filled(CONFIG)),
+    "gallery": lambda: gallery_view(run_gallery(GalleryConfig(item="physics", steps=3))),
 }
 
 

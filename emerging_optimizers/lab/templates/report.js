@@ -16,7 +16,14 @@ function draw(figure) {
 function traces(figure, panel) {
   const hidden = hiddenKeys(figure.closest("section"));
   const where = figure.spec.x.title;
-  return panel.curves.map((curve) => ({
+  const color = (curve) => (curve.color === "currentColor" ? themed("ink") : curve.color);
+  const edge = (curve, y, more) => ({
+    x: curve.x, y, visible: !hidden.has(curve.key), mode: "lines", opacity: 0.2, hoverinfo: "skip",
+    line: { color: color(curve), width: 0 }, ...more,
+  });
+  return panel.curves.flatMap((curve) => [...(curve.band ? [
+    edge(curve, curve.band[0], {}), edge(curve, curve.band[1], { fill: "tonexty" }),
+  ] : []), {
     ...(curve.x ? { x: curve.x } : { x0: 1, dx: 1 }),
     y: curve.y,
     name: curve.key,
@@ -24,10 +31,10 @@ function traces(figure, panel) {
     mode: [curve.dash && "lines", curve.symbol && "markers"].filter(Boolean).join("+"),
     ...(curve.symbol ? { marker: { symbol: curve.symbol, ...(curve.dash ? {} : { size: 8 }) } } : {}),
     opacity: curve.faint ? 0.5 : 1,
-    line: { color: curve.color === "currentColor" ? themed("ink") : curve.color, dash: curve.dash || "solid", width: 1.8 },
+    line: { color: color(curve), dash: curve.dash || "solid", width: 1.8 },
     // Plotly reads some tags in what it shows: a name is none.
     hovertemplate: `<b>${curve.key.replaceAll("&", "&amp;").replaceAll("<", "&lt;")}</b><br>%{y:.4g}<br>${where} %{x}<extra></extra>`,
-  }));
+  }]);
 }
 
 function layout(figure, panel) {

@@ -42,6 +42,8 @@ class Curve:
     mark: str = ""
     """The marker of the points, if they have one; OWN is the key's."""
     faint: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    """What is shaded around the line, from below to above."""
 
 
 @dataclass(frozen=True)
