@@ -232,18 +232,16 @@ class RuleOptimizer(DeclaredOptimizer):
         return self._places.plan(self._wanted(), self.__dict__["state"])
 
     def __getstate__(self) -> dict[str, Any]:
-        kept, places = {name: getattr(self, name) for name in self._kept}, self._places
-        events = {p: places.events_of(p) for p in (*places.homes, *places.events)}
-        return {**super().__getstate__(), **kept, "_events": events, "_foreign": self._others()}
+        kept = {name: getattr(self, name) for name in self._kept}
+        return {**super().__getstate__(), **kept, "_past": self._places.past(), "_foreign": self._others()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in (("_ahead", Ahead()), ("_foreign", frozenset()), ("_told", set())):
             self.__dict__.setdefault(name, value)
-        events = state.get("_events", {})
-        super().__setstate__({key: value for key, value in state.items() if key != "_events"})
+        super().__setstate__({key: value for key, value in state.items() if key != "_past"})
         self._places = Places(self._name, self._layout())
         self._forget_stacks()
-        self._places.events = events
+        self._places.events, self._places.views_before = state.get("_past", ({}, {}))
         for group in self.param_groups:  # a checkpoint from before an option existed
             for name, value in self._defaults_of(group).items():
                 group.setdefault(name, value)

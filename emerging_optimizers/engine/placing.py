@@ -17,7 +17,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
 from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of, needs
 from emerging_optimizers.engine.kept import KEYS
-from emerging_optimizers.engine.packing import CODES, SCALES, named, others_than, widened
+from emerging_optimizers.engine.packing import CODES, SCALES, named, others_than, plain_key, widened
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rule import Rule, translated
 from emerging_optimizers.engine.validate import label, label_of, place
@@ -61,11 +61,13 @@ class Places:
         buckets: with the index of their group.
         homes: of each parameter, its buckets and the rows in them.
         events: how often parameters were scaled down and skipped in buckets that are gone.
+        views_before: of a copy that has no stacks yet, the `matrix_view` that the state of each parameter was made for.
     """
 
     def __init__(self, name: str, layout: Layout) -> None:
         self._name, self.layout = name, layout
         self.events: dict[Tensor, Tensor] = {}
+        self.views_before: dict[Tensor, Any] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -178,13 +180,19 @@ class Places:
     def _fill(self, wanted: Wanted, asked: Asked, states: _StatesT) -> list[Bucket]:
         """New stacks of a group, with the state that there is."""
         group, rule = wanted.group, wanted.rule
-        view_of = {p: self._placed[i].options[0] for i, bucket in self.buckets for p in bucket.sources}
+        view_of = self._view_of()
         saved = {}
         for p in asked.parameters:
             if isinstance(state := states.get(p), dict):
                 # The blocks of 8 bits are those of the matrices that there were.
                 other = p in view_of and view_of[p] != group["matrix_view"]
-                saved[p] = translated(rule, self._wide(p, state) if other else state)
+                if other and p not in self.homes and any(plain_key(key) != key for key in state):
+                    raise ValueError(
+                        f"{wanted.owner}: {label_of([group], p)} had matrix_view={view_of[p]!r} when the optimizer was "
+                        f"copied, and has {group['matrix_view']!r} before the copy's first step; its 8 bits are those "
+                        f"of the matrices that there were. Change it before the copy, or after a step of it"
+                    )
+                saved[p] = translated(rule, self._wide(p, state) if other and p in self.homes else state)
         try:
             buckets = fill_buckets(asked, rule, saved, self.layout)
             keys = keys_of(buckets)
@@ -203,6 +211,15 @@ class Places:
                 f"state of another kind: {wrong}. Set the option back, or clear the state to start anew"
             ) from None
         return buckets
+
+    def _view_of(self) -> dict[Tensor, Any]:
+        """The `matrix_view` that the state of each parameter was made for."""
+        here = {p: self._placed[i].options[0] for i, bucket in self.buckets for p in bucket.sources}
+        return {**self.views_before, **here}
+
+    def past(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Any]]:
+        """What a copy, which makes its own stacks, has to know of these: see `events` and `views_before`."""
+        return {p: self.events_of(p) for p in (*self.homes, *self.events)}, self._view_of()
 
     def _wide(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a parameter that has a place, with what is in 8 bits in float32."""
@@ -248,6 +265,7 @@ class Places:
                 bucket.post(flags)
         states.update(entries)
         self.buckets, self.homes, self._placed, self.events = buckets, homes, placed, events
+        self.views_before = {}
         self.exchange = Exchange.of(self._name, buckets, chain.from_iterable(w.group["params"] for w in wanted))
 
     def _entry(self, p: Tensor, state: Any, home: list[tuple[Bucket, int]] | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -262,6 +263,25 @@ def test_numbers_survive_a_change_to_float32_and_to_another_view() -> None:
     found = dequantise(codes.mT.contiguous(), scales).mT
     assert (found - expected).norm() < 0.01 * expected.norm()
     assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 96)], ids=str)
+def test_another_view_before_a_copys_first_step_is_refused_by_name(copied: Any, shape: tuple[int, int]) -> None:
+    w = torch.nn.Parameter(torch.randn(*shape))
+    optimizer = Muon([w], lr=0.01, state_dtype="int8")
+    train(optimizer, [w], range(1, 3))
+    twin = copied(copied(optimizer))
+    (v,), before = twin.param_groups[0]["params"], w.detach().clone()
+    v.grad = torch.ones(shape)
+    twin.param_groups[0]["matrix_view"] = "transposed"
+    with pytest.raises(ValueError, match=r"had matrix_view='auto' when the optimizer was copied, and has 'transposed'"):
+        twin.step()
+    assert torch.equal(v, before)
+    twin.param_groups[0]["matrix_view"] = "auto"
+    twin.step()
+    twin.param_groups[0]["matrix_view"] = "transposed"
+    twin.step()
 
 
 def test_entries_that_somebody_replaces_are_taken_over() -> None:
