@@ -248,6 +248,7 @@ def test_an_interrupted_grid_names_the_command_that_goes_on(tmp_path: Path) -> N
     assert len(json.loads(out.read_text())["runs"]) > before
 
 
+@pytest.mark.slow  # as a grid's, whose test is quicker
 def test_an_interrupted_comparison_of_precisions_names_the_command_that_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "tf32"
     words = ["--steps", "25", "--spike-at", "3", "--optimizers", "rekls", "--processes", "1", "--out", str(out)]

@@ -143,6 +143,7 @@ class GalleryConfig:
     """Threads of torch."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "item", self.item.lower())
         if self.item and self.item not in ITEMS:
             raise UsageError(f"there is no item {self.item!r} in the gallery; it has {', '.join(ITEMS)}")
         require_positive(self, "threads", *(["steps"] if self.steps is not None else []))

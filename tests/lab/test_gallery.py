@@ -177,7 +177,7 @@ def test_a_text_of_other_characters_is_refused_for_what_is_adapted(tmp_path):
     [
         (["nonsense"], "there is no item 'nonsense' in the gallery; it has gpt"),
         (["autoencoder", "--text", "x"], "--text is not for autoencoder; it takes --images"),
-        (["physics", "--images", "x"], "--images is not for physics; it takes no files"),
+        (["Physics", "--images", "x"], "--images is not for physics; it takes no files"),
         (["gpt", "--text", "/nowhere"], "/nowhere"),
         (["gpt", "--steps", "0"], "--steps is 0"),
         (["--text", "x"], "--text is not for the list of items"),
