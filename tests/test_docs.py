@@ -82,3 +82,13 @@ def test_the_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, mon
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def test_a_link_to_the_repository_names_a_file():
+    """Of a folder the site has nothing to show, and its build fails."""
+    wrong = []
+    for page in (ROOT / "docs").rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#\s:]+)[^):]*\)", page.read_text()):
+            if "generated" not in (*page.parts, *Path(target).parts) and not (page.parent / target).is_file():
+                wrong.append(f"{page.name}: {target}")
+    assert not wrong
