@@ -34,9 +34,14 @@ def plain_key(key: str) -> str:
     return name.removesuffix(CODES).removesuffix(SCALES) + dot + block
 
 
-def others_than(keys: Iterable[Any], own: Iterable[str]) -> set[Any]:
+def holds_codes(keys: Iterable[Any]) -> bool:
+    """Whether some of the keys of a state are those of codes."""
+    return any(isinstance(key, str) and key.partition(".")[0].endswith(CODES) for key in keys)
+
+
+def others_than(keys: Iterable[Any], own: Iterable[Any]) -> set[Any]:
     """The keys that name no part of a state, in whatever form."""
-    known = {*map(plain_key, own)}
+    known = {plain_key(key) for key in own if isinstance(key, str)}
     return {key for key in keys if not isinstance(key, str) or plain_key(key) not in known}
 
 

@@ -17,7 +17,7 @@ from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
 from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of, needs
 from emerging_optimizers.engine.kept import KEYS
-from emerging_optimizers.engine.packing import CODES, SCALES, named, others_than, plain_key, widened
+from emerging_optimizers.engine.packing import CODES, SCALES, holds_codes, named, others_than, widened
 from emerging_optimizers.engine.parts import lost
 from emerging_optimizers.engine.rule import Rule, translated
 from emerging_optimizers.engine.validate import label, label_of, place
@@ -186,7 +186,7 @@ class Places:
             if isinstance(state := states.get(p), dict):
                 # The blocks of 8 bits are those of the matrices that there were.
                 other = p in view_of and view_of[p] != group["matrix_view"]
-                if other and p not in self.homes and any(plain_key(key) != key for key in state):
+                if other and p not in self.homes and holds_codes(state):
                     raise ValueError(
                         f"{wanted.owner}: {label_of([group], p)} had matrix_view={view_of[p]!r} when the optimizer was "
                         f"copied, and has {group['matrix_view']!r} before the copy's first step; its 8 bits are those "

@@ -183,6 +183,10 @@ class GalleryResult:
         """The runs of an optimizer."""
         return tuple(run for run in self.runs if run.optimizer == optimizer)
 
+    def by_step(self, optimizer: str, what: str) -> list[tuple[float, ...]]:
+        """The "losses" or "seconds" of all seeds after each of the steps."""
+        return [*zip(*(getattr(run, what) for run in self.of(optimizer)), strict=True)]
+
     def last(self, optimizer: str) -> tuple[float, float, float]:
         """Median, least and largest loss at the end."""
         losses = [run.losses[-1] for run in self.of(optimizer)]

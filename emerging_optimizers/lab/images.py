@@ -32,13 +32,15 @@ class Images:
     @classmethod
     def of(cls, source: str, images: Any, labels: Any | None) -> "Images":
         """Arrays, (images, height, width) or with channels last, and a label for each; in a fixed random order."""
+        import numpy as np
+
         images = torch.as_tensor(images).float()
         images_BCHW = images[:, None] if images.ndim == 3 else images.movedim(-1, 1)
         order = torch.randperm(len(images), generator=seeded(0, 0))
         if labels is None:
             return cls(source, images_BCHW[order], None)
-        _, classes_B = torch.unique(torch.as_tensor(labels), return_inverse=True)
-        return cls(source, images_BCHW[order], classes_B[order])
+        _, classes_B = np.unique(np.asarray(labels), return_inverse=True)
+        return cls(source, images_BCHW[order], torch.as_tensor(classes_B)[order])
 
     @property
     def classes(self) -> int:
@@ -107,8 +109,7 @@ def _of_arrays(path: Path) -> "tuple[np.ndarray, np.ndarray | None]":
     values = images.astype("float32")
     if not np.isfinite(values).all() or (values.size and values.max() == values.min()):
         raise UsageError("`images` holds values that are not finite, or one value only; give pixels")
-    classes = None if labels is None else np.unique(labels, return_inverse=True)[1]
-    return (values - values.min()) / (values.max() - values.min()), classes
+    return (values - values.min()) / (values.max() - values.min()), labels
 
 
 def _of_folder(folder: Path) -> "tuple[np.ndarray, np.ndarray | None]":
@@ -121,5 +122,4 @@ def _of_folder(folder: Path) -> "tuple[np.ndarray, np.ndarray | None]":
     names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in files]
     size = (SIDE, SIDE)
     images = np.stack([np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), size)) for path in files])
-    labels = None if "" in names else np.unique(names, return_inverse=True)[1]
-    return images.astype("float32") / 255, labels
+    return images.astype("float32") / 255, None if "" in names else np.asarray(names)

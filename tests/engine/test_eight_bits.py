@@ -265,6 +265,19 @@ def test_numbers_survive_a_change_to_float32_and_to_another_view() -> None:
     assert not torch.equal(found, expected)
 
 
+def test_another_view_before_a_copys_first_step_passes_over_entries_of_others() -> None:
+    w = torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = Muon([w], lr=0.01)
+    train(optimizer, [w], range(1, 3))
+    optimizer.state[w][3] = optimizer.state[w]["a_scale"] = "somebody's"
+    twin = copy.deepcopy(optimizer)
+    (v,) = twin.param_groups[0]["params"]
+    v.grad = torch.ones(64, 64)
+    twin.param_groups[0]["matrix_view"] = "transposed"
+    twin.step()
+    assert twin.state[v][3] == twin.state[v]["a_scale"] == "somebody's"
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 96)], ids=str)
 def test_another_view_before_a_copys_first_step_is_refused_by_name(copied: Any, shape: tuple[int, int]) -> None:

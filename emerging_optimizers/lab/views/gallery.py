@@ -44,12 +44,7 @@ def _losses(result: GalleryResult, what: str) -> Figure:
     """Medians and bands. The axis leaves out what lies above all medians after a quarter of the run."""
     item, curves, shown = ITEMS[result.config.item], [], []
     for name in result.recipes:
-        runs = result.of(name)
-        losses, times = (
-            zip(*(run.losses for run in runs), strict=True),
-            zip(*(run.seconds for run in runs), strict=True),
-        )
-        at_steps = [*losses]
+        at_steps, times = (result.by_step(name, x) for x in ("losses", "seconds"))
         medians = [median(x) for x in at_steps]
         shown += medians[len(medians) // 4 :]
         curves.append(
@@ -76,9 +71,7 @@ def _final_losses(result: GalleryResult, form: str) -> Table:
     rows = []
     for name in result.recipes:
         middle, least, most = result.last(name)
-        runs = result.of(name)
-        medians = [median(x) for x in zip(*(run.losses for run in runs), strict=True)]
-        seconds = [median(x) for x in zip(*(run.seconds for run in runs), strict=True)]
+        medians, seconds = ([*map(median, result.by_step(name, x))] for x in ("losses", "seconds"))
         there = next((k for k, loss in enumerate(medians) if loss <= goal), None)
         reached = (None, None) if there is None else (result.steps[there], seconds[there])
         spread = (*number(least, form), *number(most, form))
