@@ -58,7 +58,8 @@ def import_from(path: str) -> None:
     find = importlib.machinery.FileFinder.path_hook((OlderPython, importlib.machinery.SOURCE_SUFFIXES))
 
     def hook(entry: str) -> Any:
-        if entry != root and not entry.startswith(root + os.sep):
+        inside = entry == root or entry.startswith(root + os.sep)
+        if not inside or entry.startswith(sys.prefix + os.sep):  # an environment may lie in the checkout
             raise ImportError(entry)
         return find(entry)
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from emerging_optimizers import create_optimizer, registry
 from emerging_optimizers.distributed.dtensor import local_of, spread_of
 from emerging_optimizers.distributed.groups import GATHERS
 from emerging_optimizers.testing import assert_same_as_one_process
@@ -164,3 +165,57 @@ def compare_rounded_state() -> None:
 
 def test_state_in_half_the_memory() -> None:
     run(2, compare_rounded_state)
+
+
+class Smallest(nn.Module):
+    """Matrices of fewer rows than there are processes, a vector of one number, a scalar, a matrix of none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"row": (1, 6), "rows": (2, 5), "square": (5, 5), "vector": (1,), "scalar": (), "none": (0, 4)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, dtype=torch.float64)))
+
+
+def make_smallest() -> nn.Module:
+    torch.manual_seed(0)
+    return Smallest()
+
+
+def compare_smallest(names: Sequence[str]) -> None:
+    """With the defaults of each class, for what it takes, and beside a companion."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def layout(model: nn.Module) -> None:
+        for name, p in [*model.named_parameters()]:
+            placement = Shard(0) if p.ndim else Replicate()
+            setattr(model, name, nn.Parameter(distribute_tensor(p.data, mesh, [placement])))
+
+    def by_class(name: str, model: nn.Module) -> torch.optim.Optimizer:
+        vectors = BY_NAME[name].elementwise
+        return registry.entry(name).load()([p for p in model.parameters() if vectors or p.ndim == 2], lr=0.01)
+
+    def routed(name: str, model: nn.Module) -> torch.optim.Optimizer:
+        rates = {"lr": 0.002} if BY_NAME[name].elementwise else {"lr": 0.01, "companion_lr": 0.002}
+        return create_optimizer(name, model, **rates)
+
+    for name, make in product(names, (by_class, routed)):
+        try:
+            assert_same_as_one_process(make_smallest, partial(make, name), layout, steps=4)
+        except Exception as error:
+            raise AssertionError(f"{name}, {make.__name__}") from error
+
+
+def test_empty_shards_and_scalars() -> None:
+    run(3, compare_smallest, ["adamw", "muon", "soap"])
+
+
+@pytest.mark.slow  # one of each kind runs every day
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("world", [2, 4])
+def test_empty_shards_and_scalars_of_every_optimizer(world: int) -> None:
+    names = [name for name in registry.list_optimizers() if name != "tp_rekls"]
+    run(world, compare_smallest, names, timeout=1000)
