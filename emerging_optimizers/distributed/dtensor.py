@@ -313,3 +313,9 @@ def whole_of(x: Any) -> Tensor:
         return x
     GATHERS.count += not hasattr(x, "owners")  # those count for themselves
     return x.full_tensor()
+
+
+def norm_of(x: Tensor) -> float:
+    """The norm of all of a tensor; those that share it ask at the same time, and get the same number."""
+    norm = x.detach().norm()
+    return float(norm.full_tensor() if is_dtensor(norm) else norm)  # without it a DTensor says that of its own part

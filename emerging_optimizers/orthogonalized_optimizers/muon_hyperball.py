@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Unpack
 
+from emerging_optimizers.distributed.dtensor import norm_of
 from emerging_optimizers.engine.hooks import HyperballHook
 from emerging_optimizers.engine.options import (
     POSITIVE,
@@ -127,7 +128,7 @@ class MuonHyperball(Muon):
         if group["hyperball_radius"] is not None:
             return
         for i, p in enumerate(group["params"]):
-            if p.requires_grad and p.numel() and float(p.detach().norm()) < group["hyperball_eps"]:
+            if p.requires_grad and p.numel() and norm_of(p) < group["hyperball_eps"]:
                 raise ValueError(
                     f"MuonHyperball: {label(group, i, p)} is zero and would stay so, as hyperball_radius=None keeps "
                     "the norm that a weight has; give hyperball_radius, or initialize the weight"

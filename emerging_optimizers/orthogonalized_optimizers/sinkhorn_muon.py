@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.dtensor import whole_of
 from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.engine.options import (
     COUNT,
@@ -143,6 +144,7 @@ class SinkhornMuon(Muon):
         for i, p in enumerate(group["params"]):
             if not p.numel():
                 continue
+            p = whole_of(p)
             columns, rows = sums(*p.shape[-2:])
             off = max(float((p.sum(dim=-2) - columns).abs().max()), float((p.sum(dim=-1) - rows).abs().max()))
             given = f"SinkhornMuon: {label(group, i, p)}"

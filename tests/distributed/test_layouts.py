@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from emerging_optimizers import create_optimizer, registry
+from emerging_optimizers import MuonHyperball, create_optimizer, registry
 from emerging_optimizers.distributed.dtensor import local_of, spread_of
 from emerging_optimizers.distributed.groups import GATHERS
+from emerging_optimizers.orthogonalized_optimizers.sinkhorn_muon import SinkhornMuon
 from emerging_optimizers.testing import assert_same_as_one_process
 from emerging_optimizers.testing.one_process import difference_of, in_one_process, part_of
 from tests.cases import CASES
@@ -182,17 +183,19 @@ def make_smallest() -> nn.Module:
     return Smallest()
 
 
-def compare_smallest(names: Sequence[str]) -> None:
-    """With the defaults of each class, for what it takes, and beside a companion."""
+def by_rows(model: nn.Module) -> None:
+    """Every parameter of a module cut along its first axis; a scalar lies everywhere."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, p in [*model.named_parameters()]:
+        placement = Shard(0) if p.ndim else Replicate()
+        setattr(model, name, nn.Parameter(distribute_tensor(p.data, mesh, [placement])))
 
-    def layout(model: nn.Module) -> None:
-        for name, p in [*model.named_parameters()]:
-            placement = Shard(0) if p.ndim else Replicate()
-            setattr(model, name, nn.Parameter(distribute_tensor(p.data, mesh, [placement])))
+
+def compare_smallest(names: Sequence[str]) -> None:
+    """With the defaults of each class, for what it takes, and beside a companion."""
 
     def by_class(name: str, model: nn.Module) -> torch.optim.Optimizer:
         vectors = BY_NAME[name].elementwise
@@ -204,13 +207,13 @@ def compare_smallest(names: Sequence[str]) -> None:
 
     for name, make in product(names, (by_class, routed)):
         try:
-            assert_same_as_one_process(make_smallest, partial(make, name), layout, steps=4)
+            assert_same_as_one_process(make_smallest, partial(make, name), by_rows, steps=4)
         except Exception as error:
             raise AssertionError(f"{name}, {make.__name__}") from error
 
 
 def test_empty_shards_and_scalars() -> None:
-    run(3, compare_smallest, ["adamw", "muon", "soap"])
+    run(3, compare_smallest, ["adamw", "muon", "muon_hyperball", "soap"])
 
 
 @pytest.mark.slow  # one of each kind runs every day
@@ -219,3 +222,32 @@ def test_empty_shards_and_scalars() -> None:
 def test_empty_shards_and_scalars_of_every_optimizer(world: int) -> None:
     names = [name for name in registry.list_optimizers() if name != "tp_rekls"]
     run(world, compare_smallest, names, timeout=1000)
+
+
+class Mixing(nn.Module):
+    """A matrix whose rows and columns sum to one, one row of which is zero but for an entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]).double())
+
+
+def look_at_weights() -> list[str]:
+    """What is asked of a weight when an optimizer is made is asked of all of it, and answered alike everywhere."""
+    assert_same_as_one_process(Mixing, lambda model: SinkhornMuon(model.parameters(), lr=0.1), by_rows, steps=4)
+    said = []
+    for cls, weight in ((MuonHyperball, torch.zeros(3, 3)), (SinkhornMuon, torch.diag(torch.tensor([1.0, 1.0, 2.0])))):
+        model = Mixing()
+        model.weight = nn.Parameter(weight.double())
+        by_rows(model)
+        with pytest.raises(ValueError, match="parameter 0") as raised:
+            cls(model.parameters(), lr=0.1)
+        said.append(str(raised.value))
+    return said
+
+
+def test_weights_are_looked_at_whole() -> None:
+    said = run(3, look_at_weights)
+    assert said == [said[0]] * 3
+    assert "is zero" in said[0][0]
+    assert "off by 1" in said[0][1]
