@@ -315,7 +315,11 @@ def whole_of(x: Any) -> Tensor:
     return x.full_tensor()
 
 
-def norm_of(x: Tensor) -> float:
+def norm_of(x: Any) -> float:
     """The norm of all of a tensor; those that share it ask at the same time, and get the same number."""
-    norm = x.detach().norm()
-    return float(norm.full_tensor() if is_dtensor(norm) else norm)  # without it a DTensor says that of its own part
+    square = local_of(x.detach()).norm(dtype=torch.promote_types(x.dtype, torch.float32)).square()
+    if is_dtensor(x):
+        for group, placement in zip(x.device_mesh.get_all_groups(), x.placements, strict=True):
+            if not placement.is_replicate():
+                dist.all_reduce(square, group=group)
+    return float(square.sqrt())

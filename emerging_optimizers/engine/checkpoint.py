@@ -1,7 +1,7 @@
 """What `load_state_dict` adds to torch's: names decide, the state keeps its dtype, and a bad one changes nothing."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ from emerging_optimizers.distributed.layout import Asked, Layout
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.filling import fill_buckets, keys_of, needs
 from emerging_optimizers.engine.hooks import WeightUpdateHookT
+from emerging_optimizers.engine.kept import KEYS
 from emerging_optimizers.engine.packing import others_than
 from emerging_optimizers.engine.placing import Places
 from emerging_optimizers.engine.rule import translated
@@ -23,6 +24,9 @@ RenameT = Callable[[str], str] | Mapping[str, str]
 
 # Entries of a group with a value for each parameter.
 _LISTS = {"param_names", "reasons"}
+
+# What the engine may keep of a parameter beside the parts of its rule's state.
+OWN_KEYS = ("step", "guard_norm", "guard_weight", *KEYS)
 
 # Written into every state_dict under "format"; raised when the layout of the state changes.
 FORMAT = 1
@@ -166,9 +170,7 @@ def state_by_parameter(
     return found
 
 
-def packed(
-    state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]], places: Places, others: Iterable[str]
-) -> dict[str, Any]:
+def packed(state_dict: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """A checkpoint of torch's, with what is ours beside it.
 
     Names stand beside the groups, and reasons nowhere: a flattened one repeats what is in a group for each of its
@@ -180,7 +182,8 @@ def packed(
         hook = group["weight_update_hook"]
         if not (hook is None or isinstance(hook, (str, tuple))):  # code, which whoever resumes brings along
             del group["weight_update_hook"]
-    order = {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in groups))}
+    places: Places = optimizer._places
+    order = {p: i for i, p in enumerate(chain.from_iterable(group["params"] for group in optimizer.param_groups))}
     known = (p for p in order if p in places.homes or p in places.events)
     events = {order[p]: places.events_of(p).tolist() for p in known}
     return {
@@ -188,8 +191,24 @@ def packed(
         "format": FORMAT,
         "names": names,
         "events": {i: counts for i, counts in events.items() if any(counts)},
-        "others": sorted(others),
+        "others": sorted(_others(optimizer), key=str),
     }
+
+
+def _others(optimizer: Any) -> set[Any]:
+    """The keys of entries that somebody keeps beside those of the optimizer."""
+    places: Places = optimizer._places
+    found: set[Any] = set()
+    for group in optimizer.param_groups:
+        kept = {p: state for p in group["params"] if isinstance(state := optimizer.state.get(p), dict) and state}
+        for p in kept.keys() & places.homes.keys():
+            found |= others_than(kept.pop(p), places.views(p))
+        if kept:  # before their first step
+            rule = optimizer._make_rule(group)
+            parts = rule.init((1,) if rule.elementwise else (1, 2, 3), torch.float32, torch.device("meta"))
+            for state in kept.values():
+                found |= others_than(translated(rule, state), {*OWN_KEYS, *parts._fields})
+    return found
 
 
 def _with_names(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +281,6 @@ class Loading:
         """Put everything in its place."""
         optimizer = self._optimizer
         optimizer._forget_stacks()
-        optimizer._foreign = frozenset()
         optimizer.state.clear()
         optimizer.state.update(self._entries)
         for group, hook in zip(optimizer.param_groups, self._hooks, strict=True):

@@ -76,7 +76,7 @@ def fill_buckets(
         unknown = set() if others is None else others_than(state, keys[p]) - others
         missing = {key for key in others_than(keys[p], state) if not key.startswith("guard_") and key not in KEYS}
         known = state.keys() - others_than(state, keys[p])
-        if unknown or (missing and (others is not None or known)):
+        if unknown or (missing and known):
             raise _misfit(names[p], missing, unknown)
     for bucket in buckets:
         for row, p in enumerate(bucket.sources):

@@ -76,7 +76,6 @@ class RuleOptimizer(DeclaredOptimizer):
         defaults = {**self.preset, **(defaults or {}), **options}
         self._ahead = Ahead()
         self._places = Places(self._name, self._layout())
-        self._foreign: frozenset[str] = frozenset()
         self._told: set[int] = set()  # groups whose updates are rounded away
         self._forget_stacks()
         super().__init__(params, plain_options(defaults, defaults))
@@ -233,10 +232,10 @@ class RuleOptimizer(DeclaredOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in self._kept}
-        return {**super().__getstate__(), **kept, "_past": self._places.past(), "_foreign": self._others()}
+        return {**super().__getstate__(), **kept, "_past": self._places.past()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in (("_ahead", Ahead()), ("_foreign", frozenset()), ("_told", set())):
+        for name, value in (("_ahead", Ahead()), ("_told", set())):
             self.__dict__.setdefault(name, value)
         super().__setstate__({key: value for key, value in state.items() if key != "_past"})
         self._places = Places(self._name, self._layout())
@@ -245,14 +244,6 @@ class RuleOptimizer(DeclaredOptimizer):
         for group in self.param_groups:  # a checkpoint from before an option existed
             for name, value in self._defaults_of(group).items():
                 group.setdefault(name, value)
-
-    def _others(self) -> frozenset[str]:
-        """The keys of entries that somebody keeps beside ours."""
-        places = self._places
-        if not places.homes:
-            return self._foreign
-        states = ((places.views(p), self.state.get(p)) for p in places.homes)
-        return frozenset(key for views, state in states if isinstance(state, dict) for key in state if key not in views)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, loadable with `weights_only=True`. The state's tensors are views of the live stacks.
@@ -269,7 +260,7 @@ class RuleOptimizer(DeclaredOptimizer):
             packed = super().state_dict()
         finally:
             self.state = everything
-        return checkpoint.packed(packed, self.param_groups, self._places, self._others())
+        return checkpoint.packed(packed, self)
 
     @undisturbed
     def load_state_dict(self, state_dict: dict[str, Any], rename: RenameT | None = None) -> None:

@@ -190,8 +190,11 @@ def reason(rule: Rule, where: Where, **changes: Any) -> str | None:
 
 
 def translated(rule: Rule, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The saved state of one parameter under a rule's keys."""
-    return rule.translate(saved) if isinstance(rule, TranslatesState) else saved
+    """The saved state of one parameter under a rule's keys; keys that are no strings are somebody else's."""
+    if not isinstance(rule, TranslatesState):
+        return saved
+    named = {key: value for key, value in saved.items() if isinstance(key, str)}
+    return {**{key: value for key, value in saved.items() if key not in named}, **rule.translate(named)}
 
 
 def kernel_of(rule: Rule) -> Kernel | None:

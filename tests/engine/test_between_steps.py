@@ -299,6 +299,25 @@ def test_entries_of_others_are_kept_and_saved(case: OptimizerCase) -> None:
         assert "z" in o.state_dict()["state"][0]
 
 
+@every_optimizer
+def test_entries_of_others_before_the_first_step_are_kept_and_saved(case: OptimizerCase) -> None:
+    """Also where a key is no string; what one has that loads is nothing of its own."""
+    ps = parameters(case)
+    optimizer = case.make(ps)
+    kept = {"z": torch.ones(2), 7: torch.ones(1)}
+    optimizer.state[ps[0]].update(kept)
+    resumed = [nn.Parameter(p.detach().clone()) for p in ps]
+    other = case.make(resumed)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied_ps, copied = copy.deepcopy((ps, optimizer))
+    later_ps, later = copy.deepcopy((copied_ps, copied))
+    for own, o in ((ps, optimizer), (resumed, other), (copied_ps, copied), (later_ps, later)):
+        set_gradients(own, 1)
+        o.step()
+        assert all(map(torch.equal, own, ps))
+        assert {key: o.state_dict()["state"][0][key].tolist() for key in kept} == {"z": [1, 1], 7: [1]}
+
+
 # ---- gradients that overflow ------------------------------------------------------------------------------------
 
 
