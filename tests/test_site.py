@@ -60,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "html"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 def test_every_link_of_the_site_leads_to_a_file_and_to_a_name_in_it(site: Path) -> None:
     pages = pages_of(site)
@@ -77,7 +77,7 @@ def test_every_link_of_the_site_leads_to_a_file_and_to_a_name_in_it(site: Path) 
     assert not broken
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 def test_every_page_has_a_title_and_a_heading_and_its_names_once(site: Path) -> None:
     for path, page in pages_of(site).items():
@@ -88,14 +88,14 @@ def test_every_page_has_a_title_and_a_heading_and_its_names_once(site: Path) -> 
         assert len(page.names) == len(set(page.names)), path
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 def test_every_picture_is_described_in_words(site: Path) -> None:
     for path, page in pages_of(site).items():
         assert all(alt.strip() and "/" not in alt and not alt.endswith(".png") for alt in page.alts), (path, page.alts)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["internals/architecture", "distributed"])
 def test_blocks_of_mermaid_are_drawn(site: Path, name: str) -> None:
@@ -104,7 +104,7 @@ def test_blocks_of_mermaid_are_drawn(site: Path, name: str) -> None:
     assert (site / f"{name}.html").read_text().count('<div class="drawing"><svg') == len(blocks)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 def test_the_notebooks_are_pages_with_their_figures_and_tables(site: Path) -> None:
     for path in sorted((ROOT / "examples" / "gradient_spike").glob("*.ipynb")):
@@ -113,7 +113,7 @@ def test_the_notebooks_are_pages_with_their_figures_and_tables(site: Path) -> No
         assert "table" in page.tags, path.name
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 def test_every_optimizer_has_a_page_with_its_equations_and_arguments(site: Path) -> None:
     for name in OPTIMIZERS:
@@ -122,7 +122,7 @@ def test_every_optimizer_has_a_page_with_its_equations_and_arguments(site: Path)
         assert "Parameters" in text, name
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     for path in site.rglob("*.html"):
@@ -132,7 +132,7 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
         assert not [link for link in loads if urlsplit(link).scheme in ("http", "https")], path
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 def test_the_api_has_every_public_name(site: Path) -> None:
     public = [name for name in emerging_optimizers.__all__ if not name.startswith("__")]
@@ -140,7 +140,7 @@ def test_the_api_has_every_public_name(site: Path) -> None:
     assert not [name for name in public if not re.search(rf'id="[\w.]+\.{name}"', text)]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("width", [1280, 380])
 def test_a_browser_has_nothing_to_say_and_scrolls_no_page_sideways(site: Path, browser: Any, width: int) -> None:
@@ -161,7 +161,7 @@ def test_a_browser_has_nothing_to_say_and_scrolls_no_page_sideways(site: Path, b
     assert not wide
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the site is built
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("words", "page"), [("Muon", "Muon (muon)"), ("GradScaler", "What is promised, and how it is tested")]

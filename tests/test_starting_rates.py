@@ -103,7 +103,7 @@ def loss_after(name, lr, steps):
         return nn.functional.cross_entropy(model(inputs), labels).item()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 400 steps of each; it says something of the published rates
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_which_published_defaults_do_not_train(name):
     before, after = (loss_after(name, PUBLISHED[name], steps) for steps in (0, 400))

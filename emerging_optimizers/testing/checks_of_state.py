@@ -42,7 +42,7 @@ CHECKS = Checks()
 
 
 def _around(subject: Subject, context: Callable[[], AbstractContextManager[Any]], what: str) -> None:
-    twins, _ = subject.trained(3)
+    twins = subject.weights(3)
     parameters, optimizer = subject.fresh()
     for step in range(3):
         give(parameters, step)
@@ -59,7 +59,7 @@ def _(subject: Subject) -> None:
             torch.set_default_dtype(dtype)
             return nullcontext()
 
-        twins, _ = subject.trained(2)
+        twins = subject.weights(2)
         parameters, optimizer = subject.fresh()
         for step in range(2):
             give(parameters, step)
@@ -83,7 +83,7 @@ def _(subject: Subject) -> None:
 def _(subject: Subject) -> None:
     if subject.layout is not None:
         raise DoesNotApplyError("processes that exchange gradients do so in one order, and threads have none")
-    alone, _ = subject.trained(5)
+    alone = subject.weights(5)
     found: dict[int, list[nn.Parameter]] = {}
     problems: list[BaseException] = []
     before = torch.get_float32_matmul_precision()
@@ -113,7 +113,7 @@ def _(subject: Subject) -> None:
 
 def _resumed(subject: Subject, through: Callable[[Any], Any], dtype: torch.dtype = torch.float32) -> None:
     """Three steps, the state through something, three more, against six."""
-    whole, _ = subject.trained(6, dtype)
+    whole = subject.weights(6, dtype)
     parameters, optimizer = subject.trained(3, dtype)
     weights = [nn.Parameter(x) for x in copies(parameters)]
     resumed = subject.optimizer(weights)
@@ -151,7 +151,7 @@ def _(subject: Subject) -> None:
             self.weights = nn.ParameterList([nn.Parameter(x) for x in weights])
 
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
-    whole, _ = subject.trained(6)
+    whole = subject.weights(6)
     model = Model(copies(subject.parameters()))
     optimizer = subject.optimizer([*model.weights])
     train([*model.weights], optimizer, range(3))
@@ -165,7 +165,7 @@ def _(subject: Subject) -> None:
 
 @CHECKS.add("a checkpoint before the first step", _STATE)
 def _(subject: Subject) -> None:
-    whole, _ = subject.trained(2)
+    whole = subject.weights(2)
     parameters, optimizer = subject.fresh()
     optimizer.load_state_dict(copy.deepcopy(subject.fresh()[1].state_dict()))
     train(parameters, optimizer, range(2))
@@ -188,7 +188,7 @@ def _(subject: Subject) -> str:
 
 
 def _goes_on(subject: Subject, duplicate: Callable[[Any], Any]) -> None:
-    whole, _ = subject.trained(4)
+    whole = subject.weights(4)
     parameters, optimizer = subject.trained(2)
     weights, copied = duplicate((parameters, optimizer))
     assert copied.param_groups[0]["params"][0] is weights[0], "a copy holds other parameters than those copied with it"
@@ -210,7 +210,7 @@ def _(subject: Subject) -> None:
 
 @CHECKS.add("entries of others in the state", _STATE)
 def _(subject: Subject) -> None:
-    whole, _ = subject.trained(4)
+    whole = subject.weights(4)
     parameters, optimizer = subject.trained(2)
     optimizer.state[parameters[0]]["of somebody else"] = torch.ones(3)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -221,7 +221,7 @@ def _(subject: Subject) -> None:
 
 @CHECKS.add("the same again", _NOTES)
 def _(subject: Subject) -> None:
-    assert same(subject.trained(5)[0], subject.trained(5)[0]), "two equal runs differ"
+    assert same(subject.trained(5)[0], subject.weights(5)), "two equal runs differ"
 
 
 # ---- resources -------------------------------------------------------------------------------------------------------

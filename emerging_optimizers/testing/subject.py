@@ -46,6 +46,7 @@ class Subject:
         self, make: MakeT, shapes: Sequence[Sequence[int]], layout: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self._make, self.shapes, self.layout = make, [tuple(shape) for shape in shapes], layout
+        self._plain: dict[torch.dtype, list[list[Tensor]]] = {}
 
     def parameters(self, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
         """The same weights at every call."""
@@ -68,6 +69,17 @@ class Subject:
         parameters, optimizer = self.fresh(dtype)
         train(parameters, optimizer, range(steps))
         return parameters, optimizer
+
+    def weights(self, steps: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Those after at most six steps, of a run that all checks share."""
+        if dtype not in self._plain:
+            parameters, optimizer = self.fresh(dtype)
+            found = []
+            for step in range(6):
+                train(parameters, optimizer, range(step, step + 1))
+                found.append(copies(parameters))
+            self._plain[dtype] = found
+        return self._plain[dtype][steps - 1]
 
 
 def gradients(parameters: Sequence[Tensor], step: int) -> list[Tensor]:

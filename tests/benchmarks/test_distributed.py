@@ -1,11 +1,17 @@
 """The benchmark of several processes: tiny rows, and the saved ones."""
 
+from functools import partial
+
+from torch.multiprocessing import start_processes
+
 from benchmarks import distributed as benchmark
 from emerging_optimizers.lab.record import read_json
 
 
-def test_tiny_rows():
+def test_tiny_rows(monkeypatch):
     """The three ways take the same step; ours sends an agreement, gradients and updates."""
+    # Processes that need not import torch each anew.
+    monkeypatch.setattr(benchmark.mp, "spawn", partial(start_processes, start_method="forkserver"))
     shapes = ((2, (8, 16)), (1, (16, 8)))
     (row,) = benchmark.run(2, [(shapes, "float32")], rounds=2, warm=1)
     assert row.distance["gather"] < 1e-5  # rounding, times what five steps of the iteration make of it

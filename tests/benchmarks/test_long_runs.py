@@ -20,7 +20,7 @@ def test_two_hundred_steps(case: OptimizerCase) -> None:
     assert_sound(case, 200)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 200 steps are in every run
 @pytest.mark.parametrize("case", SEEDS, ids=str)
 def test_twenty_thousand_steps(case: OptimizerCase) -> None:
     assert_sound(case, STEPS)

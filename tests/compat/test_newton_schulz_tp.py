@@ -1,11 +1,8 @@
 """`newton_schulz_tp` and its relatives: alone, and on the shards of two gloo processes."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
@@ -16,6 +13,7 @@ from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
     newton_schulz_tp,
 )
 from emerging_optimizers.utils import get_pg_rank, get_pg_size
+from tests.distributed.processes import run
 
 
 def matrix(*shape: int) -> torch.Tensor:
@@ -73,37 +71,33 @@ def _shards_equal_the_whole(group: dist.ProcessGroup, rank: int, tolerance: floa
                 torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
 
 
-def _on_two_ranks(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), world_size=2, rank=rank)
-    try:
-        group = dist.new_group([0, 1])
-        assert (get_pg_size(group), get_pg_rank(group), get_pg_size(), get_pg_rank()) == (2, rank, 1, 0)
-        with pytest.raises(TypeError, match=r"given is \(2, 2, 2, 2\)"):
-            newton_schulz_tp(matrix(2, 2, 2, 2), 5, "quintic", group, 0)
-        for precision, words, tolerance in (
-            ("highest", ("auto", "auto"), 1e-4),
-            ("medium", ("bfloat16", "bfloat16"), 0.05),
-            ("medium", ("float32", "bfloat16"), 0.05),  # the processes on unlike CPUs
-        ):
-            torch.set_float32_matmul_precision(precision)
-            with reduced_precision(words[rank]):
-                _shards_equal_the_whole(group, rank, tolerance)
-        torch.set_float32_matmul_precision("highest")
-        stack = matrix(3, 4, 6)
-        part = stack.chunk(2, dim=2)[rank]
-        torch.testing.assert_close(
-            newton_schulz(part, 5, transpose=False, tp_group=group),
-            newton_schulz(stack, 5, transpose=False).chunk(2, dim=2)[rank],
-        )
-        norms = torch.linalg.matrix_norm(stack, keepdim=True)
-        torch.testing.assert_close(distributed_normalize_p2(part, 1e-7, group), part / norms)
-        torch.testing.assert_close(distributed_normalize_p2(1e-25 * part, 1e-7, group, True), part / norms)
-        torch.testing.assert_close(distributed_normalize_p2(part[0], 1e-7, group), part[0] / norms[0])
-    finally:
-        dist.destroy_process_group()
+def _on_two_ranks() -> None:
+    rank = dist.get_rank()
+    group = dist.new_group([0, 1])
+    assert (get_pg_size(group), get_pg_rank(group), get_pg_size(), get_pg_rank()) == (2, rank, 1, 0)
+    with pytest.raises(TypeError, match=r"given is \(2, 2, 2, 2\)"):
+        newton_schulz_tp(matrix(2, 2, 2, 2), 5, "quintic", group, 0)
+    for precision, words, tolerance in (
+        ("highest", ("auto", "auto"), 1e-4),
+        ("medium", ("bfloat16", "bfloat16"), 0.05),
+        ("medium", ("float32", "bfloat16"), 0.05),  # the processes on unlike CPUs
+    ):
+        torch.set_float32_matmul_precision(precision)
+        with reduced_precision(words[rank]):
+            _shards_equal_the_whole(group, rank, tolerance)
+    torch.set_float32_matmul_precision("highest")
+    stack = matrix(3, 4, 6)
+    part = stack.chunk(2, dim=2)[rank]
+    torch.testing.assert_close(
+        newton_schulz(part, 5, transpose=False, tp_group=group),
+        newton_schulz(stack, 5, transpose=False).chunk(2, dim=2)[rank],
+    )
+    norms = torch.linalg.matrix_norm(stack, keepdim=True)
+    torch.testing.assert_close(distributed_normalize_p2(part, 1e-7, group), part / norms)
+    torch.testing.assert_close(distributed_normalize_p2(1e-25 * part, 1e-7, group, True), part / norms)
+    torch.testing.assert_close(distributed_normalize_p2(part[0], 1e-7, group), part[0] / norms[0])
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here")
-def test_shards_on_two_processes_equal_the_whole(tmp_path):
-    mp.spawn(_on_two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+def test_shards_on_two_processes_equal_the_whole():
+    run(2, _on_two_ranks)

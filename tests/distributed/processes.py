@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 PRELOADED = [
     "torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
+    "torch._dynamo",  # by the first optimizer of a process, in half a second to a second
     "emerging_optimizers.testing", "tests.cases",
 ]  # fmt: skip
 

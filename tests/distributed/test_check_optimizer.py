@@ -41,6 +41,6 @@ def failures_of_plain_shards() -> list[Any]:
     ).failures
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # tests/compat/test_tp_rekls.py asks much of it in every run
 def test_plain_shards_pass_too() -> None:
     assert run(2, failures_of_plain_shards, timeout=280) == [[], []]

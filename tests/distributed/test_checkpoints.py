@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_other_processes(tmp_path: Path, move: tuple[int, str
     go_through(str(tmp_path), move, GATHERED)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a sweep; two moves of two optimizers are in every run
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: "-".join(map(str, move)))
 def test_a_run_of_every_kind_goes_on(tmp_path: Path, move: tuple[int, str, int, str]) -> None:
     go_through(str(tmp_path), move, NAMES)

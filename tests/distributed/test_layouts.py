@@ -82,7 +82,7 @@ def test_sharded_is_as_one_process(world: int) -> None:
     assert [found for found, _ in run(world, compare, layouts, KINDS, 6)] == [[]] * world
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the table; one of each kind is in every run
 @pytest.mark.timeout(6000)
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("world", [2, 4])

@@ -120,6 +120,7 @@ def test_rounding_is_as_in_one_process() -> None:
     "layout",
     [
         "mixed",  # with shards that are empty
+        # A dimension more than the layouts that every run has.
         pytest.param("hsdp", marks=pytest.mark.slow),
         pytest.param("fsdp_and_tensor_parallel", marks=pytest.mark.slow),
     ],
@@ -165,6 +166,7 @@ def load(layout: str, folder: str) -> list[str]:
     "move",
     [
         (2, "fsdp", 1, "replicated"),
+        # A sweep: how state is cut is the same for all its entries, and test_checkpoints.py moves more of them.
         pytest.param((2, "fsdp", 4, "hsdp"), marks=pytest.mark.slow),
         pytest.param((4, "hsdp", 3, "fsdp"), marks=pytest.mark.slow),
         pytest.param((1, "replicated", 2, "tensor_parallel"), marks=pytest.mark.slow),

@@ -122,8 +122,17 @@ def test_a_basis_by_cholesky_asks_the_host_nothing(monkeypatch: pytest.MonkeyPat
     test_a_recorded_step_repeated_is_the_run(next(case for case in CASES if case.name == "soap"), without_the_second)
 
 
-@pytest.mark.parametrize("execution", ["stacked", "per_matrix"])
-@pytest.mark.parametrize("case", TABLE, ids=str)
+@pytest.mark.parametrize(
+    ("case", "execution"),
+    [
+        # The options of an optimizer change its law, not how a matrix alone is passed to it.
+        pytest.param(
+            case, how, id=f"{case}-{how}", marks=[pytest.mark.slow] if how == "per_matrix" and case not in SEEDS else []
+        )
+        for case in TABLE
+        for how in ("stacked", "per_matrix")
+    ],
+)
 def test_it_changes_no_result(case: OptimizerCase, execution: str) -> None:
     """With gradients that come and go."""
 

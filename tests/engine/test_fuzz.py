@@ -200,7 +200,7 @@ def test_anything_in_any_order() -> None:
     _run(60)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the same for many more programs
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:.*keeps .* singular values:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*in each of the last 100 steps:UserWarning")

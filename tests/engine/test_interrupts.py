@@ -111,7 +111,7 @@ def test_an_error_at_a_random_line_leaves_old_or_new(case: OptimizerCase, option
     assert_all_or_nothing(case, options, range(3))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the same at more lines
 @pytest.mark.parametrize(("case", "options"), ROWS, ids=str)
 def test_an_error_at_many_random_lines_leaves_old_or_new(case: OptimizerCase, options: dict[str, Any]) -> None:
     assert_all_or_nothing(case, options, range(3, 60))

@@ -197,7 +197,7 @@ def test_without_an_item_the_items_are_listed(capsys):
     assert all(name in out for name in ITEMS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a whole item, at its full length
 def test_the_command_leaves_figure_and_tables(tmp_path):
     main(["gallery", "physics", "--out", str(tmp_path / "out")])
     assert {"gallery.png", "tables.md", "result.json"} <= {path.name for path in (tmp_path / "out").iterdir()}

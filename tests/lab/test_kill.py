@@ -79,7 +79,7 @@ def test_a_kill_at_a_random_moment_changes_nothing(whole: Path, tmp_path: Path) 
     assert_survives(whole, tmp_path / "run", seed)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # one kill is in every run
 @pytest.mark.parametrize("seed", range(100))
 def test_a_hundred_kills_change_nothing(whole: Path, tmp_path: Path, seed: int) -> None:
     assert_survives(whole, tmp_path / "run", seed)

@@ -47,7 +47,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(words, wrong, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # six processes import torch
 def test_a_run_goes_on_with_another_number_of_processes(tiny_args, tmp_path, capfd):
     folder = tmp_path / "run"
     main(["train", *tiny_args, "--optimizers", "adamw,soap", "--nproc", "2", "--out", str(folder)])

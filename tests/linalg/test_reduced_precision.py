@@ -1,6 +1,6 @@
 """What "medium" is on a device: by what the CPU says, by one measurement where it does not, or by force."""
 
-import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -173,18 +173,14 @@ def test_another_word_is_an_error_before_anything_has_changed() -> None:
 
 
 @pytest.mark.parametrize("word", ["bfloat16", "float32", "half"])
-def test_the_environment_asks_in_the_same_words(word) -> None:
-    code = (
-        "import torch; from emerging_optimizers.linalg.precision import reduced_in_words;"
-        "print(reduced_in_words(torch.device('cpu')))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, VARIABLE: word}, capture_output=True, text=True, check=False
-    )
+def test_the_environment_asks_in_the_same_words(word, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, word)
     if word == "half":
-        assert f"{VARIABLE}='half' is not one of auto, bfloat16, float32" in run.stderr
+        with pytest.raises(ValueError, match=f"{VARIABLE}='half' is not one of auto, bfloat16, float32"):
+            runpy.run_path(precision.__file__)
     else:
-        assert run.stdout.strip() == f"{word} ({VARIABLE} asks for it)"
+        anew = runpy.run_path(precision.__file__)  # as by the first import of a process
+        assert anew["reduced_in_words"](CPU) == f"{word} ({VARIABLE} asks for it)"
 
 
 def test_importing_decides_nothing() -> None:

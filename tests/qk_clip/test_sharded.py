@@ -15,7 +15,7 @@ def test_two_processes_are_as_one(kind):
     check(kind, run(2, models.compared, kind))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two processes are in every run
 @pytest.mark.parametrize("kind", ["hsdp", "both"])
 def test_four_processes_are_as_one(kind):
     check(kind, run(4, models.compared, kind))
