@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.engine.packing import Grid
+from emerging_optimizers.linalg.eight_bits import BLOCK
 
 # Bytes of state in one call of a matrix rule, or of gradient where there is less state: they bound its temporaries.
 # With 1 MiB calls begin to count on a CPU (Muon takes 1.11 times as long on 256 x 256, 1.17 times on 192 x 512; SOAP
@@ -99,6 +100,17 @@ class Chunk(list[Segment]):
         """How it is cut into blocks of 8 bits."""
         grids: list[Grid] = self._bucket.packing.grids(self)
         return grids
+
+    @cached_property
+    def in_blocks(self) -> tuple[Any, list[Tensor | None]] | None:
+        """The state and the scales of its codes, flat, as views of the stacks; None where they are not whole blocks."""
+        bucket = self._bucket
+        if bucket.ferry is not None or not bucket.packing.scales or [grid.width for grid in self.grids] != [BLOCK]:
+            return None
+        (grid,) = self.grids
+        state = type(bucket.state)(*(stack[grid.items] for stack in bucket.state))
+        scales = [bucket.packing.scales.get(name) for name in state._fields]
+        return state, [None if x is None else x[grid.scales] for x in scales]
 
     @cached_property
     def parts(self) -> Any:

@@ -83,8 +83,8 @@ def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
         >>> dequantise(torch.tensor([2, -3], dtype=torch.int8), torch.tensor([0.5]))
         tensor([ 2.0000, -4.5000])
     """
-    squares = codes.to(torch.int16)
-    x = squares.mul_(squares.abs()).to(scales.dtype)
+    x = codes.to(scales.dtype)
+    x.mul_(x.abs())
     for part, scale in zip(_in_blocks(x), _of_blocks(scales, codes.shape[-1]), strict=True):
         part.mul_(scale[..., None])
     return x
