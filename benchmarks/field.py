@@ -51,6 +51,9 @@ WITHOUT_MOMENTUM: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.0, 0.999)},
     "muon": {"momentum": 0.0, "nesterov": False, "companion_options": {"betas": (0.0, 0.999)}},
 }
+# A hundred times the default, of which 200 steps show nothing.
+DECAY: dict[str, Any] = {"weight_decay": 1.0}
+CAUTIOUS_DECAY: dict[str, Any] = {**DECAY, "weight_decay_method": "cautious"}
 
 
 def _average(optimizer: torch.optim.Optimizer) -> WeightAverage:
@@ -82,6 +85,10 @@ ARMS: dict[str, Compared] = {
     "dion2": Compared(optimizer="dion2", rates=(2e-3, 4e-3, 8e-3)),
     "muon, update floor 10": _muon(weight_update_hook=("update_floor", 10.0)),
     "dion2, momentum 0.8": Compared(optimizer="dion2", rates=(4e-3,), options={"momentum": 0.8}),
+    "adamw, decay 1": Compared(optimizer="adamw", rates=(2e-3,), options=DECAY),
+    "adamw, cautious decay 1": Compared(optimizer="adamw", rates=(2e-3,), options=CAUTIOUS_DECAY),
+    "muon, decay 1": _muon(**DECAY),
+    "muon, cautious decay 1": _muon(**CAUTIOUS_DECAY),
 }
 
 

@@ -15,6 +15,7 @@ from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.rule import Kernel, Rule, Step, advance, kernel_of
 from emerging_optimizers.engine.scalars import as_tensors
 from emerging_optimizers.engine.schedule import Phase
+from emerging_optimizers.linalg.eight_bits import BLOCK, dequantise, quantise_
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
 
 BACKEND = "inductor"  # of torch.compile; most tests take one that generates no code
@@ -89,14 +90,15 @@ def _precision(rule: Rule) -> FP32MatmulPrecT:
 
 
 def step_elements(
-    rule: Rule, grad: Tensor, state: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool
+    rule: Rule, grad: Tensor, state: Any, scales: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool
 ) -> None:
     """The whole step of an element-wise rule on flat tensors in one compiled pass: state and weight are written.
 
     Args:
         rule: An element-wise rule that neither reads nor rewrites the weight.
         grad: (K,), in the state's dtype.
-        state: Of K elements each.
+        state: Of K elements each, (K,).
+        scales: Of the parts of the state that are codes, (K / 256,); None for the others.
         weight: (K,), in its own dtype.
         scale: What the gradient is multiplied by, 0: neither state nor weight moves; None: by one.
         t: The rule's scalars; also `lr`, `keep`, and `l2`, by which the weight joins the gradient, or None.
@@ -104,13 +106,28 @@ def step_elements(
     """
     # `data` is no view: of one, dynamo would also see the base, whose length it compares with others.
     state = type(state)(*(x.data for x in state))
-    _compiled_elements(rule, BACKEND)(grad.data, state, weight.data, scale, t, maximize)
+    grad, weight = grad.data, weight.data
+    if any(x is not None for x in scales):  # in rows of a block, over which a loop without divisions runs
+        scales = [None if x is None else x.data[:, None] for x in scales]
+        grad, weight, scale, *flat, step = map(_in_rows, (grad, weight, scale, *state, getattr(t, "step", None)))
+        state = type(state)(*flat)
+        if step is not None:
+            t = t._replace(step=step)
+    _compiled_elements(rule, BACKEND)(grad, state, scales, weight, scale, t, maximize)
+
+
+def _in_rows(x: Any) -> Any:
+    """A flat tensor as rows of a block; a number as it is."""
+    return x.view(-1, BLOCK) if isinstance(x, Tensor) and x.ndim else x
 
 
 @cache
 def _compiled_elements(rule: Rule, backend: str) -> Any:
-    def step(grad: Tensor, state: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool) -> None:
+    def step(
+        grad: Tensor, state: Any, scales: Any, weight: Tensor, scale: Tensor | None, t: Any, maximize: bool
+    ) -> None:
         old = weight.to(grad.dtype)
+        wide = [x if s is None else dequantise(x, s) for x, s in zip(state, scales, strict=True)]
         live = None
         if scale is not None:
             live = scale > 0
@@ -119,13 +136,18 @@ def _compiled_elements(rule: Rule, backend: str) -> Any:
             grad = -grad
         if t.l2 is not None:
             grad = grad + old * t.l2
-        out = advance(rule, grad, state, t, Phase.REUSE)
+        out = advance(rule, grad, type(state)(*wide), t, Phase.REUSE)
         # Not `add_(direction, alpha=-lr)`: compiled, an alpha can be lost, and a number freezes at its second value
         # (torch 2.13). Every number comes as a 0-D tensor.
         new = old * t.keep - out.direction * t.lr
-        for x, y in zip((*state, weight), (*out.state, new), strict=True):
-            if x is not y:
-                x.copy_(y if live is None else torch.where(live, y, x))
+        for x, s, before, y in zip((*state, weight), (*scales, None), (*wide, old), (*out.state, new), strict=True):
+            if before is y:
+                continue
+            z = y if live is None else torch.where(live, y, before)
+            if s is None:
+                x.copy_(z)
+            else:
+                quantise_(x, s, z)
 
     # For any length: one graph serves all parameters, and the same where some have no gradient.
     return torch.compile(step, fullgraph=True, dynamic=True, backend=backend)

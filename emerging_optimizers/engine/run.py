@@ -354,9 +354,11 @@ class BucketStep:
         parts, _ = bucket.targets(chunk, grad, members)
         in_place = len(parts) == 1 and parts[0].is_contiguous()
         weight = parts[0].view(-1) if in_place else torch.cat([p.reshape(-1) for p in parts])
-        state = bucket.read(chunk)
-        step_elements(rule, grad.contiguous(), state, weight, scale, t, self.group["maximize"])
-        bucket.write(chunk, state)
+        blocks = chunk.in_blocks
+        state, scales = blocks or (bucket.read(chunk), [None] * len(bucket.state))
+        step_elements(rule, grad.contiguous(), state, scales, weight, scale, t, self.group["maximize"])
+        if blocks is None:
+            bucket.write(chunk, state)
         writes = [] if in_place else [partial(torch._foreach_copy_, *bucket.targets(chunk, weight, members))]
         self._commit(chunk, writes)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from emerging_optimizers import SOAP, AdamW, Iso, Lion, Muon
 from emerging_optimizers.engine import RuleOptimizer, chunks, executors, packing
 from emerging_optimizers.engine.parts import parts_of
-from emerging_optimizers.linalg.eight_bits import dequantise
+from emerging_optimizers.linalg.eight_bits import dequantise, quantise
 from tests.cases import CASES, OptimizerCase, distance, parameters, run, set_gradients
 
 BY_NAME = {case.name: case for case in CASES}
@@ -92,6 +92,37 @@ def large(make: Any) -> list[torch.nn.Parameter]:
     shapes: list[tuple[int, ...]] = [(64, 256), (48, 512), (64, 100), (64, 100), (20, 300), (16, 40, 3, 3), (3, 32, 64)]
     shapes += [(2**20 + 7,), (50,)] if make in (AdamW, Lion) else []
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+@pytest.mark.parametrize("make", [AdamW, Lion], ids=lambda m: m.__name__)
+def test_one_compiled_pass_makes_the_codes_that_quantise_makes(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "BACKEND", "eager")
+    generator = torch.Generator().manual_seed(0)
+    ps = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 256), (16, 2, 512))]
+    qs = twin(ps)
+    exact = make(ps, lr=0.01, execution="compiled")
+    optimizer = make(qs, lr=0.01, execution="compiled", state_dtype="int8")
+    train(exact, ps, range(1, 2))
+    train(optimizer, qs, range(1, 2))
+    assert same(ps, qs)
+    ((_, bucket),) = optimizer._places.buckets
+    assert all(chunk.in_blocks is not None for chunk in bucket.chunks(bucket.whole, "elements"))
+    for p, q in zip(ps, qs, strict=True):
+        codes, scales = quantise(exact.state[p]["exp_avg"].reshape(p.shape[0], -1))
+        assert torch.equal(optimizer.state[q]["exp_avg_int8"].view(codes.shape), codes)
+        assert torch.equal(optimizer.state[q]["exp_avg_scale"], scales)
+    # A parameter that sits the step out keeps everything bit for bit; the other moves.
+    before = copy.deepcopy([{**optimizer.state[q], "weight": q.detach()} for q in qs])
+    set_gradients(qs, 2)
+    assert qs[0].grad is not None
+    qs[0].grad.view(-1)[3] = torch.nan
+    optimizer.step()
+    after = [{**optimizer.state[q], "weight": q.detach()} for q in qs]
+    moved = [
+        {key for key in old if not torch.equal(old[key], new[key])} for old, new in zip(before, after, strict=True)
+    ]
+    assert moved[0] <= {"skipped"}
+    assert {"weight", "exp_avg_int8", "exp_avg_scale"} <= moved[1]
 
 
 @SHORT
