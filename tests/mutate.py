@@ -7,8 +7,8 @@
 A mutant is one change: a comparison, an arithmetic operator, a number, `and`, a negated condition, a statement that is
 left out. A file is drawn by its lines of code, then a place in it. Everything happens in a copy in a temporary folder.
 
-Which tests run a line is found out once, by coverage (minutes; kept in .coverage.mutate until the package changes). Of a
-test with many parametrizations five are taken at random. A mutant is given the tests that run its line, the quickest
+Which tests run a line is found out once, by coverage (minutes; kept in .coverage.mutate until the package changes). Of
+a test with many parametrizations five are taken at random. A mutant is given the tests that run its line, the quickest
 first, up to the first failure. What no test notices is printed, and saved with all the rest in
 benchmarks/results/mutants.json; docs/trust.md explains it.
 """
