@@ -37,6 +37,16 @@ from emerging_optimizers.routing.torch_arguments import from_torch
 # Entries that say nothing of the past of a parameter.
 _SETTINGS = {"precondition_frequency", "shampoo_beta"}
 
+# Options of a source that nothing here has, and those that SOAP has under the same name.
+_IMPOSSIBLE = {
+    "nikhilvyas-soap": ("normalize_grads", "precondition_1d"),
+    "heavyball": ("caution", "cautious_weight_decay"),
+}
+_OF_SOAP = {
+    "nikhilvyas-soap": {"shampoo_beta", "precondition_frequency", "max_precond_dim", "correct_bias"},
+    "heavyball": {"shampoo_beta"},
+}
+
 # What heavyball 3 calls an entry, "scale_by_soap_exp_avg_sq_2": a function of its chain, what it keeps, a number.
 _HEAVYBALL = re.compile(r"(?P<function>[a-z_0-9]+?)_(?P<key>exp_avg_sq|exp_avg|GG|Q)_\d+")
 
@@ -177,18 +187,12 @@ def options_of(saved: Mapping[str, Any], source: str, name: str) -> dict[str, An
         return {key: told[key] for key in ("weight_decay", "maximize") if key in told}
     if source == "keller-jordan" and told.pop("use_muon", True) and name == "muon":
         told |= {"nesterov": True, "scale_mode": "shape_scaling", "coefficient_type": "simple"}
-    if source == "heavyball":
-        for key in ("caution", "cautious_weight_decay"):
-            if told.get(key):
-                raise ValueError(f"{key}=True of the checkpoint's groups is not possible here")
+    for key in _IMPOSSIBLE.get(source, ()):
+        if told.get(key):
+            raise ValueError(f"{key}=True of the checkpoint's groups is not possible here")
     same = {"lr", "weight_decay", "momentum", "betas", "eps", "nesterov", "scale_mode", "coefficient_type"}
-    if source == "heavyball" and name == "soap":
-        same |= {"shampoo_beta"}
-    if source == "nikhilvyas-soap":
-        for key in ("normalize_grads", "precondition_1d"):
-            if told.get(key):
-                raise ValueError(f"{key}=True of the checkpoint's groups is not possible here")
-        same |= {"shampoo_beta", "precondition_frequency", "max_precond_dim", "correct_bias"}
+    if name != "adamw":
+        same |= _OF_SOAP.get(source, set())
     return told if source == "published" else {key: told[key] for key in same & told.keys()}
 
 
@@ -259,8 +263,8 @@ def _heavyball(entries: Mapping[str, Any], saved: Mapping[str, Any], name: str) 
         found |= {parts["key"]: value} if parts else {}
     if functions not in ({"update_by_adam"}, {"scale_by_soap"}):
         raise ValueError(
-            f"the state of {name} is of heavyball's {', '.join(sorted(functions)) or 'nothing'}; only that of its AdamW "
-            "(update_by_adam) and SOAP (scale_by_soap) is converted"
+            f"the state of {name} is of heavyball's {', '.join(sorted(functions)) or 'nothing'}; only that of its "
+            "AdamW (update_by_adam) and SOAP (scale_by_soap) is converted"
         )
     count = int(saved["step_count"])
     if functions == {"update_by_adam"}:
