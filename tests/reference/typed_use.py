@@ -1,4 +1,4 @@
-"""What users write, for mypy (`make types`) and pyright (`make release-check`), which find every method with its types."""
+"""What users write, for mypy (`make types`) and pyright (`make release-check`): both find methods and their types."""
 
 from collections.abc import Mapping
 
