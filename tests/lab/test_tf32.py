@@ -56,7 +56,7 @@ def test_tf32_changes_a_run_and_float32_repeats():
     exact = train_once(CONFIG, run)
     assert train_once(CONFIG, run) == exact
     rounded = train_once(CONFIG, replace(run, precision="tf32"))
-    assert rounded.update_rms != exact.update_rms
+    assert rounded.final_loss != exact.final_loss  # the norms, which are kept to four digits, may be the same
     assert rounded.final_loss == pytest.approx(exact.final_loss, abs=0.05)
 
 
