@@ -34,6 +34,12 @@ def steps(case: OptimizerCase, grads_TBMN: Tensor) -> Tensor:
 @settings(max_examples=10, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 2**16))
 def test_the_order_of_a_stack_does_not_matter(case: OptimizerCase, shape: tuple[int, int], seed: int) -> None:
+    """Of a matrix at another place in memory LAPACK finds other null vectors, so two gradients leave at most one.
+
+    SPlus takes signs along them, so its matrices are square.
+    """
+    m = min(shape)
+    shape = (m, m) if case.name == "splus" else (min(shape[0], 2 * m + 1), min(shape[1], 2 * m + 1))
     grads = torch.randn(3, 4, *shape, generator=generator(seed), dtype=torch.float64)
     order = torch.randperm(4, generator=generator(seed))
     torch.testing.assert_close(steps(case, grads[:, order]), steps(case, grads)[order], rtol=1e-6, atol=1e-9)
