@@ -241,7 +241,7 @@ def _soap(entries: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> di
     return read
 
 
-def _heavyball(entries: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _heavyball(entries: Mapping[Any, Any], saved: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The averages of its AdamW and SOAP, which it keeps divided by one minus the decay to the number of steps.
 
     SOAP's first gradient is for the factors alone, so its moments are a step behind.
@@ -282,7 +282,7 @@ def _biased(found: Mapping[str, Any], betas: Iterable[float], count: int) -> dic
     return {key: found[key] * (1 - beta**count) for key, beta in pairs if key in found}
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]]] = {
+_READERS: Mapping[str, Callable[[Mapping[Any, Any], Mapping[str, Any], str], dict[str, Any]]] = {
     "torch.adamw": _moments,
     "torch.muon": _moments,
     "keller-jordan": _moments,
