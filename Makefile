@@ -38,7 +38,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid match findings notebooks docs docs-check bench bench-gpu bench-page test check lint format-check types contracts lock audit release-check test-all test-gpu test-kernels new tables fingerprint fingerprint-check format clean clean-env
+.PHONY: help env demo grid match findings notebooks docs docs-check bench bench-gpu bench-page test check lint format-check types contracts lock audit release-check test-all test-gpu test-kernels coverage mutate new tables fingerprint fingerprint-check format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -130,6 +130,16 @@ release-check: $(RELEASE) ## build dist/, look into wheel and sdist, use each in
 test-all: check audit $(FRAMEWORKS) ## like test, with the slow sweeps and the examples of every framework
 	@echo "test-all: pytest with the slow sweeps"
 	$(PYTEST) $(PARALLEL) $(ARGS)
+
+# In coverage.py's words: the files of all processes are combined by pytest-cov.
+coverage: $(ENV) ## the tests that are not slow, and how many lines and branches they run (fails below 95 % of either)
+	@echo "coverage: pytest, two workers of one thread each; what is never run is listed by file"
+	$(PYTEST) $(PARALLEL) -m "not slow" --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@$(PY) -m tests.covered
+
+mutate: $(ENV) ## break lines of engine/, linalg/ and distributed/ at random and see whether a test fails (an hour)
+	@echo "mutate: 100 mutants in a copy, one after the other; ARGS=\"--count 20 --seed 7\" takes others"
+	nice -n 10 $(PY) -m tests.mutate $(ARGS)
 
 new: $(ENV) ## start an optimizer: make new NAME=cautious_muon [KIND=elementwise]
 	@$(PY) -m tests.new_optimizer "$(NAME)" "$(KIND)"

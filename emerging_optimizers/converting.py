@@ -9,6 +9,7 @@ torch.adamw          step, exp_avg, exp_avg_sq     the same
 torch.muon           momentum_buffer, an average   the same
 keller-jordan        both of these, by `use_muon`  the same
 nikhilvyas-soap      Adam's, lists GG and Q        L, R = GG and Q_L, Q_R = Q; moments in the eigenbasis
+heavyball            both, averages debiased       each average times 1 - beta**t, which it had been divided by
 published            as here, or nearly            as it is: `load_state_dict` translates it by itself
 ===================  ============================  ====================================================================
 
@@ -16,6 +17,7 @@ An average of gradients, :math:`M_t = \mu M_{t-1} + (1 - \mu) G_t`, is one under
 Muon's momentum, and its second moment is dropped.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -34,6 +36,19 @@ from emerging_optimizers.routing.torch_arguments import from_torch
 
 # Entries that say nothing of the past of a parameter.
 _SETTINGS = {"precondition_frequency", "shampoo_beta"}
+
+# Options of a source that nothing here has, and those that SOAP has under the same name.
+_IMPOSSIBLE = {
+    "nikhilvyas-soap": ("normalize_grads", "precondition_1d"),
+    "heavyball": ("caution", "cautious_weight_decay"),
+}
+_OF_SOAP = {
+    "nikhilvyas-soap": {"shampoo_beta", "precondition_frequency", "max_precond_dim", "correct_bias"},
+    "heavyball": {"shampoo_beta"},
+}
+
+# What heavyball 3 calls an entry, "scale_by_soap_exp_avg_sq_2": a function of its chain, what it keeps, a number.
+_HEAVYBALL = re.compile(r"(?P<function>[a-z_0-9]+?)_(?P<key>exp_avg_sq|exp_avg|GG|Q)_\d+")
 
 
 def convert_state_dict(
@@ -104,7 +119,7 @@ def convert_state_dict(
         if not entries:
             anew.append(name)
             continue
-        read = _READERS[source](entries, saved, name)
+        read = read_entries(entries, saved, source, name)
         rule = optimizer._make_rule(group)
         state[order[p]] = read if source == "published" else _fitted(read, rule, p, name, dropped)
     for what, some in (("dropped", sorted(dropped)), ("no state for, so that these start anew:", anew)):
@@ -120,11 +135,16 @@ def recognised(state_dict: Mapping[str, Any]) -> str:
         ValueError: none of them, or several could have.
     """
     check_format(state_dict)
-    _refuse_heavyball(state_dict)
     groups = state_dict["param_groups"]
     options = set(chain.from_iterable(groups))
     entries = set(chain.from_iterable(x for x in state_dict["state"].values() if isinstance(x, Mapping)))
+    if "heavyball" not in state_dict and "is_preconditioning" in options:
+        raise ValueError(
+            "the checkpoint is of heavyball before 2, which is not converted; start the new optimizer anew, or finish "
+            "the run with heavyball"
+        )
     tests = {
+        "heavyball": "heavyball" in state_dict,
         "keller-jordan": "use_muon" in options,
         "nikhilvyas-soap": "GG" in entries,
         "torch.muon": "ns_coefficients" in options,
@@ -143,13 +163,15 @@ def recognised(state_dict: Mapping[str, Any]) -> str:
     return "published"
 
 
-def _refuse_heavyball(state_dict: Mapping[str, Any]) -> None:
-    """Its releases from 2 on say who they are; their moments are debiased and lie under names of functions."""
-    if "heavyball" in state_dict:
-        raise ValueError(
-            "the checkpoint is heavyball's (2 or later), whose state is not converted; start the new optimizer "
-            "anew, or finish the run with heavyball"
-        )
+def read_entries(entries: Any, saved: Mapping[str, Any], source: str, name: str) -> dict[str, Any]:
+    """What `source` keeps of a parameter, under the names of this library; `saved` is its group.
+
+    Raises:
+        ValueError: entries that are damaged, or that nothing here can keep.
+    """
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"the state of {name} is {type(entries).__name__} in the checkpoint, no dict; it is damaged")
+    return _READERS[source](entries, saved, name)
 
 
 def options_of(saved: Mapping[str, Any], source: str, name: str) -> dict[str, Any]:
@@ -165,12 +187,12 @@ def options_of(saved: Mapping[str, Any], source: str, name: str) -> dict[str, An
         return {key: told[key] for key in ("weight_decay", "maximize") if key in told}
     if source == "keller-jordan" and told.pop("use_muon", True) and name == "muon":
         told |= {"nesterov": True, "scale_mode": "shape_scaling", "coefficient_type": "simple"}
+    for key in _IMPOSSIBLE.get(source, ()):
+        if told.get(key):
+            raise ValueError(f"{key}=True of the checkpoint's groups is not possible here")
     same = {"lr", "weight_decay", "momentum", "betas", "eps", "nesterov", "scale_mode", "coefficient_type"}
-    if source == "nikhilvyas-soap":
-        for key in ("normalize_grads", "precondition_1d"):
-            if told.get(key):
-                raise ValueError(f"{key}=True of the checkpoint's groups is not possible here")
-        same |= {"shampoo_beta", "precondition_frequency", "max_precond_dim", "correct_bias"}
+    if name != "adamw":
+        same |= _OF_SOAP.get(source, set())
     return told if source == "published" else {key: told[key] for key in same & told.keys()}
 
 
@@ -219,11 +241,53 @@ def _soap(entries: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> di
     return read
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], dict[str, Any]]] = {
+def _heavyball(entries: Mapping[Any, Any], saved: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The averages of its AdamW and SOAP, which it keeps divided by one minus the decay to the number of steps.
+
+    SOAP's first gradient is for the factors alone, so its moments are a step behind.
+    """
+    if "step_count" not in saved:
+        raise ValueError(f"{name} is of heavyball 2, which is not converted; heavyball 3 is")
+    for key in ("ecc", "mars", "palm"):
+        if saved.get(key):
+            raise ValueError(f"{key}={saved[key]!r} of heavyball: the state of {name} is not an average of gradients")
+    if len(entries) != 1 or not isinstance(entries.get(0), Mapping):
+        raise ValueError(f"heavyball keeps {name} in {len(entries)} pieces, which are not converted")
+    found: dict[str, Any] = {}
+    functions = set[str]()
+    for key, value in entries[0].items():
+        if key in ("step", "is_initialized"):
+            continue
+        parts = _HEAVYBALL.fullmatch(key)
+        functions.add(parts["function"] if parts else key)
+        found |= {parts["key"]: value} if parts else {}
+    if functions not in ({"update_by_adam"}, {"scale_by_soap"}):
+        raise ValueError(
+            f"the state of {name} is of heavyball's {', '.join(sorted(functions)) or 'nothing'}; only that of its "
+            "AdamW (update_by_adam) and SOAP (scale_by_soap) is converted"
+        )
+    count = int(saved["step_count"])
+    if functions == {"update_by_adam"}:
+        return {"step": count, **_biased(found, saved["betas"], count)}
+    lists = {key: [x if x is None else x[0] for x in found.get(key, ())] for key in ("GG", "Q")}
+    whole = 1 - saved["shampoo_beta"] ** count
+    lists["GG"] = [x if x is None else whole * x for x in lists["GG"]]
+    moments = {key: x[0] for key, x in _biased(found, saved["betas"], count - 1).items()}
+    return _soap({"step": count - 1, **moments, **lists}, {}, name)
+
+
+def _biased(found: Mapping[str, Any], betas: Iterable[float], count: int) -> dict[str, Any]:
+    """Averages as they stand in a state that starts at zero."""
+    pairs = zip(("exp_avg", "exp_avg_sq"), betas, strict=True)
+    return {key: found[key] * (1 - beta**count) for key, beta in pairs if key in found}
+
+
+_READERS: Mapping[str, Callable[[Mapping[Any, Any], Mapping[str, Any], str], dict[str, Any]]] = {
     "torch.adamw": _moments,
     "torch.muon": _moments,
     "keller-jordan": _moments,
     "nikhilvyas-soap": _soap,
+    "heavyball": _heavyball,
     "published": _moments,
 }
 SOURCES = tuple(_READERS)

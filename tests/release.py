@@ -156,6 +156,7 @@ def in_use(artifact: Path, place: Path, say: Callable[[str], None] = print) -> N
     say(f"release-check: {artifact.name} with " + run(python, "-V", cwd=place).strip())
     run(python, "-c", USE, cwd=place)
     run(python, "-m", "pip", "check", cwd=place)
+    types(python, place)
     demand(run(eopt, "--version", cwd=place) == f"eopt {__version__}\n", "eopt --version does not say the version")
     demand("soap" in run(eopt, "list", cwd=place), "eopt list does not list")
     said = run(eopt, "train", cwd=place, status=1)
@@ -163,6 +164,13 @@ def in_use(artifact: Path, place: Path, say: Callable[[str], None] = print) -> N
     run(*pip, f"{artifact}[lab]", cwd=place)
     run(eopt, "train", *TINY.split(), "--out", place / "run", cwd=place)
     demand(list((place / "run").glob("*.png")), "eopt train drew nothing")
+
+
+def types(python: Path, place: Path) -> None:
+    """Pyright reads what users write beside the installed package, as an editor does."""
+    shutil.copy(ROOT / "tests" / "reference" / "typed_use.py", place / "use.py")
+    (place / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard", "include": ["use.py"]}')
+    run(sys.executable, "-m", "basedpyright", "--pythonpath", python, cwd=place)
 
 
 def main(tags: Sequence[str] = ()) -> int:

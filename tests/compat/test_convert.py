@@ -1,9 +1,13 @@
 """Training goes on here with the moments that another library's optimizer wrote."""
 
+import io
+import pickle
+import zipfile
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from emerging_optimizers import SOAP, AdamW, Lion, Muon, convert_state_dict, create_optimizer
 from emerging_optimizers.converting import recognised
@@ -202,12 +206,190 @@ def test_a_file(tmp_path, capsys):
     assert new.param_groups[0].items() >= {"lr": 0.03, "scale_mode": "shape_scaling", "nesterov": True}.items()
 
 
-def test_heavyballs_checkpoint_is_named():
-    """The layout of heavyball 3.2.1: entries of a view of the parameter, under the name of the function."""
-    entries = {"update_by_adam_exp_avg_0": torch.ones(M, N), "is_initialized": {0}}
-    groups = [{"lr": 0.1, "betas": [0.9, 0.99], "params": [0]}]
-    with pytest.raises(ValueError, match="the checkpoint is heavyball's"):
-        recognised({"state": {0: {0: entries}}, "param_groups": groups, "heavyball": {}})
+def heavyball(function: str, count: int, **entries: Any) -> dict[str, Any]:
+    """The layout of heavyball 3.2.1: entries of a piece of the parameter, under the name of the function."""
+    named = {f"{function}_{key}_{2 + (key in 'GGQ')}": value for key, value in entries.items()}
+    group = {"lr": 0.03, "betas": [0.8, 0.9], "shampoo_beta": 0.7, "weight_decay": 0.1, "warmup_steps": 0}
+    group |= {"is_preconditioning": False, "step_count": torch.tensor(count), "mars": False, "ecc": None}
+    state = {0: {0: {"step": torch.tensor(count), "is_initialized": {0}, **named}}}
+    return {"state": state, "param_groups": [group | {"params": [0]}], "heavyball": {"inner_group": {}}}
+
+
+def test_heavyballs_adamw():
+    """Its averages are debiased: they are those of Adam, divided by 1 - beta**t."""
+    theirs, mine = twins((M, N))
+    old = torch.optim.AdamW(theirs, lr=0.03, betas=(0.8, 0.9), weight_decay=0.1)
+    steps(old, theirs, 0)
+    state = old.state[theirs[0]]
+    debiased = {"exp_avg": state["exp_avg"] / (1 - 0.8**5), "exp_avg_sq": state["exp_avg_sq"] / (1 - 0.9**5)}
+    saved = heavyball("update_by_adam", 5, **debiased)
+    new = AdamW(mine, lr=0.03, betas=(0.8, 0.9), weight_decay=0.1)
+    assert recognised(saved) == "heavyball"
+    new.load_state_dict(convert_state_dict(saved, new))
+    with torch.no_grad():
+        mine[0].copy_(theirs[0])
+    steps(old, theirs, 5)
+    steps(new, mine, 5)
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-12, atol=1e-13)
+
+
+def soap_of_heavyball() -> tuple[dict[str, Any], dict[str, Any]]:
+    """SOAP's entries after six gradients, the first of which is for the factors alone; and those of its authors."""
+    old, theirs, _ = soap_of_others()
+    steps(old, theirs, 0, 6)
+    s = old.state[theirs[0]]
+    whole = [x[None] / (1 - 0.7**6) for x in s["GG"]]
+    moments = {"exp_avg": s["exp_avg"][None] / (1 - 0.8**5), "exp_avg_sq": s["exp_avg_sq"][None] / (1 - 0.9**5)}
+    return heavyball("scale_by_soap", 6, **moments, GG=whole, Q=[q[None] for q in s["Q"]]), s
+
+
+def test_heavyballs_soap():
+    saved, wanted = soap_of_heavyball()
+    new = SOAP(twins((M, N))[1], lr=0.01)
+    state = convert_state_dict(saved, new)["state"][0]
+    pairs = {"L": wanted["GG"][0], "R": wanted["GG"][1], "Q_L": wanted["Q"][0], "Q_R": wanted["Q"][1]}
+    for key, value in {**pairs, "exp_avg": wanted["exp_avg"], "exp_avg_sq": wanted["exp_avg_sq"]}.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-12, atol=1e-13)
+    assert state["step"] == wanted["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s["param_groups"][0].pop("step_count"), "is of heavyball 2, which is not converted"),
+        (lambda s: s["param_groups"][0].update(mars=True), "mars=True of heavyball"),
+        (lambda s: s["state"][0].update({1: {}}), "keeps parameter 0 of shape .* in 2 pieces"),
+        (lambda s: s["state"][0][0].update(scale_by_laprop_exp_avg_0=1), "only that of its AdamW .update_by_adam"),
+        (lambda s: s["state"][0][0].update(unknown=1), "only that of its AdamW .update_by_adam"),
+        (lambda s: s["state"][0][0].pop("update_by_adam_exp_avg_sq_2"), "exp_avg_sq of parameter 0"),
+        (lambda s: s["state"].update({0: 5}), "the state of parameter 0 of shape .* is int in the checkpoint"),
+        (lambda s: s.pop("heavyball"), "of heavyball before 2"),
+    ],
+)
+def test_what_is_not_converted_of_heavyball_is_named(change, said):
+    saved = heavyball("update_by_adam", 3, exp_avg=torch.ones(M, N), exp_avg_sq=torch.ones(M, N))
+    change(saved)
+    with pytest.raises(ValueError, match=said):
+        convert_state_dict(saved, AdamW(twins((M, N))[0], lr=0.1))
+
+
+@pytest.mark.parametrize("key", ["caution", "cautious_weight_decay"])
+def test_options_of_heavyball_that_change_the_law_are_refused(key, tmp_path, capsys):
+    saved, _ = soap_of_heavyball()
+    saved["param_groups"][0][key] = True
+    torch.save(saved, tmp_path / "old.pt")
+    assert f"{key}=True of the checkpoint's groups is not possible here" in refused(tmp_path / "old.pt", "soap", capsys)
+
+
+def test_a_file_of_heavyballs_soap(tmp_path, capsys):
+    saved, wanted = soap_of_heavyball()
+    torch.save(saved, tmp_path / "old.pt")
+    main(["convert", str(tmp_path / "old.pt"), "--to", "soap", "--out", str(tmp_path / "new.pt")])
+    new = SOAP(twins((M, N))[0], lr=1.0)
+    new.load_state_dict(torch.load(tmp_path / "new.pt", weights_only=True))
+    assert new.param_groups[0].items() >= {"lr": 0.03, "betas": (0.8, 0.9), "shampoo_beta": 0.7}.items()
+    (state,) = new.state.values()
+    assert torch.equal(state["Q_L"], wanted["Q"][0])
+
+
+def refused(path: Any, to: str, capsys: Any, *more: str) -> str:
+    """What `eopt convert` says of a file that it does not convert: a sentence or two, exit status 2, no file."""
+    out = path.parent / "refused.pt"
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(path), "--to", to, "--out", str(out), *more])
+    assert end.value.code == 2
+    assert not out.exists()
+    said = capsys.readouterr().err
+    assert said.startswith("eopt: ")
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+    assert len(said) < 400
+    return said
+
+
+def a_file(kind: str, path: Any) -> None:
+    """Files that are no checkpoint of torch.save, or not of an optimizer."""
+    model = torch.nn.Linear(N, M)
+    optimizer = torch.optim.AdamW(model.parameters())
+    steps(optimizer, [*model.parameters()], 0, 1)
+    whole = io.BytesIO()
+    torch.save(optimizer.state_dict(), whole)
+    old = io.BytesIO()
+    torch.save(optimizer.state_dict(), old, _use_new_zipfile_serialization=False)
+    flipped = bytearray(whole.getvalue())
+    exp_avg = optimizer.state[model.weight]["exp_avg"]
+    flipped[whole.getvalue().index(exp_avg.numpy().tobytes())] ^= 1
+    raw = {
+        "empty": b"",
+        "short": whole.getvalue()[: len(flipped) // 2],
+        "nearly whole": whole.getvalue()[:-3],
+        "flipped": bytes(flipped),
+        "old and short": old.getvalue()[: len(old.getvalue()) // 2],
+        "text": b"hello\nworld",
+        "pickle": pickle.dumps(model.weight.detach().numpy()),
+    }
+    saved = {
+        "model": model.state_dict(),
+        "whole model": model,
+        "list": [1, 2],
+        "nothing": {},
+        "flattened": {"state.weight.step": 1, "param_groups.weight.lr": 0.1},
+        "damaged state": {"state": {0: 5}, "param_groups": [{"params": [0], "betas": (0.9, 0.9), "amsgrad": False}]},
+        "no shape": {"state": {0: {"exp_avg": 1}}, "param_groups": [{"params": [0], "ns_coefficients": 3}]},
+    }
+    if kind in raw:
+        path.write_bytes(raw[kind])
+    elif kind == "folder":
+        path.mkdir()
+        dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=path, no_dist=True)
+    elif kind == "archive":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme.txt", "hello")
+    elif kind == "absent":
+        pass
+    else:
+        torch.save(saved[kind], path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("empty", "is empty"),
+        ("short", "is damaged: it is cut short"),
+        ("nearly whole", "is damaged: it is cut short"),
+        ("flipped", "is damaged: the checksum of"),
+        ("old and short", "is damaged, or no file of torch.save"),
+        ("text", "is damaged, or no file of torch.save"),
+        ("pickle", "it is no file of torch.save, or has more than tensors"),
+        ("model", "is no state_dict of an optimizer, its keys are weight, bias; give --entry"),
+        ("whole model", "which is not unpickled"),
+        ("list", "has a list, and no state_dict of an optimizer"),
+        ("nothing", "its keys are none"),
+        ("flattened", "is flattened (flatten_optimizer_state_dict=True)"),
+        ("damaged state", "the state of parameter 0 is int in the checkpoint, no dict; it is damaged"),
+        ("no shape", "has neither exp_avg nor momentum_buffer"),
+        ("folder", "is a folder, as torch.distributed.checkpoint writes"),
+        ("archive", "is an archive with other files"),
+        ("absent", "No such file"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_file_that_is_no_checkpoint_is_named(kind, words, tmp_path, capsys):
+    a_file(kind, tmp_path / "other.pt")
+    assert words in refused(tmp_path / "other.pt", "adamw", capsys)
+
+
+def test_what_is_asked_for_beside_the_file(tmp_path, capsys):
+    a_file("model", tmp_path / "model.pt")
+    assert "has no such entry" in refused(tmp_path / "model.pt", "adamw", capsys, "--entry", "optimizer")
+    both = tmp_path / "both.pt"
+    torch.save(muon_and_adam([]), both)
+    assert "make both with create_optimizer" in refused(both, "muon", capsys)
+    (tmp_path / "there.pt").touch()
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(both), "--to", "muon", "--out", str(tmp_path / "there.pt")])
+    assert end.value.code == 2
+    assert "is there already" in capsys.readouterr().err
 
 
 class Anything:

@@ -47,19 +47,14 @@ def self_attention(model):
 MULTI_HEAD = {
     "packed": {},
     "without biases": {"bias": False},
-    "keys of another width": {"kdim": 16, "vdim": 16, "add_bias_kv": True, "add_zero_attn": True},
+    "a bias and a zero of keys": {"add_bias_kv": True, "add_zero_attn": True},
 }
 
 
 @pytest.mark.parametrize("layer", [Grouped, Fused, *MULTI_HEAD], ids=str)
 def test_clipped_heads_reach_the_threshold_and_the_others_stay(layer):
     if isinstance(layer, str):
-        if layer == "keys of another width":
-            model = nn.MultiheadAttention(
-                16, 4, batch_first=True, add_bias_kv=True, add_zero_attn=True, kdim=16, vdim=16
-            )
-        else:
-            model = nn.MultiheadAttention(16, 4, batch_first=True, **MULTI_HEAD[layer])
+        model = nn.MultiheadAttention(16, 4, batch_first=True, **MULTI_HEAD[layer])
         model, call = net(model)[0], self_attention
     else:
         model, call = net(layer())[0], lambda m: m
@@ -361,3 +356,78 @@ def test_two_modules_that_share_a_projection():
     model[1].k_proj = model[0].k_proj
     with pytest.raises(ValueError, match=r"0 and 1 share 1\.k_proj\.weight"):
         QKClip(model)
+
+
+def test_keys_and_values_of_another_width():
+    """Then the three projections are parameters of their own."""
+    model = nn.MultiheadAttention(16, 4, batch_first=True, kdim=8, vdim=12)
+    x, key, value = batch(), torch.randn(3, 5, 8), torch.randn(3, 5, 12)
+    x = x[:1].expand(3, *x.shape[1:])
+    clip = QKClip(model)
+    before = seen(clip, model, x, key, value)
+    weights = model(x, key, value, average_attn_weights=False)[1]
+    q, k = model.q_proj_weight, model.k_proj_weight
+    b_q, b_k, _ = model.in_proj_bias.chunk(3)
+    heads_q, heads_k = ((y @ w.T + b).unflatten(-1, (4, 4)).transpose(1, 2) for y, w, b in ((x, q, b_q), (key, k, b_k)))
+    logits = heads_q @ heads_k.mT / 2
+    torch.testing.assert_close(logits.softmax(-1), weights)
+    assert before == pytest.approx(logits.amax((0, 2, 3)).tolist(), rel=RTOL)
+    clip.threshold = between(before)
+    model(x, key, value)
+    clip.step()
+    assert seen(clip, model, x, key, value) == pytest.approx([min(s, clip.threshold) for s in before], rel=RTOL)
+
+
+def test_a_sequence_without_a_batch_is_looked_at():
+    model = net(nn.MultiheadAttention(16, 4))[0]
+    x = batch()[0]
+    clip = QKClip(model)
+    alone = seen(clip, self_attention(model), x)
+    assert alone == pytest.approx(seen(clip, self_attention(model), x[:, None]), rel=RTOL)
+
+
+def test_logits_of_nothing_and_of_numbers_that_would_overflow():
+    assert largest_logits(torch.ones(0, 2, 3, 4), torch.ones(0, 2, 3, 4), 1.0).tolist() == [-math.inf] * 2
+    large = torch.full((1, 1, 1, 4), 200.0, dtype=torch.float16)
+    assert largest_logits(large, large, 1.0).tolist() == [160000.0]
+
+
+class Latent(nn.Module):
+    """Queries and keys as DeepSeek's latent attention makes them: 2 heads of 3 + 1 rows, values of 5."""
+
+    def __init__(self, q_rows=8, kv_rows=16, **layers):
+        super().__init__()
+        self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim = 3, 1, 5
+        self.q_b_proj, self.kv_b_proj = nn.Linear(4, q_rows), nn.Linear(4, kv_rows)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+class Few(nn.Module):
+    """Separate projections of three heads that have no number."""
+
+    def __init__(self, **numbers):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(4, 12), nn.Linear(4, 12)
+        for name, number in numbers.items():
+            setattr(self, name, number)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (Latent(q_b_proj=None), "it has kv_b_proj, and none of"),
+        (Latent(q_rows=9), "q_b_proj has 9 rows and kv_b_proj 16, which 3 . 1 for a query"),
+        (Latent(kv_rows=15), "q_b_proj has 8 rows and kv_b_proj 15"),
+        (Latent(q_b_proj=nn.Embedding(2, 3), qk_nope_head_dim=0), "q_b_proj has 2 rows and kv_b_proj 16, which 0 . 1"),
+        (Few(), "how many heads it has is not known: none of"),
+        (Few(num_heads=5), "5 heads do not make up the 12 rows of queries"),
+        (Few(num_heads=3, head_dim=5), "3 heads of 5 do not make up the 12 rows of queries"),
+        (Few(num_heads=3, k_proj=nn.LayerNorm(3)), "k_proj is a LayerNorm, whose weight is not one matrix"),
+        (Few(num_heads=3, k_proj=nn.Linear(4, 10)), "3 query heads and 2 key heads of 4 rows do not fit"),
+        (Few(num_heads=2, k_proj=nn.Linear(4, 15)), "2 key heads of 6 rows are not the 15 rows of k_proj"),
+    ],
+)
+def test_attention_whose_heads_do_not_fit_is_told_why(module, words):
+    with pytest.raises(ValueError, match=words):
+        QKClip(nn.Sequential(module))
