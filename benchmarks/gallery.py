@@ -6,8 +6,9 @@ MORE of those. The best FINALISTS run again with another seed, and the lowest me
 optimizer gets the same draws, and all that a draw says: two rates, two betas, decay, warm-up. What trials/ITEM.json
 holds is not run again.
 
-`python -m benchmarks.gallery --page` runs `eopt gallery` for each item that is not in runs/ yet, copies its picture
-into docs/images/gallery/ and its result into benchmarks/results/gallery/, and prints the tables.
+`python -m benchmarks.gallery --page [ITEM ...]` runs `eopt gallery` for each item that is not in runs/ yet, copies its
+picture into docs/images/gallery/ and its result into benchmarks/results/gallery/, and writes its tables below its
+picture in docs/gallery.md, where somebody has written a section with the picture.
 """
 
 import math
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from emerging_optimizers.lab.tasks import OPEN
 from emerging_optimizers.registry import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "gallery.md"
 RESULTS = ROOT / "benchmarks" / "results" / "gallery"
 WIDE, NEAR, MORE, FINALISTS, AGAIN = 4, 4, 9, 2, 4
 DRAWN = {  # what is no rate
@@ -90,26 +93,34 @@ def save(path: Path, found: dict[str, list[Trial]]) -> None:
     write_json(path, {"environment": environment(1), "trials": to_json(found)})
 
 
-def page() -> None:
-    """Pictures, and tables on the standard output."""
-    for name in ITEMS:
+def page(names: Iterable[str]) -> None:
+    """Pictures, results, and the tables of the page."""
+    for name in names:
         folder = ROOT / "runs" / f"gallery-{name}"
         if not (folder / "result.json").exists():
+            out = ("--out", str(folder.relative_to(ROOT)))
             subprocess.run(
-                [sys.executable, "-m", "emerging_optimizers.lab", "gallery", name, "--out", str(folder)], check=True
+                [sys.executable, "-m", "emerging_optimizers.lab", "gallery", name, *out], cwd=ROOT, check=True
             )
         shutil.copy(folder / "gallery.png", ROOT / "docs" / "images" / "gallery" / f"{name}.png")
         shutil.copy(folder / "result.json", RESULTS / f"{name}.json")
         shutil.copy(folder / "environment.json", RESULTS / f"{name}.environment.json")
-        print(f"{name}\n\n{(folder / 'tables.md').read_text()}", flush=True)
+        before, picture, section = PAGE.read_text().partition(f"(images/gallery/{name}.png)\n")
+        _, heading, after = section.partition("\n## ")
+        if picture:
+            tables = (folder / "tables.md").read_text().strip()
+            PAGE.write_text(f"{before}{picture}\n{tables}\n{heading}{after}")
+        else:
+            print(f"{name}: docs/gallery.md has no section with its picture")
 
 
 def main() -> None:
     """Try, or write."""
     torch.set_num_threads(1)
+    names = [word for word in sys.argv[1:] if word != "--page"] or [*ITEMS]
     if "--page" in sys.argv:
-        return page()
-    for name in sys.argv[1:] or ITEMS:
+        return page(names)
+    for name in names:
         tune(name)
 
 

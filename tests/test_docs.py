@@ -27,6 +27,8 @@ PAGES = (
             "gallery",
             "migrate",
             "optimizers",
+            "orthogonalizers",
+            "precision",
             "qk_clip",
             "routing",
             "spectron",

@@ -23,8 +23,12 @@ SMALL = {
 NOTEBOOKS = sorted(EXAMPLES.rglob("*.ipynb"))
 
 
-def test_the_notebooks_run(tmp_path):
-    """One after the other in one kernel, whose names are taken away between them: each would import torch anew."""
+def test_the_notebooks_run_and_their_cells_show_what_is_stored_of_them(tmp_path):
+    """Not the same numbers, which take minutes, but the same kinds of things: a picture, a table, a line.
+
+    One after the other in one kernel, whose names are taken away between them: each would import torch anew.
+    """
+    stored = {path.stem: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
     notebooks = {path.stem: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
     clear = nbformat.v4.new_code_cell("%reset -f")
     for name, notebook in notebooks.items():
@@ -36,6 +40,7 @@ def test_the_notebooks_run(tmp_path):
     nbclient.NotebookClient(every, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     for name, notebook in notebooks.items():
         assert any("image/png" in output.get("data", ()) for output in outputs(notebook)), name
+        assert kinds(notebook) == kinds(stored[name])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -54,6 +59,15 @@ def test_the_stored_outputs_come_from_one_run_from_top_to_bottom(path):
 
 def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def kinds(notebook):
+    """For every output of each cell of code its kind, and the kinds of what it holds."""
+    return [
+        [(output.output_type, sorted(output.get("data", ()))) for output in cell.outputs]
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
 
 
 def texts_of(output):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.distributed.groups import GATHERS, Peers, peers_with, ranks_in
+from emerging_optimizers.distributed.groups import GATHERS, Peers, new_group, peers_with, ranks_in
 from emerging_optimizers.distributed.plan import Box, Shard, Sharding, coordinates
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _mesh(device: str, ranks: tuple[int, ...], peers: Peers) -> Any:
     if peers.rank not in ranks:
         return DeviceMesh(device, list(ranks), _init_backend=False)
     # torch sends what `set_optimizer_state_dict` is given through the group of the mesh, even if it has one process.
-    return DeviceMesh.from_group(dist.new_group(list(ranks), use_local_synchronization=True), device)
+    return DeviceMesh.from_group(new_group(ranks), device)
 
 
 @lru_cache(maxsize=1)

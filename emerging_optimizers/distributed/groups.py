@@ -117,6 +117,12 @@ def peers_of(mesh: Any) -> Peers:
     return peers_with(tuple(sorted(ranks_in(mesh))), mesh)
 
 
+def new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A group of some processes, of which each calls this."""
+    group: Any = dist.new_group(list(ranks), use_local_synchronization=True)  # a number for a process that is not in it
+    return group
+
+
 def peers_with(ranks: tuple[int, ...], mesh: Any = None) -> Peers:
     """Some processes by their ranks, and a mesh of them, if there is one; all of them ask at the same time."""
     world, peers = _known.get(ranks, (None, None))
@@ -126,7 +132,7 @@ def peers_with(ranks: tuple[int, ...], mesh: Any = None) -> Peers:
         elif mesh is not None and mesh.ndim == 1:
             group = mesh.get_group()
         else:
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
+            group = new_group(ranks)
         peers = Peers(group)
         _known[ranks] = (dist.group.WORLD, peers)
     return peers

@@ -383,4 +383,5 @@ def _stretches(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors of one shape begin at the same number; by their storages, which a tensor without data has."""
-    return x.storage_offset() == y.storage_offset() and x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    storages = [z.untyped_storage()._cdata for z in (x, y)]
+    return bool(x.storage_offset() == y.storage_offset() and storages[0] == storages[1])

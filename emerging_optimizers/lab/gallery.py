@@ -48,6 +48,8 @@ class Item:
     """What must be installed besides the lab."""
     log: bool = False
     """Whether losses are drawn by their logarithm."""
+    only_matrices: bool = False
+    """Whether nothing is trained beside the hidden matrices, so that a rate of the rest says nothing."""
 
     @property
     def optimizers(self) -> tuple[str, ...]:
@@ -61,7 +63,17 @@ ITEMS = {
     "vit": Item(
         title="A ViT on digits", unit="nats per image", steps=100, others=_BOTH, takes="images", needs="scikit-learn"
     ),
+    "moe": Item(title="A mixture of experts", unit=_CHARACTER, steps=100, others=_BOTH, takes="text"),
     "low_rank": Item(title="A GPT of low rank", unit=_CHARACTER, steps=100, others=("spectron",), takes="text"),
+    "lora": Item(
+        title="Fine-tuning with LoRA",
+        unit=_CHARACTER,
+        steps=160,
+        others=_BOTH,
+        takes="text",
+        needs="peft",
+        only_matrices=True,
+    ),
     "recurrent": Item(title="An LSTM", unit=_CHARACTER, steps=100, others=_BOTH, takes="text"),
     "autoencoder": Item(
         title="An autoencoder",

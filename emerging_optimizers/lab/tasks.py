@@ -5,6 +5,7 @@ Shapes: B batch, T time, D width, C channels, H and W pixels, S samples, E exper
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -39,6 +40,14 @@ class Task(NamedTuple):
     held_out: Callable[[], Any]
 
 
+@contextmanager
+def draws_of(seed: int) -> Iterator[None]:
+    """Within it torch's own random numbers are those of a seed; after it they go on as if none had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -71,8 +80,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, vocabulary: int, width: int, seed: int) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with draws_of(seed):
             self.token = nn.Embedding(vocabulary, WIDTH)
             self.lstm = nn.LSTM(WIDTH, width, batch_first=True)
             self.head = nn.Linear(width, vocabulary)
@@ -113,8 +121,7 @@ class ViT(nn.Module):
 
     def __init__(self, seed: int, *, side: int = 2, size: int = 8, channels: int = 1, classes: int = 10) -> None:
         super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with draws_of(seed):
             self.patch = nn.Conv2d(channels, WIDTH, side, side)
             self.position = nn.Parameter(torch.randn((size // side) ** 2, WIDTH) * 0.02)
             layer: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
@@ -137,8 +144,7 @@ class Autoencoder(nn.Module):
     def __init__(self, pixels: int, seed: int) -> None:
         super().__init__()
         widths = (pixels, 256, 64, 16, 64, 256, pixels)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with draws_of(seed):
             self.layers = nn.ModuleList(nn.Linear(*shape) for shape in pairwise(widths))
 
     def loss(self, images_BCHW: Tensor, _: Tensor | None = None) -> Tensor:
@@ -191,8 +197,7 @@ def with_lora(pretrained: nn.Module, seed: int) -> Any:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError:
         raise FailedError("LoRA's factors are those of peft, which is not installed; pip install peft") from None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with draws_of(seed):
         return inject_adapter_in_model(LoraConfig(r=RANK, target_modules=ADAPTED), deepcopy(pretrained))
 
 
@@ -229,8 +234,7 @@ class Helmholtz(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with draws_of(seed):
             self.layers = nn.ModuleList([nn.Linear(2, 48), nn.Linear(48, 48), nn.Linear(48, 48), nn.Linear(48, 1)])
 
     def forward(self, xy_S2: Tensor) -> Tensor:
@@ -311,10 +315,22 @@ def _autoencoder(path: str | None) -> Task:
     return of_images(images, partial(Autoencoder, images.images_BCHW[0].numel()))
 
 
+def _lora(path: str | None) -> Task:
+    """A GPT that has learned the text that comes with Python, adapted to the user's text or to Python's own code."""
+    import _pydecimal
+
+    known = load_text(None, CONTEXT)
+    text = in_characters_of(known, load_text(path or _pydecimal.__file__, CONTEXT))
+    base = cache(partial(pretrained, of_text(known, partial(gpt, known))))
+    return of_text(text, lambda seed: with_lora(base(seed), seed))
+
+
 OPEN: dict[str, Callable[[str | None], Task]] = {
     "gpt": _characters(gpt),
     "vit": _vit,
+    "moe": _characters(experts),
     "low_rank": _characters(_low_rank),
+    "lora": _lora,
     "recurrent": _characters(_recurrent),
     "autoencoder": _autoencoder,
     "physics": lambda _: helmholtz(),

@@ -204,7 +204,7 @@ def _(subject: Subject) -> None:
 def _(subject: Subject) -> None:
     parameters, optimizer = subject.trained(1)
     twins, twin = subject.trained(1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.zeros(()))  # which makes its scale
     give(parameters, 1, scale=1024.0)
     give(twins, 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from emerging_optimizers import plan_parameters
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.lab import tasks
 from emerging_optimizers.lab.__main__ import main
@@ -40,10 +41,11 @@ def drawn(size: int, count: int = 90) -> Images:
 
 @pytest.fixture
 def without_packages(monkeypatch):
-    """Data that nothing must be installed for."""
+    """Data that nothing must be installed for, and a model to adapt that has hardly been trained."""
     monkeypatch.setattr(tasks, "digits", lambda: drawn(8))
     monkeypatch.setattr(tasks, "mnist", lambda: drawn(28))
     monkeypatch.setattr(tasks, "HELD_OUT_WINDOWS", 8)
+    monkeypatch.setattr(tasks, "BASE_STEPS", 2)
 
 
 @pytest.mark.parametrize("name", ITEMS)
@@ -53,6 +55,8 @@ def test_every_optimizer_of_an_item_trains_it(name, without_packages):
     assert all(map(math.isfinite, (loss for run in runs for loss in run.losses)))
     assert len({run.losses[-1] for run in runs}) == len(runs)
     assert {run.parameters for run in runs} == {runs[0].parameters}
+    routes = plan_parameters(task.make(0), item.others[0])
+    assert item.only_matrices == (not any(route.optimizer == "adamw" for route in routes))
 
 
 @pytest.mark.parametrize("name", ITEMS)
@@ -170,6 +174,26 @@ def test_a_text_of_other_characters_is_refused_for_what_is_adapted(tmp_path):
     (tmp_path / "text").write_text("ыъэ" * 1000)
     with pytest.raises(UsageError, match="hardly a character"):
         tasks.in_characters_of(tasks.load_text(None, 64), tasks.load_text(str(tmp_path / "text"), 64))
+
+
+def test_lora_adapts_a_model_of_each_seed_to_what_it_can_read_of_the_users_text(tmp_path, without_packages):
+    (tmp_path / "text").write_text("aыb" * 1000)
+    task = tasks.OPEN["lora"](str(tmp_path / "text"))
+    known = tasks.load_text(None, 64).vocabulary
+    assert {*task.batch(0, 1)[0].flatten().tolist()} == {known.index("a"), known.index("b")}
+    ours, other = (dict(task.make(seed).named_parameters()) for seed in (0, 1))
+    assert all(p.requires_grad == (".lora_" in name) for name, p in ours.items())
+    assert not torch.equal(ours["head.weight"], other["head.weight"])
+    assert torch.equal(ours["head.weight"], dict(task.make(0).named_parameters())["head.weight"])
+
+
+def test_a_models_own_draws_leave_those_of_others_alone():
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    with tasks.draws_of(1):
+        torch.rand(1)
+    assert torch.equal(torch.rand(1), wanted)
 
 
 @pytest.mark.parametrize(

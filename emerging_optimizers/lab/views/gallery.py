@@ -87,11 +87,12 @@ def _final_losses(result: GalleryResult, form: str) -> Table:
 
 
 def _recipes(result: GalleryResult) -> Table:
+    no_rest = ITEMS[result.config.item].only_matrices
     rows: list[tuple[Cell, ...]] = [
         (
             name,
             number(result.trials[name], "d"),
-            *(number(x, ".2g") for x in (recipe.lr, recipe.companion_lr)),
+            *(number(x, ".2g") for x in (recipe.lr, None if no_rest else recipe.companion_lr)),
             *(number(x, "g") for x in (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.warmup)),
         )
         for name, recipe in result.recipes.items()
