@@ -11,6 +11,7 @@ from emerging_optimizers.distributed.dtensor import is_dtensor
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.engine.transit import Transit
 from emerging_optimizers.engine.validate import place
+from emerging_optimizers.linalg.precision import VARIABLE, reduced_dtype
 
 MISSING = "missing"
 # Options that are numbers or words, and steer what a step does.
@@ -28,6 +29,8 @@ def facts_of(groups: Sequence[Mapping[str, Any]], shared: Iterable[Tensor]) -> d
         for key, value in group.items():
             if isinstance(value, _PLAIN):
                 facts[f"param_groups[{index}][{key!r}]"] = value
+        if group.get("fp32_matmul_prec") == "medium":
+            facts[f"what 'medium' means ({VARIABLE} sets it)"] = reduced_dtype(members[0][1].device)
         for i, p in members:
             name = place(group, index, i)
             if is_dtensor(p):  # plain shards may have any

@@ -23,9 +23,10 @@ BY_NAME = {case.name: case for case in CASES}
 # One of each kind: element by element, element by element with a law for all of them, by matrix, with bases that are
 # refreshed in turns, from the weight, with a law for the weight.
 KINDS = ("adamw", "adamw_brake", "muon", "soap_every_third", "spectron")
-# By how much a weight of about 1 may be off after twenty steps. Measured were 3e-15 and 2e-6, both LaProp without bias
-# correction, whose weights move farthest; all others stay below 1e-15 and 6e-7.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5}
+# By how much a weight of about 1 may be off after twenty steps. Measured over all cases and layouts were 1.3e-14 and
+# 1.6e-5, of SOAP with the published start, whose bases hang on null spaces at first; without it 3e-15 and 2e-6, but for
+# Shampoo's square roots (9e-6).
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-5}
 # In how many tests the sweep over all cases comes.
 PARTS = 4
 # On how many processes a layout is tried on every day, where that is not two: empty shards, replicas, two dimensions;

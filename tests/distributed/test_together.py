@@ -12,6 +12,7 @@ from torch import nn
 
 from emerging_optimizers import SpikeWatch, create_optimizer
 from emerging_optimizers.distributed.dtensor import local_of
+from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.testing.one_process import part_of
 from tests.distributed.processes import fsdp, gradients, make_net, run
 
@@ -74,6 +75,18 @@ def other_rate() -> Any:
         before = optimizer.param_groups[0]["lr"]
         optimizer.param_groups[0]["lr"] = before * (1 + dist.get_rank())
         return lambda: optimizer.param_groups[0].update(lr=before)
+
+    return error_of(model, optimizer, spoil)
+
+
+def other_medium() -> Any:
+    """Processes on CPUs of two kinds, of which one multiplies bfloat16 fast."""
+    model, optimizer = sharded()
+
+    def spoil() -> Callable[[], None]:
+        block = reduced_precision("bfloat16" if dist.get_rank() else "float32")
+        block.__enter__()
+        return lambda: block.__exit__(None, None, None)
 
     return error_of(model, optimizer, spoil)
 
@@ -189,7 +202,8 @@ def watched() -> Any:
 
 
 _ALL = (
-    missing, other_rate, bad_option, not_finite, failing_owner, other_model, late, counted, captured, watched,
+    missing, other_rate, other_medium, bad_option, not_finite, failing_owner, other_model, late, counted, captured,
+    watched,
 )  # fmt: skip
 SCENARIOS = {f.__name__: f for f in _ALL}
 
@@ -209,6 +223,7 @@ def happened() -> list[dict[str, Any]]:
     [
         ("missing", r"the gradient of .*up.weight.* is there on rank 0 and missing on rank 1", None),
         ("other_rate", r"param_groups\[0\]\['lr'\] is 0.01 on rank 0 and 0.02 on rank 1", None),
+        ("other_medium", r"'medium' .* is torch.float32 on rank 0 and torch.bfloat16 on rank 1", None),
         ("bad_option", r"rank 1 cannot take this step.*momentum", r"momentum=2.0"),
         ("not_finite", r"the gradient of .*down.weight.* is not finite", r"rank 0 cannot take.*down.weight"),
     ],
