@@ -20,7 +20,7 @@ from emerging_optimizers.engine.run import BucketStep
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.orthogonalized_optimizers import Muon
-from emerging_optimizers.registry import OPTIMIZERS
+from emerging_optimizers.registry import OPTIMIZERS, entry
 
 READS_WEIGHTS = ("muon_hyperball", "spectron")
 
@@ -162,6 +162,19 @@ def test_seconds_and_the_table() -> None:
     assert cost.seconds is not None
     assert 0 < cost.seconds < 10
     assert str(cost).splitlines()[1].split()[:3] == ["1", "x", "32x32"]
+
+
+@pytest.mark.parametrize("name", ["laprop", "rmsprop"])
+def test_steps_and_estimates_may_follow_each_other(name: str) -> None:
+    """Both have a kernel that writes into memory which nobody needs and which is kept from step to step."""
+    p = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = entry(name).load()([p], lr=0.1)
+    for _ in range(2):
+        before = p.detach().clone()
+        assert estimate([p], name).state_bytes > 0
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert (p < before).all()
 
 
 def test_options_belong_to_a_name() -> None:

@@ -77,7 +77,8 @@ _HELD = _Held()
 
 def _scratch(like: list[Tensor]) -> list[Tensor]:
     """Finite numbers, in tensors that may be written. On a CPU it is one for all, which stays in the cache."""
-    kind, held = (like[0].dtype, like[0].device), _HELD.by_kind
+    kind = (like[0].dtype, like[0].device)
+    held = _HELD.by_kind if type(like[0].data) is Tensor else {}  # a fake tensor belongs to its mode alone
     on_host = kind[1].type == "cpu"
     count = max(map(Tensor.numel, like)) if on_host else sum(map(Tensor.numel, like))
     if kind not in held or held[kind].numel() < count:
