@@ -198,9 +198,9 @@ def packed(state_dict: dict[str, Any], optimizer: Any) -> dict[str, Any]:
 def _others(optimizer: Any) -> set[Any]:
     """The keys of entries that somebody keeps beside those of the optimizer."""
     places: Places = optimizer._places
-    found: set[Any] = set()
+    states, found = optimizer.state, set[Any]()
     for group in optimizer.param_groups:
-        kept = {p: state for p in group["params"] if isinstance(state := optimizer.state.get(p), dict) and state}
+        kept = {p: states[p] for p in group["params"] if p in states and isinstance(states[p], dict) and states[p]}
         for p in kept.keys() & places.homes.keys():
             found |= others_than(kept.pop(p), places.views(p))
         if kept:  # before their first step
