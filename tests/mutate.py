@@ -7,9 +7,10 @@
 A mutant is one change: a comparison, an arithmetic operator, a number, `and`, a negated condition, a statement that is
 left out. A file is drawn by its lines of code, then a place in it. Everything happens in a copy in a temporary folder.
 
-Which tests run a line is found out once, by coverage (minutes; kept in .coverage.mutate until the package changes). Of
-a test with many parametrizations five are taken at random. A mutant is given the tests that run its line, the quickest
-first, up to the first failure. What no test notices is printed, and saved with all the rest in
+Which tests run a line is found out once, by coverage (minutes; kept in .coverage.mutate until the package changes): one
+parametrization of every test, then a second, up to five, as many as begin within LOOKING seconds. A mutant is given
+those that run its line, the quickest and those of the nearest file first, as many as fit into 20 seconds
+(`--seconds`), up to the first failure. What no test notices is printed, and saved with all the rest in
 benchmarks/results/mutants.json; docs/trust.md explains it.
 """
 
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ TESTS = (
 RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
 SEEN, TIMES = ROOT / ".coverage.mutate", ROOT / ".coverage.mutate.json"
 PARAMETRIZATIONS = 5  # of one test function
-ONE_TEST, ONE_MUTANT = 100, 600  # seconds: a test that hangs is a failure; more are not spent on a mutant
+LOOKING = 480  # seconds: tests that have not begun by then are not looked at
+ONE_TEST, ONE_MUTANT = 60, 240  # seconds: a test that hangs is a failure; more are not spent on a mutant
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -151,24 +153,39 @@ def mutants(path: Path, file: str) -> list[Mutant]:
 
 def digest() -> str:
     """Of the package and the tests: what is known about lines holds for these alone."""
-    files = sorted([*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "tests").rglob("test_*.py")])
+    tests = [path for name in TESTS for path in [ROOT / name, *(ROOT / name).rglob("*.py")] if path.is_file()]
+    files = sorted([*(ROOT / PACKAGE).rglob("*.py"), *tests])
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-class Few:
-    """A plugin of pytest: a few parametrizations of each test, and how long they take."""
+def rounds(functions: Iterable[list[Any]]) -> list[Any]:
+    """One parametrization of every test, drawn at random, then another of those that have one, and so on."""
+    rng = random.Random(0)
+    drawn = [rng.sample(some, min(len(some), PARAMETRIZATIONS)) for some in functions]
+    return [some[k] for k in range(PARAMETRIZATIONS) for some in drawn if k < len(some)]
 
-    def __init__(self) -> None:
+
+class Few:
+    """A plugin of pytest: a few parametrizations of each test, as many as time allows, and how long they take."""
+
+    def __init__(self, limit: float) -> None:
         self.seconds: dict[str, float] = {}
+        self.end = time.monotonic() + limit
+        self.left = 0
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         functions = defaultdict(list)
         for item in items:
             functions[item.nodeid.partition("[")[0]].append(item)
-        rng = random.Random(0)
-        kept = {item for some in functions.values() for item in rng.sample(some, min(len(some), PARAMETRIZATIONS))}
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+        kept = rounds(functions.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in {*kept}])
+        items[:] = kept
+
+    def pytest_runtest_protocol(self, item: Any) -> bool | None:
+        if time.monotonic() < self.end:
+            return None  # pytest runs it
+        self.left += 1
+        return True
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
@@ -178,7 +195,7 @@ def look(args: Sequence[str] = ()) -> None:
     """Runs the tests once, and keeps which line each of them runs."""
     import pytest
 
-    few = Few()
+    few = Few(LOOKING)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "coverage.ini"
         sources = "\n  ".join(f"{PACKAGE}.{name}" for name in FOLDERS)
@@ -187,6 +204,7 @@ def look(args: Sequence[str] = ()) -> None:
         status = pytest.main([*words, *TESTS, *args], plugins=[few])
     if status != 0:
         raise SystemExit("mutate: the tests fail as they are, so that no mutant can be judged")
+    print(f"mutate: {len(few.seconds)} tests looked at, {few.left} left when time was up", flush=True)
     TIMES.write_text(json.dumps({"digest": digest(), "seconds": few.seconds}))
 
 
@@ -210,22 +228,38 @@ class Seen:
             found |= {name for name in self.seconds if name.startswith("tests/distributed/")}
         return found
 
+    def chosen(self, mutant: Mutant, seconds: float) -> list[str]:
+        """Of those tests as many as fit into so many seconds, one at least: the quickest first.
+
+        Those of a file named after the mutant's, which ask for what it promises, count as if they took a tenth.
+        """
+        name = Path(mutant.file).stem
+
+        def order(test: str) -> float:
+            nearest = name in Path(test.partition("::")[0]).stem
+            return self.seconds.get(test, 0.0) * (0.1 if nearest else 1.0)
+
+        tests = sorted(sorted(self.tests(mutant)), key=order)
+        until = itertools.accumulate(self.seconds.get(test, 0.0) for test in tests)
+        return [test for k, (test, end) in enumerate(zip(tests, until, strict=True)) if k == 0 or end <= seconds]
+
 
 def seen() -> Seen:
-    """What `look` has kept."""
+    """What `look` has kept, of the tests that it has run to their end."""
     from coverage import Coverage
 
     cover = Coverage(data_file=str(SEEN), config_file=str(ROOT / "pyproject.toml"))
     cover.load()
     data = cover.get_data()
+    seconds = json.loads(TIMES.read_text())["seconds"]
     runs: dict[str, dict[int, set[str]]] = {}
     excluded = {}
     for name in data.measured_files():
         file = str(Path(name).relative_to(ROOT))
         contexts = data.contexts_by_lineno(name)
-        runs[file] = {k: {c.rpartition("|")[0] for c in some if c} for k, some in contexts.items()}
+        runs[file] = {k: {c.rpartition("|")[0] for c in some} & seconds.keys() for k, some in contexts.items()}
         excluded[file] = {*cover.analysis2(name)[2]}
-    return Seen(runs, json.loads(TIMES.read_text())["seconds"], excluded)
+    return Seen(runs, seconds, excluded)
 
 
 # ---- a sample --------------------------------------------------------------------------------------------------------
@@ -266,14 +300,13 @@ def _run(copy: Path, names: list[str], log: Path) -> None:
     os._exit(int(status))
 
 
-def judged(mutant: Mutant, known: Seen, copy: Path) -> tuple[str, int]:
-    """Whether a mutant is noticed, and how many tests it is given; "uncovered" where no test runs it."""
+def judged(mutant: Mutant, names: list[str], copy: Path) -> str:
+    """Whether a mutant is noticed by these tests; "uncovered" where there is none."""
+    if not names:
+        return "uncovered"
     path, log = copy / mutant.file, copy / "log.txt"
     whole = path.read_bytes()
     path.write_bytes(whole[: mutant.start] + mutant.after.encode() + whole[mutant.end :])
-    names = sorted(known.tests(mutant), key=lambda name: known.seconds.get(name, 0.0))
-    if not names:
-        return "uncovered", 0
     process = multiprocessing.get_context("fork").Process(target=_run, args=(copy, names, log))
     try:
         process.start()
@@ -281,12 +314,12 @@ def judged(mutant: Mutant, known: Seen, copy: Path) -> tuple[str, int]:
         if process.is_alive():  # its tests are many, and all that have run passed
             os.killpg(process.pid or 0, 9)
             process.join()
-            return "survived", len(names)
+            return "survived"
     finally:
         path.write_bytes(whole)
     if process.exitcode in (4, 5) and "ImportError while loading conftest" not in log.read_text():
         raise SystemExit(f"mutate: pytest ended with status {process.exitcode}: {log.read_text()}")
-    return ("killed" if process.exitcode else "survived"), len(names)
+    return "killed" if process.exitcode else "survived"
 
 
 def environment() -> dict[str, str]:
@@ -302,12 +335,16 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=100, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--only", default="", help="numbers of mutants of the sample, as it prints them")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long the tests of a mutant may take")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the result is saved")
     told = parser.parse_args(args)
     if not TIMES.exists() or json.loads(TIMES.read_text())["digest"] != digest():
         print("mutate: finding out which test runs which line (minutes)", flush=True)
         subprocess.run([sys.executable, "-c", "from tests.mutate import look; look()"], cwd=ROOT, check=True)
-    import torch  # noqa: F401 - so that the processes of the mutants have it
+    # So that the processes of the mutants have them.
+    import pytest  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.fsdp  # noqa: F401
 
     known = seen()
     drawn = dict(enumerate(sample(told.count, told.seed, known.excluded)))
@@ -320,16 +357,22 @@ def main(args: Sequence[str] | None = None) -> int:
         shutil.copytree(ROOT, copy, ignore=ignored)
         for k, mutant in drawn.items():
             start = time.perf_counter()
-            verdict, given = judged(mutant, known, copy)
-            found.append({"number": k, "verdict": verdict, "tests": given, **asdict(mutant)})
-            head = f"{k:4d} {verdict:9} {time.perf_counter() - start:4.0f} s {given:5d} tests"
+            names, every = known.chosen(mutant, told.seconds), len(known.tests(mutant))
+            verdict = judged(mutant, names, copy)
+            found.append({"number": k, "verdict": verdict, "tests": len(names), "of": every, **asdict(mutant)})
+            head = f"{k:4d} {verdict:9} {time.perf_counter() - start:4.0f} s {len(names):4d} of {every:4d} tests"
             print(f"{head}  {mutant.file}:{mutant.line}  {mutant.before!r} -> {mutant.after!r}", flush=True)
+            if not told.only:
+                save(told.out, {"seed": told.seed, "seconds": told.seconds}, found)
     report(found)
-    if not told.only:
-        told.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"environment": environment(), "seed": told.seed, "mutants": found}
-        told.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def save(path: Path, told: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    """After every mutant: a sample that is cut off is a smaller sample."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"environment": environment(), **told, "mutants": found}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def report(found: list[dict[str, Any]]) -> None:

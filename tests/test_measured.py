@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.covered import judged
-from tests.mutate import COMPARISONS, FOLDERS, PACKAGE, ROOT, Mutant, Seen, mutants, sample
+from tests.mutate import COMPARISONS, FOLDERS, PACKAGE, ROOT, Mutant, Seen, mutants, rounds, sample
 
 
 def totals(lines: int, branches: int) -> dict[str, float]:
@@ -88,3 +88,21 @@ def test_a_mutant_is_given_the_tests_that_run_its_line() -> None:
     assert given(file, 3) == given(file, 2) == line
     assert given(file, 5) == {*line, at_import}
     assert given(shared, 3) == {*line, remote}
+
+
+def test_every_test_is_looked_at_once_before_one_is_twice() -> None:
+    some = rounds([["a1", "a2", "a3"], ["b"], [f"c{k}" for k in range(9)]])
+    assert [name[0] for name in some] == [*"abc", *"ac", *"ac", *"cc"]
+    assert len({*some}) == len(some)  # five of c's nine
+
+
+def test_a_mutant_is_given_the_quick_tests_and_those_of_the_nearest_file_as_time_allows() -> None:
+    file = f"{PACKAGE}/engine/guard.py"
+    seconds = {"tests/a.py::quick": 1.0, "tests/a.py::slow": 9.0, "tests/engine/test_guard.py::test": 5.0}
+    known = Seen({file: {3: {*seconds}}}, seconds, {})
+    mutant = Mutant(file, 3, 3, "constant", "1", "(2)", 0, 1)
+    near, quick, slow = "tests/engine/test_guard.py::test", "tests/a.py::quick", "tests/a.py::slow"
+    assert known.chosen(mutant, 20.0) == [near, quick, slow]
+    assert known.chosen(mutant, 6.0) == [near, quick]
+    assert known.chosen(mutant, 0.1) == [near]
+    assert Seen({file: {}}, {}, {}).chosen(mutant, 20.0) == []
