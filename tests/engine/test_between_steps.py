@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from emerging_optimizers import AdamW, Lion, create_optimizer
 from emerging_optimizers.engine.validate import misspelled
+from emerging_optimizers.engine.weight_decay import keep_factor
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon, MuonRule
 from emerging_optimizers.soap.soap import SOAP
@@ -526,6 +527,12 @@ def test_a_first_step_at_lr_zero_decays_nothing() -> None:
     p.grad = torch.zeros(4, 4)
     optimizer.step()
     assert torch.equal(p, before)
+
+
+def test_a_rate_in_a_tensor_decays_nothing_at_zero_either() -> None:
+    """On the device, where the host does not read it."""
+    keep = keep_factor("independent", torch.tensor([0.0, 0.1, 1.0]), 0.5)
+    assert keep.tolist() == [1.0, 0.5, 0.5]
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
