@@ -300,6 +300,24 @@ def test_entries_of_others_are_kept_and_saved(case: OptimizerCase) -> None:
         assert "z" in o.state_dict()["state"][0]
 
 
+def test_where_two_parameters_have_one_name_positions_decide() -> None:
+    """As of two models in one optimizer."""
+
+    def make() -> tuple[list[nn.Parameter], Any]:
+        ps = [matrix(), matrix()]
+        return ps, Muon([{"params": [("weight", p)], "lr": lr} for p, lr in zip(ps, (0.1, 0.2), strict=True)])
+
+    ps, optimizer = make()
+    for i, p in enumerate(ps):
+        p.grad = torch.full_like(p, i + 1.0)
+    optimizer.step()
+    others, other = make()
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in other.param_groups] == [0.1, 0.2]
+    for p, q in zip(ps, others, strict=True):
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], other.state[q]["momentum_buffer"])
+
+
 @every_optimizer
 def test_entries_of_others_before_the_first_step_are_kept_and_saved(case: OptimizerCase) -> None:
     """Also where a key is no string; what one has that loads is nothing of its own."""
