@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from emerging_optimizers import SOAP
 from emerging_optimizers.distributed.dtensor import is_dtensor, local_of, spread_of
 from emerging_optimizers.testing.one_process import part_of
 from tests.distributed.processes import LAYOUTS, gradients, make_net, run
@@ -195,3 +196,32 @@ def first_state_of_zero_gradients() -> list[float]:
 
 def test_asking_for_the_state_moves_nothing() -> None:
     assert not any(map(any, run(2, first_state_of_zero_gradients)))
+
+
+def experts_of_one_process() -> None:
+    """Each expert is two heads, so each entry of the parameter's first axis has two matrices of state."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    generator = torch.Generator().manual_seed(0)
+    start, first, second = torch.randn(3, 4, 10, 4, generator=generator, dtype=torch.float64)
+
+    def make(p: nn.Parameter) -> torch.optim.Optimizer:
+        return SOAP([{"params": [p], "matrix_view": ("heads", 2)}], lr=0.1)
+
+    whole = nn.Parameter(start.clone())
+    alone = make(whole)
+    whole.grad = first
+    alone.step()
+    p = nn.Parameter(distribute_tensor(whole.data, init_device_mesh("cpu", (2,)), [Shard(0)]))
+    sharded = make(p)
+    sharded.load_state_dict(alone.state_dict())
+    for q, optimizer in ((whole, alone), (p, sharded)):
+        q.grad = part_of(second, q)
+        optimizer.step()
+    rank = dist.get_rank()
+    assert torch.equal(local_of(p), whole[2 * rank : 2 * rank + 2])
+
+
+def test_experts_of_several_matrices_go_from_one_process_to_two() -> None:
+    run(2, experts_of_one_process)
