@@ -25,6 +25,7 @@ PAGES = (
             "distributed",
             "field",
             "gallery",
+            "index",
             "migrate",
             "optimizers",
             "orthogonalizers",
