@@ -16,7 +16,7 @@ from emerging_optimizers.engine.hooks import WeightUpdateHookT
 from emerging_optimizers.engine.kept import KEYS
 from emerging_optimizers.engine.packing import others_than
 from emerging_optimizers.engine.placing import Places
-from emerging_optimizers.engine.rule import translated
+from emerging_optimizers.engine.rule import translated, without_data
 from emerging_optimizers.engine.validate import check_group, label, names_of, plain_options
 
 # From the name of a parameter to another; or from beginnings of names to other beginnings.
@@ -205,9 +205,9 @@ def _others(optimizer: Any) -> set[Any]:
             found |= others_than(kept.pop(p), places.views(p))
         if kept:  # before their first step
             rule = optimizer._make_rule(group)
-            parts = rule.init((1,) if rule.elementwise else (1, 2, 3), torch.float32, torch.device("meta"))
+            own = {*OWN_KEYS, *without_data(rule)._fields}
             for state in kept.values():
-                found |= others_than(translated(rule, state), {*OWN_KEYS, *parts._fields})
+                found |= others_than(translated(rule, state), own)
     return found
 
 

@@ -14,7 +14,7 @@ from emerging_optimizers.engine.matrix_view import blocks
 from emerging_optimizers.engine.options import Execution
 from emerging_optimizers.engine.packing import INT8
 from emerging_optimizers.engine.parts import rounded_parts
-from emerging_optimizers.engine.rule import Rule, Where, reason
+from emerging_optimizers.engine.rule import Rule, Where, reason, without_data
 from emerging_optimizers.engine.units import state_dtype
 from emerging_optimizers.engine.validate import label, misspelled
 
@@ -92,7 +92,7 @@ def check_obstacles(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
 def _check_rounding(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
     if group["state_dtype"] is None:
         return
-    state = rule.init((1, 2, 2)[: 1 if rule.elementwise else 3], torch.float32, torch.device("meta"))
+    state = without_data(rule)
     if not rounded_parts(state, group["state_dtype"] == INT8):
         raise ValueError(
             f"{owner}: state_dtype={group['state_dtype']} is not possible: of its state "

@@ -189,6 +189,11 @@ def reason(rule: Rule, where: Where, **changes: Any) -> str | None:
     return None if found == rule.obstacle(where) else found
 
 
+def without_data(rule: Rule) -> Any:
+    """The state of one element or one matrix, on the meta device: which parts there are."""
+    return rule.init((1,) if rule.elementwise else (1, 2, 3), torch.float32, torch.device("meta"))
+
+
 def translated(rule: Rule, saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """The saved state of one parameter under a rule's keys; keys that are no strings are somebody else's."""
     if not isinstance(rule, TranslatesState):

@@ -209,7 +209,7 @@ def compare_smallest(names: Sequence[str]) -> None:
     for name, make in product(names, (by_class, routed)):
         try:
             assert_same_as_one_process(make_smallest, partial(make, name), by_rows, steps=4)
-        except Exception as error:
+        except Exception as error:  # of whatever kind: it is told of which optimizer it is
             raise AssertionError(f"{name}, {make.__name__}") from error
 
 
