@@ -21,10 +21,10 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for `tests.tables`, which knows the cells of a row
 
-from emerging_optimizers import estimate  # noqa: E402
-from emerging_optimizers.engine.options import EngineOptions, options_in  # noqa: E402
-from emerging_optimizers.registry import OPTIMIZERS, Entry  # noqa: E402
-from tests import tables  # noqa: E402
+from emerging_optimizers import estimate  # noqa: E402 - behind the line that makes it importable
+from emerging_optimizers.engine.options import EngineOptions, options_in  # noqa: E402 - behind the line that makes it importable
+from emerging_optimizers.registry import OPTIMIZERS, Entry  # noqa: E402 - behind the line that makes it importable
+from tests import tables  # noqa: E402 - behind the line that makes it importable
 
 GENERATED = ROOT / "docs" / "generated"
 NOTEBOOKS = ROOT / "examples" / "gradient_spike"
@@ -224,7 +224,7 @@ def as_shown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
 def _mathml(self: Any, text: str, display: bool) -> None:
     try:
         self.body.append(tex2mathml(text, as_block=display))
-    except Exception as error:
+    except Exception as error:  # its own kinds are not exported: the formula has to be named
         raise ValueError(f"a formula that cannot be drawn: {text!r}: {error}") from error
     raise nodes.SkipNode
 

@@ -342,9 +342,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print("mutate: finding out which test runs which line (minutes)", flush=True)
         subprocess.run([sys.executable, "-c", "from tests.mutate import look; look()"], cwd=ROOT, check=True)
     # So that the processes of the mutants have them.
-    import pytest  # noqa: F401
+    import pytest  # noqa: F401 - loaded once, for the processes that are forked
     import torch._dynamo
-    import torch.distributed.fsdp  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401 - loaded once, for the processes that are forked
 
     known = seen()
     drawn = dict(enumerate(sample(told.count, told.seed, known.excluded)))

@@ -265,7 +265,7 @@ class Stream(io.StringIO):
 
     def __init__(self, terminal: bool) -> None:
         super().__init__()
-        self.isatty = lambda: terminal  # type: ignore[method-assign]
+        self.isatty = lambda: terminal
 
 
 def test_who_waits_is_told_on_a_terminal_by_one_line_and_elsewhere_by_plain_ones(monkeypatch: Any) -> None:

@@ -241,7 +241,7 @@ def test_times_follow_from_the_rates() -> None:
 def test_a_request_that_cannot_be_met_is_refused(changes: dict[str, object], wrong: str) -> None:
     asked: dict[str, object] = {"model": MIXTURE, "optimizer": "muon", "mesh": "8", **changes}
     with pytest.raises(ValueError, match=wrong):
-        at_scale(**asked)  # type: ignore[arg-type]
+        at_scale(**asked)
 
 
 def test_a_rate_is_positive() -> None:

@@ -41,7 +41,7 @@ def test_a_checkpoint_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
 
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
+            return Path.touch, (tmp_path / "sprung",)
 
     torch.save(Trap(), tmp_path / "checkpoint.pt")
     with pytest.raises(Exception, match=r"[Ww]eights"):

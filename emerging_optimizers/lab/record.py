@@ -290,7 +290,7 @@ def reading(path: Path, remedy: str = "bring it back, or move it away and make i
         yield
     except DamagedError as error:
         raise DamagedError(error.problem, remedy) from error
-    except Exception as error:
+    except Exception as error:  # whatever the content of a file runs into
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, UsageError):
             reason = str(error)

@@ -95,7 +95,7 @@ def factorized(kind: KindT, x_BMN: Tensor) -> Sequence[Tensor]:
     if x_BMN.is_meta:  # shapes alone; torch's geqrf does not take them, but where operations are counted
         try:
             return function(x_BMN)
-        except NotImplementedError:
+        except NotImplementedError:  # torch has no shapes of it
             return _KINDS[kind].stand_ins(x_BMN)
     if x_BMN.untyped_storage().device.type == "meta":  # without data, and counted (`estimate`)
         return function(x_BMN)

@@ -188,7 +188,7 @@ def test_sources_and_optimizers_that_are_none():
     with pytest.raises(ValueError, match=r"source='torch\.adam' is not one of"):
         convert_state_dict(old.state_dict(), Muon(mine, lr=0.1), source="torch.adam")
     with pytest.raises(TypeError, match="SGD is not an optimizer of emerging_optimizers"):
-        convert_state_dict(old.state_dict(), old)  # type: ignore[arg-type]
+        convert_state_dict(old.state_dict(), old)
 
 
 def test_a_file(tmp_path, capsys):

@@ -68,7 +68,7 @@ def compare(
                 size, parameter, rank = difference_of(
                     expected, make_model, make_optimizer, LAYOUTS[layout], steps=steps, gradients=gradients
                 )
-            except Exception as error:
+            except Exception as error:  # of whatever kind: it is told beside the others
                 found.append(f"{layout}, {name}, {dtype}: {type(error).__name__}: {error}")
                 continue
             sizes[dtype, layout, name] = size

@@ -44,7 +44,7 @@ def error_of(model: nn.Module, optimizer: Any, spoil: Callable[[], None]) -> tup
     try:
         optimizer.step()
         message = "nothing"
-    except Exception as error:
+    except Exception as error:  # its text is what is asked for
         message = f"{type(error).__name__}: {error}"
     stayed = all(map(torch.equal, before, weights(model)))
     if undo is not None:

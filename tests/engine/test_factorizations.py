@@ -133,7 +133,7 @@ def test_a_matrix_that_fails_sits_the_step_out_and_the_others_do_not_notice(case
     ) as told:
         _, before, after, expected, optimizer = _step_with_fault(case, fault)
     assert len([w for w in told if "factorization" in str(w.message)]) == 1
-    ((name, events),) = optimizer.guard_events().items()  # type: ignore[attr-defined]
+    ((name, events),) = optimizer.guard_events().items()
     failed = int(name.split("[")[-1].rstrip("]"))
     assert events == (0, 1)
     for i, (old, now, other) in enumerate(zip(before, after, expected, strict=True)):
@@ -152,7 +152,7 @@ def test_a_matrix_that_fails_sits_the_step_out_and_the_others_do_not_notice(case
 @pytest.mark.parametrize("case", FACTORIZING, ids=str)
 def test_a_matrix_that_fails_in_float32_is_taken_in_float64(case: OptimizerCase, fault: Fault) -> None:
     _, _, after, expected, optimizer = _step_with_fault(case, fault)
-    assert optimizer.guard_events() == {}  # type: ignore[attr-defined]
+    assert optimizer.guard_events() == {}
     differ = [i for i, (now, other) in enumerate(zip(after, expected, strict=True)) if not _same(now, other)]
     assert len(differ) <= 1
     assert all(x.isfinite().all() for now in after for x in now.values())
@@ -164,7 +164,7 @@ def test_a_law_that_fails_takes_the_state_back_too(fault: Fault) -> None:
     fault.spares = 1  # the rule's
     with pytest.warns(UserWarning, match="a factorization"):
         _, before, after, expected, optimizer = _step_with_fault(case, fault)
-    assert optimizer.guard_events() == {"param_groups[0]['params'][2]": (0, 1)}  # type: ignore[attr-defined]
+    assert optimizer.guard_events() == {"param_groups[0]['params'][2]": (0, 1)}
     for i, (old, now, other) in enumerate(zip(before, after, expected, strict=True)):
         assert _same(now, old if i == 2 else other), i
 
@@ -182,7 +182,7 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_where_nobody_waits_the_device_keeps_what_was_there(case: OptimizerCase, fault: Fault) -> None:
     _, before, after, expected, optimizer = _step_with_fault(case, fault)
-    ((name, events),) = optimizer.guard_events().items()  # type: ignore[attr-defined]
+    ((name, events),) = optimizer.guard_events().items()
     failed = int(name.split("[")[-1].rstrip("]"))
     assert events == (0, 1)
     for i, (old, now, other) in enumerate(zip(before, after, expected, strict=True)):
@@ -195,7 +195,7 @@ def test_where_nobody_waits_the_device_keeps_what_was_there(case: OptimizerCase,
 def test_compiled_steps_let_it_sit_out_too(case: OptimizerCase, fault: Fault) -> None:
     with pytest.warns(UserWarning, match="a factorization"):
         _, before, after, expected, optimizer = _step_with_fault(case, fault, execution="compiled")
-    ((name, events),) = optimizer.guard_events().items()  # type: ignore[attr-defined]
+    ((name, events),) = optimizer.guard_events().items()
     failed = int(name.split("[")[-1].rstrip("]"))
     assert events == (0, 1)
     for i, (old, now, other) in enumerate(zip(before, after, expected, strict=True)):
@@ -245,7 +245,7 @@ def test_memory_that_runs_out_is_no_failure_of_a_matrix(monkeypatch: pytest.Monk
         made = factorizations._KINDS[kind]._replace(function=full)
         monkeypatch.setitem(factorizations._KINDS, kind, made)
         with pytest.raises(torch.OutOfMemoryError, match="injected"):
-            factorized(kind, torch.eye(3)[None])  # type: ignore[arg-type]
+            factorized(kind, torch.eye(3)[None])
 
 
 @pytest.mark.parametrize("kind", ["eigh", "svd", "qr", "cholesky"])
@@ -267,4 +267,4 @@ def test_listeners_do_not_hear_one_another() -> None:
             factorized("svd", bad)
         assert inner.rows == {0}
     assert not outer.rows
-    assert copy.copy(inner.mask(2, torch.device("cpu"))).tolist() == [True, False]  # type: ignore[union-attr]
+    assert copy.copy(inner.mask(2, torch.device("cpu"))).tolist() == [True, False]

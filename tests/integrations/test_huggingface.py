@@ -9,7 +9,7 @@ from emerging_optimizers.integrations.huggingface import RoutedFactory, optimize
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from tests.integrations.example import equal, load  # noqa: E402
+from tests.integrations.example import equal, load  # noqa: E402 - behind importorskip
 
 example = load("huggingface_trainer")
 RATES = {"lr": 2e-3, "companion_lr": 5e-4}

@@ -4,17 +4,17 @@ from torch import nn
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
 
-from lightning.pytorch.callbacks import (  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402 - behind importorskip
     BackboneFinetuning,
     BaseFinetuning,
     LearningRateMonitor,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers.logger import DummyLogger  # noqa: E402
+from lightning.pytorch.loggers.logger import DummyLogger  # noqa: E402 - behind importorskip
 
-from emerging_optimizers import create_optimizer  # noqa: E402
-from emerging_optimizers.integrations.loggers import log_spikes  # noqa: E402
-from tests.integrations.example import equal, load  # noqa: E402
+from emerging_optimizers import create_optimizer  # noqa: E402 - behind importorskip
+from emerging_optimizers.integrations.loggers import log_spikes  # noqa: E402 - behind importorskip
+from tests.integrations.example import equal, load  # noqa: E402 - behind importorskip
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
