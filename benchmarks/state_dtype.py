@@ -27,6 +27,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "int8": {"state_dtype": "int8"},
     "bfloat16": {"state_dtype": torch.bfloat16},
 }
+# Timed only, as their numbers are the same.
+COMPILED = {f"{arm}, compiled": {**ARMS[arm], "execution": "compiled"} for arm in ("float32", "int8")}
 SIZES: dict[str, dict[str, int]] = {"demo": {}, "width 512, depth 4": {"width": 512, "depth": 4, "heads": 8}}
 TIMED = (*(("demo", name) for name in OPTIMIZERS[:3]), ("width 512, depth 4", "adamw"), ("width 512, depth 4", "muon"))
 ROUNDS = 20
@@ -48,7 +50,7 @@ def train(config: TrainConfig, name: str, arm: str, text: Text) -> dict[str, Any
 def step_times(config: TrainConfig, name: str, text: Text) -> dict[str, Any]:
     """CPU milliseconds of a step of the optimizer and of forward and backward, the arms in turns."""
     made = {}
-    for arm, options in ARMS.items():
+    for arm, options in {**ARMS, **(COMPILED if name == "adamw" else {})}.items():
         model = make_model(config, text)
         tuned = replace(TUNED[name], options={**TUNED[name].options, **options})
         made[arm] = model, make_optimizer(name, tuned, model)

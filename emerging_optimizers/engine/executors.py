@@ -19,6 +19,8 @@ from emerging_optimizers.linalg.eight_bits import BLOCK, dequantise, quantise_
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT, fp32_matmul_precision
 
 BACKEND = "inductor"  # of torch.compile; most tests take one that generates no code
+# Its own limits on the length of an expression would have a direction go through memory.
+ONE_PASS: dict[str, Any] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 10_000}
 
 
 class Way(NamedTuple):
@@ -150,7 +152,8 @@ def _compiled_elements(rule: Rule, backend: str) -> Any:
                 quantise_(x, s, z)
 
     # For any length: one graph serves all parameters, and the same where some have no gradient.
-    return torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    options = ONE_PASS if backend == "inductor" else None
+    return torch.compile(step, fullgraph=True, dynamic=True, backend=backend, options=options)
 
 
 @cache

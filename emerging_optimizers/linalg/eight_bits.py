@@ -57,9 +57,9 @@ def quantise_(codes: Tensor, scales: Tensor, x: Tensor) -> None:
     """`quantise` into tensors that there are."""
     for part, code, scale in zip(_in_blocks(x), _in_blocks(codes), _of_blocks(scales, x.shape[-1]), strict=True):
         roots = part.abs()
-        exact = _scales_of(roots.amax(dim=-1))
+        exact = _scales_of(roots.amax(dim=-1, keepdim=True))
         scale.copy_(exact)
-        roots.mul_(exact.reciprocal_().nan_to_num_(0, 0, 0)[..., None]).sqrt_().round_()
+        roots.mul_(exact.reciprocal_().nan_to_num_(0, 0, 0)).sqrt_().round_()
         # By a product: `copysign` takes as long as four other passes on a CPU.
         code.copy_(roots.mul_(part.sign()))
 
@@ -86,24 +86,31 @@ def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
     x = codes.to(scales.dtype)
     x.mul_(x.abs())
     for part, scale in zip(_in_blocks(x), _of_blocks(scales, codes.shape[-1]), strict=True):
-        part.mul_(scale[..., None])
+        part.mul_(scale)
     return x
 
 
 def _in_blocks(x: Tensor) -> Iterator[Tensor]:
-    """Views (..., blocks, elements) of the last axis: blocks of full length, and a shorter one."""
+    """Views of the last axis: (..., blocks, elements) of those of full length, and (..., elements) of a shorter one.
+
+    What is one block is no view of itself: compiled, writing into a view of an argument makes a copy.
+    """
     n = x.shape[-1]
     full = n // BLOCK * BLOCK
-    if full:
-        yield x[..., :full].unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]  # untyped in torch
+    if n <= BLOCK:
+        yield x
+        return
+    yield x[..., :full].unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]  # untyped in torch
     if full < n:
-        yield x[..., None, full:]
+        yield x[..., full:]
 
 
 def _of_blocks(scales: Tensor, n: int) -> Iterator[Tensor]:
-    """The same blocks' scales, (..., blocks)."""
+    """The same blocks' scales, by which they can be multiplied."""
     full = n // BLOCK
-    if full:
-        yield scales[..., :full]
+    if n <= BLOCK:
+        yield scales
+        return
+    yield scales[..., :full, None]
     if n % BLOCK:
         yield scales[..., full:]
