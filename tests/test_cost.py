@@ -182,6 +182,39 @@ def test_options_belong_to_a_name() -> None:
         estimate([matrix(2, 2)], Muon, momentum=0.9)
 
 
+def test_what_makes_no_optimizer_is_named() -> None:
+    p = matrix(2, 2)
+    with pytest.raises(TypeError, match=r"optimizer is a Muon; give a name .* lambda params: AdamW"):
+        estimate([p], Muon([p], lr=0.1))
+
+
+@pytest.mark.parametrize("name", ["adamw", "soap"])
+def test_a_compiled_step_cannot_be_counted(name: str) -> None:
+    with pytest.raises(ValueError, match=r"execution='compiled' .* leave it out"):
+        estimate([matrix(2, 2)], name, execution="compiled")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cautious": True},
+        {"capturable": True},
+        {"lr": torch.tensor(1e-3)},
+        {"offload": "cpu"},
+        {"state_dtype": "int8"},
+        {"state_dtype": torch.bfloat16},
+        {"weight_rounding": "stochastic"},
+        {"weight_rounding": "compensated"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_seconds_whatever_the_options(name: str, options: dict[str, Any]) -> None:
+    dtype = torch.bfloat16 if "weight_rounding" in options else torch.float32
+    parameters = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in ((72, 80), (72, 80), (64, 64))]
+    assert (estimate(parameters, name, **options).seconds or 0) > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_a_device_that_is_not_there_is_named_before_anything_runs() -> None:
     with pytest.raises(ValueError, match=r"device='cuda:0' is not there .* give device='cpu'"):

@@ -118,10 +118,13 @@ class Like:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device or self.device)
 
     def make(self) -> Tensor:
-        """One with data: positive, so that a root of it is finite; a square one also has a Cholesky factor."""
+        """One with data: positive, so that a root of it is finite; a square one also has a Cholesky factor.
+
+        Whole numbers are zero, which is a place in anything; what is true selects everything.
+        """
         x = self.empty()
         if not x.is_floating_point():
-            return x.fill_(1)
+            return x.fill_(x.dtype == torch.bool)
         x.uniform_(0.5, 1)
         if x.ndim > 1 and x.size(-1) == x.size(-2):
             x.diagonal(dim1=-2, dim2=-1).add_(x.size(-1))

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -60,7 +61,8 @@ class Timings:
 
     def _time(self, operation: Operation) -> float:
         """Of a call; of a large one, those of a smaller one times what it has more of work."""
-        try:
+        refuses = (RuntimeError, TypeError, IndexError)  # it reads values, or its sizes belong together in hidden ways
+        with suppress(*refuses):
             flops, moved = operation.work()
             timed = _small_enough(operation, flops, moved)
             if timed is operation:
@@ -68,13 +70,13 @@ class Timings:
             less_flops, less_moved = timed.work()
             more = flops / less_flops if less_flops else moved / max(1, less_moved)
             return more * self._measured(timed)
-        except (RuntimeError, TypeError, IndexError):  # it reads values, or has sizes that nobody sees belong together
-            sizes = [x.nbytes for x in operation.tensors()]
-            copied = COLD_BYTES // 4
-            if sum(sizes) <= MOST_WORK["cpu"][0]:
+        size = sum(x.nbytes for x in operation.tensors())
+        if size <= MOST_WORK["cpu"][0]:
+            with suppress(*refuses):
                 return self._measured(operation)
-            like = Like((copied // 4,), (1,), torch.float32, operation.tensors()[0].device, False)
-            return sum(sizes) / copied * self._measured(Operation(torch.ops.aten.clone.default, (like,), ()))
+        copied = COLD_BYTES // 4
+        like = Like((copied // 4,), (1,), torch.float32, operation.tensors()[0].device, False)
+        return size / copied * self._measured(Operation(torch.ops.aten.clone.default, (like,), ()))
 
     def _measured(self, operation: Operation) -> float:
         """Median of a few calls, after one that is not counted."""

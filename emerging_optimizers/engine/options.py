@@ -24,6 +24,7 @@ from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, is_view
 from emerging_optimizers.engine.packing import INT8
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import SCHEDULES, NSCoeffT
+from emerging_optimizers.linalg.flops import has_no_data
 from emerging_optimizers.linalg.precision import FP32MatmulPrecT
 from emerging_optimizers.linalg.scaling import MuonScaleT
 
@@ -95,7 +96,7 @@ WHOLE = Check(lambda v: _integer(v) and v >= 0, "an integer >= 0")
 LEARNING_RATE = Check(
     # A tensor on an accelerator is not read: that would wait for the device.
     lambda v: (
-        (v.numel() == 1 and (v.device.type != "cpu" or NON_NEGATIVE.holds(v.item())))
+        (v.numel() == 1 and (v.device.type != "cpu" or has_no_data(v) or NON_NEGATIVE.holds(v.item())))
         if isinstance(v, Tensor)
         else NON_NEGATIVE.holds(v)
     ),

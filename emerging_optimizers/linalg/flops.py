@@ -65,15 +65,16 @@ def call_without_data(func: Any, args: Any, kwargs: Any) -> Any:
     Of fake tensors it would make real ones, as large, and compute.
     """
     first: Any = args[0] if args else None
-    if func.overloadpacket is torch.ops.aten._fused_sgd_ and _has_no_data(first[0]):
+    if func.overloadpacket is torch.ops.aten._fused_sgd_ and has_no_data(first[0]):
         return None
-    if func is torch.ops.aten.geqrf.default and _has_no_data(first):
+    if func is torch.ops.aten.geqrf.default and has_no_data(first):
         *batch, m, n = first.shape
         return torch.empty_like(first), first.new_empty(*batch, min(m, n))
     return func(*args, **kwargs)
 
 
-def _has_no_data(x: Tensor) -> bool:
+def has_no_data(x: Tensor) -> bool:
+    """Whether a tensor is of the meta device or fake."""
     return x.is_meta or isinstance(x, FakeTensor)
 
 
