@@ -28,12 +28,14 @@ class Way(NamedTuple):
 
     Attributes:
         execution: what the user asked for, or "per_matrix" where parameters are not to share a chunk.
+        whole: vectors are not cut.
         plain: parameters may be taken as they are, where nothing is masked.
         one_pass: one compiled pass over gradient, state and weight.
         kernel: the step in torch's kernels, of parameters that are taken as they are.
     """
 
     execution: Execution
+    whole: bool = False
     plain: bool = False
     one_pass: bool = False
     kernel: Kernel | None = None
@@ -41,7 +43,7 @@ class Way(NamedTuple):
     @property
     def cut(self) -> str:
         """How chunks are cut."""
-        return "elements" if self.one_pass else self.execution if self.kernel is None else "fused"
+        return "elements" if self.whole or self.one_pass else self.execution if self.kernel is None else "fused"
 
     def stacked(self) -> "Way":
         """The same where parameters are not to be taken as they are."""
@@ -51,9 +53,10 @@ class Way(NamedTuple):
 def way_of(rule: Rule, law: Law | None, group: Mapping[str, Any], execution: Execution) -> Way:
     """The way of a group's chunks, for its rule, law and options."""
     whole_units = law is not None or group["cautious"]  # which see the norm or the share of a whole parameter
-    cuts = whole_units and rule.elementwise and execution == "stacked"
-    if "parameters" in rule.reads or isinstance(law, InPlaceLaw) or cuts:
+    if "parameters" in rule.reads or isinstance(law, InPlaceLaw):
         return Way("per_matrix")
+    if whole_units and rule.elementwise and execution == "stacked":
+        return Way(execution, whole=True)
     simple = rule.elementwise and not whole_units and group["weight_decay_method"] != "cautious"
     if not simple or {"weight", "l2"} & {*rule.reads}:
         return Way(execution)
