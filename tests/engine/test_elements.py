@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from emerging_optimizers.engine import chunks
+from emerging_optimizers.engine import chunks, executors
 from emerging_optimizers.engine.rule import kernel_of
 from emerging_optimizers.scalar_optimizers import AdamW, AdEMAMix, LaProp, Lion, RMSProp, Signum, SimplifiedAdEMAMix
 
@@ -132,3 +132,26 @@ def test_an_entry_of_state_that_is_replaced_again_and_again_is_followed() -> Non
         p.grad = torch.zeros(3)
         optimizer.step()
         assert optimizer.state[p]["exp_avg"].tolist() == pytest.approx([0.99 * value] * 3)
+
+
+@pytest.mark.parametrize("options", [{"cautious": True}, {"weight_update_hook": "hyperball"}], ids=str)
+def test_small_parameters_share_a_call_and_what_sees_each_of_them_does_not_mix_them(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    together = [torch.nn.Parameter(torch.randn(6, 5)) for _ in range(20)]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    for p, q in zip(together, alone, strict=True):
+        p.grad = q.grad = torch.randn(6, 5)
+    calls = []
+
+    def counted(rule: Any, grad: torch.Tensor, *rest: Any) -> Any:
+        calls.append(len(grad))
+        return executors.call(rule, grad, *rest)
+
+    monkeypatch.setattr("emerging_optimizers.engine.run.call", counted)
+    AdamW(together, lr=0.1, **options).step()
+    assert calls == [20 * 30]
+    for q in alone:
+        AdamW([q], lr=0.1, **options).step()
+    assert all(torch.equal(p, q) for p, q in zip(together, alone, strict=True))
