@@ -5,6 +5,7 @@
 A page says where a table goes, `<!-- make tables: PACKAGE PACKAGE -->`, and the table's first line which cells it has.
 """
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,7 @@ OPTIONS = {"spectron": {"truncation_tolerance": 1.0}}  # without it half of a ra
 
 def said(cls: type, label: str) -> str:
     """What the docstring of a class says behind a label at the beginning of a line."""
-    found = re.search(rf"^    {label}: (.+(?:\n {{8}}.+)*)", cls.__doc__ or "", re.MULTILINE)
+    found = re.search(rf"^{label}: (.+(?:\n {{4}}.+)*)", inspect.getdoc(cls) or "", re.MULTILINE)
     if found is None:
         raise ValueError(f"the docstring of {cls.__name__} has no line {label!r}, as scalar_optimizers/lion.py has")
     return " ".join(found[1].split())

@@ -162,8 +162,8 @@ def _line(name: str, text: str) -> str:
     return textwrap.fill(
         f"{name}: {text}",
         width=120,
-        initial_indent=" " * 8,
-        subsequent_indent=" " * 12,
+        initial_indent=" " * 4,
+        subsequent_indent=" " * 8,
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -179,7 +179,7 @@ def described(kind: ClassT) -> ClassT:
         if name in own and (text := _text_of(hint))
     ]  # fmt: skip
     if kind.__doc__:
-        kind.__doc__ = "\n".join([kind.__doc__.rstrip(), "", "    Attributes:", *lines, "    "])
+        kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__), "", "Attributes:", *lines, ""])
     return kind
 
 
@@ -348,11 +348,15 @@ def options_in(kind: type) -> dict[str, Option]:
 
 
 def with_arguments(doc: str | None, arguments: tuple[tuple[str, str], ...]) -> str | None:
-    """A class's documentation with its arguments before "Raises", where it does not list them itself."""
-    if doc is None or not arguments or "\n    Args:\n" in doc:
-        return doc
-    before, raises, behind = doc.partition("\n    Raises:\n")
-    listed = "\n".join(["    Args:", *(_line(name, text) for name, text in arguments)])
+    """A class's documentation with its arguments before "Raises", where it does not list them itself.
+
+    It comes without the indentation of the source, which Python 3.13 and later take away themselves.
+    """
+    doc = inspect.cleandoc(doc or "")
+    if not doc or not arguments or "\nArgs:\n" in doc:
+        return doc or None
+    before, raises, behind = doc.partition("\nRaises:\n")
+    listed = "\n".join(["Args:", *(_line(name, text) for name, text in arguments)])
     return f"{before.rstrip()}\n\n{listed}\n{raises}{behind}"
 
 

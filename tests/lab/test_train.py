@@ -1,6 +1,7 @@
 """The training job: what it writes, what it computes, and that a kill costs nothing but time."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -34,8 +35,11 @@ def test_a_run_learns_and_leaves_its_files(tiny, tmp_path):
     result = run_train(tiny, folder, Console(quiet=True))
     present_training(result, Console(quiet=True))
 
+    guessing = math.log(
+        json.loads((folder / "environment.json").read_text())["vocabulary"]
+    )  # of a text that differs between Pythons
     for run in result.runs:
-        assert run.evaluations[-1][1] < run.evaluations[0][1] < 4.7, run.optimizer
+        assert run.evaluations[-1][1] < run.evaluations[0][1] < guessing + 0.1, run.optimizer
         assert [step.step for step in run.steps] == [1, 2, 3, 4, 5, 6]
         assert 0 < run.optimizer_share < 1
         assert run.state_bytes / run.parameters >= 4
