@@ -131,13 +131,15 @@ def optimizer_page(name: str, entry: Entry) -> str:
     module = importlib.import_module(cls.__module__)
     rows = "".join(f"   * - {key}\n     - {value}\n" for key, value in facts(name, entry).items())
     bullets = "".join(f"- {line}\n" for line in cautions(entry))
+    # The one without a rate of its own is SOAP on stacks.
+    rate = "" if entry.start is not None else f", lr={OPTIMIZERS['soap'].start:g}"
     return "\n".join(
         [
             heading(f"{cls.__name__} (``{name}``)", "="),
             sentence(entry.description) + "\n",
             "Give it a model, and it takes the parameters that it is made for::\n\n"
             "   from emerging_optimizers import create_optimizer\n\n"
-            f'   optimizer = create_optimizer("{name}", model)\n',
+            f'   optimizer = create_optimizer("{name}", model{rate})\n',
             f".. list-table::\n   :widths: 30 70\n\n{rows}",
             heading("When to use it"),
             sentence(tables.said(cls, "When to use it")) + "\n",
