@@ -137,7 +137,7 @@ def test_the_lines_on_the_page_of_an_optimizer_run(site: Path, name: str, capsys
     assert isinstance(names["optimizer"], torch.optim.Optimizer)
     for command in re.findall(r"^   eopt (estimate .+)$", text, re.MULTILINE):
         main(shlex.split(command.replace("12*768x768,4*3072x768", "2*8x8")))
-        assert name in capsys.readouterr().out
+        assert "time of a step" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # the site is built

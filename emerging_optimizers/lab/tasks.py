@@ -298,8 +298,8 @@ def _vit(path: str | None) -> Task:
     images = digits() if path is None else load_images(path)
     if images.classes < 2:
         raise UsageError(
-            f"--images {path} has no classes to learn; give a folder with a folder for each class, or `labels` beside "
-            "`images`"
+            f"--images {path} does not have two classes to tell apart; give a folder with a folder for each class, or "
+            "`labels` beside `images`"
         )
     channels, height, width = images.images_BCHW.shape[1:]
     if height != width or height < 4:
