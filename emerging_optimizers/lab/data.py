@@ -103,6 +103,8 @@ def load_text(path: str | None, context: int) -> Text:
             "where the command has one"
         )
     vocabulary = "".join(sorted(set(text)))
+    if len(vocabulary) < 2:
+        raise UsageError(f"{source} repeats one character, so that there is nothing to learn; give another text")
     index = {character: i for i, character in enumerate(vocabulary)}
     ids = torch.tensor([index[character] for character in text])
     split = len(text) - len(text) // HELD_OUT

@@ -217,8 +217,8 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
 
 
 def test_a_text_of_other_characters_is_refused_for_what_is_adapted(tmp_path):
-    (tmp_path / "text").write_text("ыъэ" * 1000)
-    with pytest.raises(UsageError, match="hardly a character"):
+    (tmp_path / "text").write_text("ыъэ, " * 1000)
+    with pytest.raises(UsageError, match="knows 40% of the characters of"):
         tasks.in_characters_of(tasks.load_text(None, 64), tasks.load_text(str(tmp_path / "text"), 64))
 
 
