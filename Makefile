@@ -86,7 +86,7 @@ notebooks: $(ENV) ## execute the notebooks of examples/ in place
 	$(PY) examples/execute.py examples/*/*.ipynb
 
 docs: $(SPHINX) ## build the documentation as a site, site/index.html; a warning is an error
-	@echo "docs: two minutes; the notebooks are executed, the pages of the optimizers are made from the code"
+	@echo "docs: a minute or two; the notebooks are executed, the pages of the optimizers are made from the code"
 	@$(PY) -c "import sphinx, myst_nb, pydata_sphinx_theme, mmdr" 2>/dev/null || { \
 	  echo "docs: $(PY) needs the extra 'docs': $(PY) -m pip install -c constraints.txt -e '.[docs]'"; exit 1; }
 	$(PY) -m sphinx -W --keep-going -q -b html -d build/docs docs site $(ARGS)
