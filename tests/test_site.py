@@ -123,6 +123,7 @@ def test_every_optimizer_has_a_page_with_its_equations_and_arguments(site: Path)
     for name in OPTIMIZERS:
         text = (site / "generated" / "optimizers" / f"{name}.html").read_text()
         assert "When not to use it" in text, name
+        assert f"{name}.png" in text, f"python -m benchmarks.starts measures {name}"
         assert "Parameters" in text, name
 
 
