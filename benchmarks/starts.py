@@ -26,7 +26,8 @@ def run(task: Task, name: str, seed: int) -> dict[str, Any]:
     """One optimizer with one seed: held-out losses after every fifth step, CPU seconds of training."""
     model, held_out = task.make(seed), task.held_out()
     # The one without a rate of its own is SOAP on stacks.
-    rate = {} if OPTIMIZERS[name].start is not None else {"lr": OPTIMIZERS["soap"].start}
+    soap, adamw = OPTIMIZERS["soap"].start, OPTIMIZERS["adamw"].start
+    rate = {} if OPTIMIZERS[name].start is not None else {"lr": soap, "companion_lr": adamw}
     optimizer = create_optimizer(name, model, **rate)
     losses, spent, begun = [], 0.0, time.process_time()
     for step in fit(model, optimizer, partial(task.batch, seed), STEPS, WARMUP):

@@ -187,7 +187,8 @@ def optimizer_page(name: str, entry: Entry) -> str:
     rows = "".join(f"   * - {key}\n     - {value}\n" for key, value in facts(name, entry).items())
     bullets = "".join(f"- {line}\n" for line in cautions(entry))
     # The one without a rate of its own is SOAP on stacks.
-    rate = "" if entry.start is not None else f", lr={OPTIMIZERS['soap'].start:g}"
+    soap, adamw = OPTIMIZERS["soap"].start, OPTIMIZERS["adamw"].start
+    rate = "" if entry.start is not None else f", lr={soap:g}, companion_lr={adamw:g}"
     return "\n".join(
         [
             heading(f"{cls.__name__} (``{name}``)", "="),
