@@ -38,7 +38,7 @@ PARALLEL := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo grid match findings notebooks docs docs-check bench bench-gpu bench-page test check lint format-check types contracts lock audit release-check test-all test-gpu test-kernels coverage mutate new tables fingerprint fingerprint-check format clean clean-env
+.PHONY: help env demo grid match findings notebooks docs docs-check bench bench-gpu bench-page test check lint format-check types contracts lock audit release-check test-all test-frameworks test-gpu test-kernels coverage mutate new tables fingerprint fingerprint-check format clean clean-env
 
 help: ## list the targets
 	@echo "emerging-optimizers: make <target>"
@@ -86,7 +86,7 @@ notebooks: $(ENV) ## execute the notebooks of examples/ in place
 	$(PY) examples/execute.py examples/*/*.ipynb
 
 docs: $(SPHINX) ## build the documentation as a site, site/index.html; a warning is an error
-	@echo "docs: a minute; the pages of the optimizers are made from the code"
+	@echo "docs: a minute or two; the notebooks are executed, the pages of the optimizers are made from the code"
 	@$(PY) -c "import sphinx, myst_nb, pydata_sphinx_theme, mmdr" 2>/dev/null || { \
 	  echo "docs: $(PY) needs the extra 'docs': $(PY) -m pip install -c constraints.txt -e '.[docs]'"; exit 1; }
 	$(PY) -m sphinx -W --keep-going -q -b html -d build/docs docs site $(ARGS)
@@ -130,6 +130,9 @@ release-check: $(RELEASE) ## build dist/, look into wheel and sdist, use each in
 test-all: check audit $(FRAMEWORKS) ## like test, with the slow sweeps and the examples of every framework
 	@echo "test-all: pytest with the slow sweeps"
 	$(PYTEST) $(PARALLEL) $(ARGS)
+
+test-frameworks: $(FRAMEWORKS) ## every block and line of docs/frameworks.md and its examples (timm where it is installed)
+	$(PYTEST) tests/integrations $(ARGS)
 
 # In coverage.py's words: the files of all processes are combined by pytest-cov.
 coverage: $(ENV) ## the tests that are not slow, and how many lines and branches they run (fails below 95 % of either)

@@ -17,7 +17,10 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "pages"]
 # Links as GitHub follows them: to the headings of a page by their words.
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath", "amsmath"]
-nb_execution_mode = "off"  # the notebooks carry the outputs of one run, which a test holds; running them takes minutes
+# The notebooks show the run of this build, and one that raises ends it.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds for a cell; all cells together take a minute of one core
 nb_render_markdown_format = "gfm"  # tables too
 suppress_warnings = ["mystnb.unknown_mime_type"]
 

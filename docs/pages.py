@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import mmdr
@@ -23,11 +24,16 @@ sys.path.insert(0, str(ROOT))  # for `tests.tables`, which knows the cells of a 
 
 from emerging_optimizers import estimate  # noqa: E402 - behind the line that makes it importable
 from emerging_optimizers.engine.options import EngineOptions, options_in  # noqa: E402 - behind the line that makes it importable
+from emerging_optimizers.lab import plots  # noqa: E402 - behind the line that makes it importable
+from emerging_optimizers.lab.palette import styles  # noqa: E402 - behind the line that makes it importable
+from emerging_optimizers.lab.record import read_json  # noqa: E402 - behind the line that makes it importable
+from emerging_optimizers.lab.views.describe import Curve, Figure, Key, Panel, View, alone  # noqa: E402 - as above
 from emerging_optimizers.registry import OPTIMIZERS, Entry  # noqa: E402 - behind the line that makes it importable
 from tests import tables  # noqa: E402 - behind the line that makes it importable
 
 GENERATED = ROOT / "docs" / "generated"
 NOTEBOOKS = ROOT / "examples" / "gradient_spike"
+STARTS = ROOT / "benchmarks" / "results" / "starts.json"
 FAMILIES = {
     "scalar_optimizers": "Element-wise",
     "orthogonalized_optimizers": "Orthogonalized",
@@ -65,7 +71,7 @@ def facts(name: str, entry: Entry) -> dict[str, str]:
     match = "not measured" if entry.match is None else f"{entry.match:g} times AdamW's rate{at}"
     return {
         "Name": f"``{name}``, of :class:`{entry.path.replace(':', '.')}`",
-        "Update": tables.said(cls, "Update"),
+        "Update": f"{tables.said(cls, 'Update')} (:doc:`symbols </optimizers>`)",
         "Paper": linked(entry.paper),
         "Takes": "parameters of any shape" if entry.elementwise else "matrices, stacks of matrices, and convolutions",
         "State": f"{tables.state(name, unit=4)} bytes for each number of an M x N weight",
@@ -93,6 +99,55 @@ def cost(name: str, entry: Entry) -> str:
         )
     return (
         "Its step looks at values of the weights, so that it cannot be counted without them: time one on your model.\n"
+    )
+
+
+def measured(name: str) -> dict[str, list[tuple[float, ...]]]:
+    """Held-out losses of all seeds after each evaluation, of AdamW, Muon and this one; nothing where it has not run."""
+    rows = read_json(STARTS)["runs"] if STARTS.exists() else []
+    found = {
+        key: [*zip(*(row["losses"] for row in rows if row["optimizer"] == key), strict=True)]
+        for key in dict.fromkeys(("adamw", "muon", name))
+    }
+    return found if all(found.values()) else {}
+
+
+def pictured(name: str) -> View | None:
+    """The figure on its page."""
+    losses = measured(name)
+    if not losses:
+        return None
+    every = read_json(STARTS)["every"]
+    curves = [
+        Curve(
+            key=key,
+            x=[every * (k + 1) for k in range(len(at_steps))],
+            y=[median(x) for x in at_steps],
+            band=([min(x) for x in at_steps], [max(x) for x in at_steps]),
+        )
+        for key, at_steps in losses.items()
+    ]
+    keys = [
+        Key(key, color, mark=mark, note=f"{median(losses[key][-1]):.3f}")
+        for key, (color, mark) in styles([*losses]).items()
+    ]
+    top = max(loss for at_steps in losses.values() for loss in at_steps[2])  # the first steps are far above
+    figure = Figure(
+        title="Held-out loss by step", views=alone(Panel("", curves)), x="step", y="nats", limits=(None, top)
+    )
+    return View(title=name, keys=keys, pictures={name: [[figure]]})
+
+
+def on_a_small_job(name: str) -> str:
+    """The section with the figure."""
+    if not measured(name):
+        return ""
+    return (
+        heading("On a small job")
+        + f"\n.. image:: {name}.png\n   :alt: Held-out loss by step of {name}, beside AdamW and Muon\n\n"
+        "A character GPT of 115,904 parameters, 100 steps. Each optimizer is made by the line above and starts at its "
+        "own rate; nothing is tuned. Lines are medians of three seeds, bands reach from the least to the most. "
+        "``python -m benchmarks.starts`` repeats it. Tuned comparisons: :doc:`/gallery`, :doc:`/training`.\n"
     )
 
 
@@ -131,13 +186,16 @@ def optimizer_page(name: str, entry: Entry) -> str:
     module = importlib.import_module(cls.__module__)
     rows = "".join(f"   * - {key}\n     - {value}\n" for key, value in facts(name, entry).items())
     bullets = "".join(f"- {line}\n" for line in cautions(entry))
+    # The one without a rate of its own is SOAP on stacks.
+    soap, adamw = OPTIMIZERS["soap"].start, OPTIMIZERS["adamw"].start
+    rate = "" if entry.start is not None else f", lr={soap:g}, companion_lr={adamw:g}"
     return "\n".join(
         [
             heading(f"{cls.__name__} (``{name}``)", "="),
             sentence(entry.description) + "\n",
             "Give it a model, and it takes the parameters that it is made for::\n\n"
             "   from emerging_optimizers import create_optimizer\n\n"
-            f'   optimizer = create_optimizer("{name}", model)\n',
+            f'   optimizer = create_optimizer("{name}", model{rate})\n',
             f".. list-table::\n   :widths: 30 70\n\n{rows}",
             heading("When to use it"),
             sentence(tables.said(cls, "When to use it")) + "\n",
@@ -145,7 +203,8 @@ def optimizer_page(name: str, entry: Entry) -> str:
             bullets,
             heading("Cost"),
             cost(name, entry),
-            "Measured beside other libraries: :doc:`/performance`. Its loss on the lab's job: :doc:`/training`.\n",
+            "Measured beside other libraries: :doc:`/performance`.\n",
+            on_a_small_job(name),
             heading("Equations and notes"),
             with_references(inspect.getdoc(module) or ""),
             heading("Class and arguments"),
@@ -193,14 +252,19 @@ def generate(app: Sphinx) -> None:
     pages["options.rst"] = options_page()
     for path in NOTEBOOKS.glob("*.ipynb"):
         pages[f"notebooks/{path.name}"] = path.read_text()
+    pictures = {f"optimizers/{name}.png": name for name in OPTIMIZERS if measured(name)}
     for old in GENERATED.rglob("*.*"):
-        if old.is_file() and old.relative_to(GENERATED).as_posix() not in pages:
+        if old.is_file() and old.relative_to(GENERATED).as_posix() not in {*pages, *pictures}:
             old.unlink()
     for name, text in pages.items():
         path = GENERATED / name
         if not path.exists() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+    for place, name in pictures.items():
+        path, view = GENERATED / place, pictured(name)
+        if view is not None and not (path.exists() and path.stat().st_mtime > STARTS.stat().st_mtime):
+            plots.draw(view, name, path)
 
 
 def as_shown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -1,7 +1,9 @@
 """The documentation as a site: it builds without a warning, every link leads somewhere, every page can be read."""
 
+import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from html import unescape
@@ -11,8 +13,10 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 
 import emerging_optimizers
+from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.registry import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +123,22 @@ def test_every_optimizer_has_a_page_with_its_equations_and_arguments(site: Path)
     for name in OPTIMIZERS:
         text = (site / "generated" / "optimizers" / f"{name}.html").read_text()
         assert "When not to use it" in text, name
+        assert f"{name}.png" in text, f"python -m benchmarks.starts measures {name}"
         assert "Parameters" in text, name
+
+
+@pytest.mark.slow  # the site is built
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_lines_on_the_page_of_an_optimizer_run(site: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "generated" / "optimizers" / f"{name}.rst").read_text()
+    (code,) = re.findall(r"^   from emerging_optimizers import .+?optimizer = [^\n]+$", text, re.MULTILINE | re.DOTALL)
+    names = {"model": torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 8))}
+    exec(inspect.cleandoc(code), names)
+    assert isinstance(names["optimizer"], torch.optim.Optimizer)
+    for command in re.findall(r"^   eopt (estimate .+)$", text, re.MULTILINE):
+        main(shlex.split(command.replace("12*768x768,4*3072x768", "2*8x8")))
+        assert "time of a step" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # the site is built

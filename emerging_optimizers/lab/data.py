@@ -88,15 +88,23 @@ def load_text(path: str | None, context: int) -> Text:
         source = path
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--text {path}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"--text {path} is not text in UTF-8: byte {error.start} cannot be read. If it is text in another "
+                "encoding, convert it: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+            ) from error
+        except OSError as error:
+            raise UsageError(f"--text {path} cannot be read: {error.strerror}") from error
     needed = HELD_OUT * (context + 1)
     if len(text) < needed:
         raise UsageError(
-            f"{source} has {len(text)} characters and a context of {context} needs {needed}, since the last "
-            f"tenth is held out and must hold {context + 1}; give a longer text, or a shorter context"
+            f"{source} is too short: its length is {len(text)} characters, and a context of {context} needs {needed}, "
+            f"since the last tenth is held out and must hold {context + 1}. Give a longer text, or a shorter --context "
+            "where the command has one"
         )
     vocabulary = "".join(sorted(set(text)))
+    if len(vocabulary) < 2:
+        raise UsageError(f"{source} repeats one character, so that there is nothing to learn; give another text")
     index = {character: i for i, character in enumerate(vocabulary)}
     ids = torch.tensor([index[character] for character in text])
     split = len(text) - len(text) // HELD_OUT

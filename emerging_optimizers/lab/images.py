@@ -3,6 +3,8 @@
 A batch is a pure function of (seed, step), as one of text is (`data`).
 """
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,9 +80,9 @@ def load_images(path: str) -> Images:
     """
     try:
         images, labels = _of_folder(Path(path)) if Path(path).is_dir() else _of_arrays(Path(path))
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise UsageError(f"--images {path}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"--images {path}: {error}") from None
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(
             f"--images {path} cannot be read ({error}); give a folder of pictures or a .npz file"
         ) from error
@@ -92,11 +94,15 @@ def load_images(path: str) -> Images:
 def _of_arrays(path: Path) -> "tuple[np.ndarray, np.ndarray | None]":
     import numpy as np
 
+    if not path.exists():
+        raise UsageError("there is no such file or folder")
+    if not zipfile.is_zipfile(path):  # NumPy would advise to unpickle it
+        raise UsageError(
+            "it cannot be read as a .npz file; give one that numpy.savez has written, or a folder of pictures"
+        )
     with np.load(path, allow_pickle=False) as file:
-        if not hasattr(file, "files") or "images" not in file.files:
-            raise UsageError(
-                f"it holds {', '.join(getattr(file, 'files', ())) or 'one array'}; name the array `images`"
-            )
+        if "images" not in file.files:
+            raise UsageError(f"it holds {', '.join(file.files) or 'no array'}; name the array `images`")
         images = file["images"]
         labels = file["labels"] if "labels" in file.files else None
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)):
@@ -114,12 +120,24 @@ def _of_arrays(path: Path) -> "tuple[np.ndarray, np.ndarray | None]":
 
 def _of_folder(folder: Path) -> "tuple[np.ndarray, np.ndarray | None]":
     import numpy as np
-    from PIL import Image, ImageOps
 
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in KINDS)
     if not files:
         raise UsageError(f"there is no picture under it; give one with {', '.join(KINDS)}")
     names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in files]
-    size = (SIDE, SIDE)
-    images = np.stack([np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), size)) for path in files])
+    images = np.stack([_picture(path) for path in files])
     return images.astype("float32") / 255, None if "" in names else np.asarray(names)
+
+
+def _picture(path: Path) -> "np.ndarray":
+    """In RGB, cut to a square and scaled."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            # Pillow's RGB has 8 bits, and cuts off what is above 255.
+            whole = Image.fromarray((np.asarray(picture) // 257).astype("uint8")) if picture.mode[0] == "I" else picture
+            return np.asarray(ImageOps.fit(whole.convert("RGB"), (SIDE, SIDE)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path} cannot be read as a picture ({error}); save it anew, or take it out") from error

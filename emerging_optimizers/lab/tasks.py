@@ -214,8 +214,12 @@ def in_characters_of(known: Text, own: Text) -> Text:
     """A text without the characters that another one does not have, in the numbers of that one."""
     ids_V = torch.tensor([known.vocabulary.find(character) for character in own.vocabulary])
     train, validation = (ids[ids >= 0] for ids in (ids_V[own.train], ids_V[own.validation]))
-    if min(len(train), len(validation)) <= CONTEXT:
-        raise UsageError(f"{own.source} has hardly a character of the text that the model knows; give another one")
+    known_share = (len(train) + len(validation)) / len(own)
+    if known_share < 0.5 or min(len(train), len(validation)) <= CONTEXT:
+        raise UsageError(
+            f"the model that is adapted knows {known_share:.0%} of the characters of {own.source}, those of Python's "
+            "language reference; give a text in such characters"
+        )
     return replace(own, vocabulary=known.vocabulary, train=train, validation=validation)
 
 
@@ -298,8 +302,8 @@ def _vit(path: str | None) -> Task:
     images = digits() if path is None else load_images(path)
     if images.classes < 2:
         raise UsageError(
-            f"--images {path} has no classes to learn; give a folder with a folder for each class, or `labels` beside "
-            "`images`"
+            f"--images {path} does not have two classes to tell apart; give a folder with a folder for each class, or "
+            "`labels` beside `images`"
         )
     channels, height, width = images.images_BCHW.shape[1:]
     if height != width or height < 4:

@@ -42,8 +42,10 @@ def test_held_out_windows_reach_from_the_first_to_the_last_character(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"abc" * 10, r"has 30 characters and a context of 16 needs 170"),
-        (b"\xff\xfe\xfa" * 100, r"--text .*can't decode"),
+        (b"abc" * 10, r"its length is 30 characters, and a context of 16 needs 170"),
+        (b"\xff\xfe\xfa" * 100, r"--text .* is not text in UTF-8: byte 0 cannot be read"),
+        ("Stra\xdfe".encode("latin-1"), r"byte 4 cannot be read.* iconv"),
+        (b"a" * 1000, r"repeats one character"),
         (None, r"--text .*No such file"),
     ],
 )

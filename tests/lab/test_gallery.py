@@ -140,7 +140,7 @@ def test_a_folder_of_pictures_and_an_array_file_are_read(tmp_path):
     task = tasks.OPEN["vit"](str(tmp_path / "pictures"))
     assert train(task, ITEMS["vit"], "muon", RECIPE, 0, 1).losses[0] < math.inf
     assert tasks.OPEN["autoencoder"](str(tmp_path / "some.npz")).held_out()[0].shape == (20, 1, 14, 14)
-    with pytest.raises(UsageError, match="has no classes to learn"):
+    with pytest.raises(UsageError, match="does not have two classes"):
         tasks.OPEN["vit"](str(tmp_path / "some.npz"))
 
 
@@ -165,14 +165,60 @@ def test_arrays_that_are_no_images_are_refused(said, tmp_path):
         load_images(str(path))
 
 
+@pytest.mark.parametrize("left", [0, 0.5, 0.99])
+def test_an_array_file_of_which_a_part_is_missing_is_refused(left, tmp_path):
+    np.savez(tmp_path / "some.npz", images=np.random.rand(60, 8, 8))
+    whole = (tmp_path / "some.npz").read_bytes()
+    (tmp_path / "some.npz").write_bytes(whole[: int(left * len(whole))])
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_images(str(tmp_path / "some.npz"))
+
+
+def test_an_array_file_with_a_changed_byte_and_one_array_alone_are_refused(tmp_path):
+    np.savez(tmp_path / "some.npz", images=np.random.rand(60, 8, 8))
+    content = bytearray((tmp_path / "some.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "some.npz").write_bytes(content)
+    np.save(tmp_path / "some.npy", np.random.rand(60, 8, 8))
+    for path in ("some.npz", "some.npy"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            load_images(str(tmp_path / path))
+    with pytest.raises(UsageError, match="no such file or folder"):
+        load_images(str(tmp_path / "nowhere"))
+
+
+def test_pictures_of_every_mode_and_size_are_read_and_those_of_16_bits_are_not_white(tmp_path):
+    grey = np.linspace(0, 65535, 40 * 50).astype("uint16").reshape(40, 50)
+    eight = Image.fromarray((grey // 257).astype("uint8"))
+    Image.fromarray(grey).save(tmp_path / "0.png")
+    for k, mode in enumerate(["L", "RGB", "RGBA", "P", "LA", "1"], start=1):
+        eight.convert(mode).save(tmp_path / f"{k}.png")
+    for k in range(7, 60):
+        eight.resize((k, 100 - k)).save(tmp_path / f"{k}.{'png' if k % 2 else 'JPG'}")
+    images = load_images(str(tmp_path))
+    assert images.images_BCHW.shape == (60, 3, 32, 32)
+    means = images.images_BCHW.mean((1, 2, 3))
+    assert ((means > 0.3) & (means < 0.7)).all()
+
+
+@pytest.mark.parametrize("left", [0, 20, 400])
+def test_a_picture_that_is_damaged_is_named(left, tmp_path):
+    picture = Image.fromarray((255 * torch.rand(40, 50, 3)).byte().numpy())
+    for k in range(2):
+        picture.save(tmp_path / f"{k}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:left])
+    with pytest.raises(UsageError, match=r"1\.png cannot be read as a picture .*take it out"):
+        load_images(str(tmp_path))
+
+
 def test_a_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(UsageError, match="there is no picture under it"):
         load_images(str(tmp_path))
 
 
 def test_a_text_of_other_characters_is_refused_for_what_is_adapted(tmp_path):
-    (tmp_path / "text").write_text("ыъэ" * 1000)
-    with pytest.raises(UsageError, match="hardly a character"):
+    (tmp_path / "text").write_text("ыъэ, " * 1000)
+    with pytest.raises(UsageError, match="knows 40% of the characters of"):
         tasks.in_characters_of(tasks.load_text(None, 64), tasks.load_text(str(tmp_path / "text"), 64))
 
 

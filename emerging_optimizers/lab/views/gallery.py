@@ -79,7 +79,7 @@ def _final_losses(result: GalleryResult, form: str) -> Table:
         rows.append((name, number(middle, form), spread, *costs))
     return Table(
         title=f"Held-out loss at the end, {ITEMS[result.config.item].unit}",
-        head=("optimizer", "median", "least to most", "CPU s", "steps to AdamW's", "CPU s to AdamW's"),
+        head=("optimizer", "median", "least to most", "CPU s", "steps to AdamW's loss", "CPU s to AdamW's loss"),
         rows=rows,
         keys=[*result.recipes],
         between=" to ",
@@ -98,8 +98,8 @@ def _recipes(result: GalleryResult) -> Table:
         for name, recipe in result.recipes.items()
     ]
     return Table(
-        title="The recipes, each the best of so many trials",
-        head=("optimizer", "trials", "rate of matrices", "of the rest", "momentum", "beta2", "decay", "warm-up"),
+        title="The recipes, and from how many trials each was chosen",
+        head=("optimizer", "trials", "rate, matrices", "rate, rest", "momentum", "beta2", "decay", "warm-up"),
         rows=rows,
         keys=[*result.recipes],
     )
