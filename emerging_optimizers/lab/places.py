@@ -130,6 +130,6 @@ def _owner(folder: Path, names: set[str], command: str) -> str | None:
 def _is_of_ours(environment: Path) -> bool:
     """Whether a command has written this file of a common name."""
     try:
-        return {"torch", "command"} <= {*read_json(environment)}
+        return {"torch", "emerging_optimizers"} <= {*read_json(environment)}
     except (UsageError, TypeError):
         return False
