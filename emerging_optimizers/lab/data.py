@@ -87,9 +87,13 @@ def load_text(path: str | None, context: int) -> Text:
     else:
         source = path
         try:
+            if Path(path).is_char_device():  # it may have no end
+                raise UsageError(f"--text {path} is a device; give a file")
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--text {path}: {error}") from error
+        except OSError as error:
+            raise UsageError(f"--text {path!r} cannot be read ({error.strerror or error})") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--text {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
     needed = HELD_OUT * (context + 1)
     if len(text) < needed:
         raise UsageError(
