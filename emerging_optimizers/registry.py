@@ -38,8 +38,8 @@ def entry(name: str) -> Entry:
     found = OPTIMIZERS.get(name.lower())
     if found is None:
         close = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"there is no optimizer {name!r}; {hint}Known are {', '.join(OPTIMIZERS)}")
+        hint = f"did you mean {close[0]!r}? Known" if close else "known"
+        raise ValueError(f"there is no optimizer {name!r}; {hint} are {', '.join(OPTIMIZERS)}")
     return found
 
 

@@ -100,6 +100,31 @@ def ended(words: str, capsys: Any) -> tuple[int, str, str]:
         ("train --out /proc/nowhere/run", 1, "/proc/nowhere"),
         ("report --runs nowhere", 2, "nowhere"),
         ("spike --processes 0", 2, "--processes"),
+        ("--json list", 2, "options stand behind the command, as in `eopt list --json`"),
+        ("version", 2, "did you mean '--version'?"),
+        ("list --json=1", 2, "ignored explicit argument '1'; `eopt list --help` says what it takes"),
+        ("estimate --shapes 99999999999999999999x4", 2, "more elements than torch can count"),
+        ("estimate --shapes 1000000000000*4x4", 2, "more than 100,000 parameters"),
+        ("estimate --link 4", 2, "--link says nothing without --model and --mesh"),
+        ("estimate --model llama-7b --mesh 8 --shapes 4x4", 2, "--shapes says nothing beside --model and --mesh"),
+        ("estimate --model llama-7b --mesh 1000000x1000000", 2, "1,000,000,000,000 ranks; at most 131,072"),
+        ("plan --mesh 1000000", 2, "1,000,000 ranks"),
+        ("check builtins:list", 2, "gave a list, which is no torch optimizer (no step, zero_grad,"),
+        ("check builtins:exit", 2, "builtins:exit makes no optimizer of a list of parameters: SystemExit"),
+        ("check ../x:y", 2, "'../x:y' names no callable"),
+        ("check nosuchmodule:x", 2, "'nosuchmodule:x' names no callable: No module named 'nosuchmodule'"),
+        ("train --out ''", 2, "--out PATH: it is empty; give a name"),
+        ("train --resume ''", 2, "--resume [DIR]: it is empty"),
+        ("spike --out ''", 2, "--out PATH: it is empty"),
+        ("report --runs ''", 2, "--runs PATH: it is empty"),
+        ("train --text /dev/zero", 2, "--text /dev/zero is a device; give a file"),
+        ("train --text /", 2, "--text '/' cannot be read (Is a directory)"),
+        ("train --lr =1", 2, "'=1' is not NAME=RATE"),
+        ("train --widht 3", 2, "did you mean --width INT?"),
+        ("grid --optimizers nobody", 2, "there is no optimizer 'nobody'"),
+        ("grid --out /", 2, "--out / is a folder; give a file"),
+        ("grid --out /dev/null --overwrite", 2, "--out /dev/null is no regular file; give a file"),
+        ("spike --shape a b", 2, "--shape INT INT: Could not parse arguments ['a', 'b']; `eopt spike --help` says"),
     ],
 )
 def test_an_awkward_line_ends_with_a_sentence(
@@ -109,6 +134,7 @@ def test_an_awkward_line_ends_with_a_sentence(
     found, out, err = ended(words, capsys)
     shown = " ".join((out + err).replace("│", " ").split())
     assert (found, said in shown) == (status, True), shown
+    assert len((out + err).splitlines()) == 1 or words == "", out + err
     assert not list(tmp_path.iterdir())
 
 
@@ -169,6 +195,16 @@ def test_json_of_an_experiment(capsys: Any, tmp_path: Path) -> None:
     found = json.loads(out)
     assert all(Path(path).is_file() for path in found["files"])
     assert {*found["tables"][0]} == {"title", "head", "rows"}
+
+
+@pytest.mark.parametrize(
+    "words", ["train --optimizers adamw --batch 99999999999999", "spike --shape 9999999999 9999999999"]
+)
+def test_what_no_memory_holds_is_a_failure(words: str, capsys: Any, tmp_path: Path) -> None:
+    processes = "--processes 1" if words.startswith("spike") else ""
+    status, _, err = ended(f"{words} {processes} --out {tmp_path / 'run'}", capsys)
+    assert status == 1
+    assert "eopt: what was asked for is too large for the memory (" in err
 
 
 def test_a_run_that_diverges_is_a_failure(capsys: Any, tmp_path: Path) -> None:

@@ -8,18 +8,30 @@ import argparse
 import inspect
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from emerging_optimizers.cli import UsageError
 
 CommandT = TypeVar("CommandT")
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in a sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `{self.prog} --help` says what it takes")
+
+
 def parse(kind: type[CommandT], name: str, words: Sequence[str]) -> CommandT:
-    """A command out of the words behind its name; asks for help and mistakes end the process with status 0 and 2.
+    """A command out of the words behind its name; asks for help end the process with status 0.
 
     Args:
         kind: a dataclass with fields of str, int, float, bool, or one of them or None.
         name: of the command.
         words: of the command line.
+
+    Raises:
+        UsageError: there is no such option, or its value cannot be.
 
     Example:
         >>> from dataclasses import dataclass
@@ -31,7 +43,7 @@ def parse(kind: type[CommandT], name: str, words: Sequence[str]) -> CommandT:
         >>> parse(Greet, "greet", ["--times", "2"])
         Greet(who='world', times=2)
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"eopt {name}", description=inspect.getdoc(kind), formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip

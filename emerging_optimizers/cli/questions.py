@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass
+from textwrap import shorten
 from typing import Annotated, Any, ClassVar
 
 from emerging_optimizers.cli import UsageError
@@ -19,6 +20,10 @@ _MESH = (
     "SHARDSxTENSOR, as in 64x8: shards of FSDP2 times the degree of tensor parallelism; SHARDS alone; or "
     "REPLICASxSHARDSxTENSOR, as in 2x32x8, for HSDP."
 )
+# Options of `eopt estimate` that belong to one of its two questions.
+_OF_ONE = ("shapes", "device", "seconds")
+_OF_A_MESH = ("expert_parallel", "dtype", "tokens", "link", "tflops", "optimizer_tflops")
+_MOST_ELEMENTS, _MOST_PARAMETERS = 2**60, 10**5
 
 
 def show(value: Any, as_json: bool) -> None:
@@ -114,7 +119,16 @@ class Estimate:
         """Counts, times and shows."""
         if (self.model is None) != (self.mesh is None):
             raise UsageError("--model and --mesh belong together, as in --model llama-7b --mesh 8x8; give both or none")
+        idle = _OF_ONE if self.mesh is not None else _OF_A_MESH
+        if given := [field.name for field in fields(self) if field.name in idle and self._is_given(field)]:
+            option = f"--{given[0].replace('_', '-')}"
+            raise UsageError(
+                f"{option} says nothing {'without' if self.mesh is None else 'beside'} --model and --mesh; leave it out"
+            )
         show(asked("estimate", self._on_one if self.mesh is None else self._on_a_mesh), self.json)
+
+    def _is_given(self, field: Field[Any]) -> bool:
+        return bool(getattr(self, field.name) != field.default)
 
     def _on_one(self) -> object:
         import torch
@@ -132,6 +146,10 @@ class Estimate:
                 ) from None
             if count < 1 or min(size) < 1:
                 raise UsageError(f"--shapes {self.shapes}: {text!r} has a number below 1")
+            if math.prod(size) > _MOST_ELEMENTS:
+                raise UsageError(f"--shapes {self.shapes}: {text!r} has more elements than torch can count, 2^60")
+            if len(parameters) + count > _MOST_PARAMETERS:
+                raise UsageError(f"--shapes {self.shapes} are more than {_MOST_PARAMETERS:,} parameters")
             for i in range(count):
                 parameters.append((f"{shape} {i}", torch.nn.Parameter(torch.empty(size, device="meta"))))
         return estimate(parameters, self.optimizer.lower(), self.device, seconds=self.seconds)
@@ -198,7 +216,13 @@ class Check:
         from emerging_optimizers.testing.conformance import check_optimizer, made_by
 
         name = self.subject if ":" in self.subject else self.subject.lower()
-        report = asked("check", lambda: check_optimizer(made_by(name, self.lr), name=name, raises=False))
+        try:
+            report = asked("check", lambda: check_optimizer(made_by(name, self.lr), name=name, raises=False))
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:  # of whatever kind: it calls what others have written
+            reason = shorten(f"{type(error).__name__}: {error}", 160)
+            raise UsageError(f"{self.subject} makes no optimizer of a list of parameters: {reason}") from error
         show(report.to_json() if self.json else report, self.json)
         if report.failures:
             raise SystemExit(1)

@@ -62,7 +62,7 @@ class Estimate(Cost):
         rows = [("count", "shape", "state", "GFLOP a step", "time of a step")]
         rows += [(f"{count} x", *_texts(cost, count)) for cost, count in alike.items()]
         rows += [("all", *_texts(self)), ("temporaries", "", f"{self.peak_bytes / 1e6:,.3f} MB", "", "")]
-        return "\n".join(in_columns(rows, right=(2, 3, 4))) + self.products
+        return "\n".join([*in_columns(rows, right=(2, 3, 4)), *filter(None, [self.products])])
 
 
 def estimate(
@@ -215,7 +215,7 @@ def _measure(optimizer: torch.optim.Optimizer, seconds: bool, looked: Container[
         shape=None,
         peak_bytes=everyone.peak,
         by_parameter=by_parameter,
-        products=products,
+        products=products.strip(),
         **cost(everyone, parameters),
     )
 

@@ -19,6 +19,7 @@ from emerging_optimizers.distributed.table import WorkPlan, entry_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DIRECTION_BYTES = 4  # directions travel in the dtype in which they are computed
 COMPANION = "adamw"
+MOST_RANKS = 2**17  # more than a job has had; what each holds is added up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +277,8 @@ def _mesh(mesh: str | tuple[int, ...]) -> Mesh:
             "REPLICASxSHARDSxTENSOR, as in 2x32x8"
         )
     numbers = [*map(int, sides)]
+    if prod(numbers) > MOST_RANKS:
+        raise ValueError(f"mesh={mesh!r} has {prod(numbers):,} ranks; at most {MOST_RANKS:,} are reckoned with")
     if len(numbers) == 3:
         return Mesh(*numbers)
     return Mesh(1, numbers[0], numbers[1] if len(numbers) == 2 else 1)

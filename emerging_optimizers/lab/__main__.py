@@ -32,6 +32,15 @@ LAB = {
 }
 
 
+# What torch says where memory has run out, or where nobody could have so much.
+_TOO_LARGE = (
+    "allocate memory",
+    "out of memory",
+    "storage size calculation overflowed",
+    "integer multiplication overflow",
+)
+
+
 class Ended(SystemExit):
     """The end of the command line with a message, which has been shown."""
 
@@ -68,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise _ended("interrupted", 130) from None
     except OSError as error:
         raise _ended(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _TOO_LARGE):
+            raise _ended(f"what was asked for is too large for the memory ({_first_sentence(error)})", 1) from None
+        raise
 
 
 def run(args: list[str]) -> None:
@@ -84,21 +97,28 @@ def run(args: list[str]) -> None:
             print(f"eopt {__version__}")
         return
     name, words = args[0].lower(), args[1:]
-    if name == "completion":
+    if name == "completion" and words and words[0] in ("-h", "--help"):
+        print("usage: eopt completion [bash|zsh]; source <(eopt completion bash) completes words in this shell")
+    elif name == "completion":
         print(completion(" ".join(words) or "bash", _options()))
     elif name in QUESTIONS:
         parse(QUESTIONS[name], name, words).run()
     elif name in LAB:
         _lab_command(name, words)
     else:
-        close = difflib.get_close_matches(name, [*LAB, *QUESTIONS], n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        close = difflib.get_close_matches(
+            name, [*LAB, *QUESTIONS, "completion", "--version", "--help"], n=1, cutoff=0.7
+        )
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        if name.startswith("-") and not close:
+            hint = "; options stand behind the command, as in `eopt list --json`."
         raise UsageError(f"there is no command {args[0]!r}{hint} `eopt --help` lists them")
 
 
 def _lab_command(name: str, words: list[str]) -> None:
     try:
-        from emerging_optimizers.lab.commands import COMMANDS, parsed
+        from emerging_optimizers.lab.commands import COMMANDS
+        from emerging_optimizers.lab.parsing import parsed
     except ImportError as missing:
         if (missing.name or "").startswith("emerging_optimizers"):
             raise
@@ -128,6 +148,12 @@ def help_text() -> str:
     lines += ["", "experiments (pip install 'emerging-optimizers[lab]'):"]
     lines += [f"  {name:{width}}  {text}" for name, text in LAB.items()]
     return "\n".join([*lines, "", "eopt --version says which version this is; with --json also of what is around it."])
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Of torch's words, which go on with where in torch that was."""
+    text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2].partition(". ")[0]
+    return text or type(error).__name__
 
 
 def _ended(message: str, status: int) -> Ended:

@@ -13,16 +13,16 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, get_args
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from emerging_optimizers.cli import FailedError, StoppedError, UsageError
 from emerging_optimizers.cli.progress import Progress, Say
 from emerging_optimizers.lab.config import TrainConfig
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
 from emerging_optimizers.lab.gallery import GalleryConfig
+from emerging_optimizers.lab.parsing import NEWEST, ResumeFolder, parsed
 from emerging_optimizers.lab.places import Existing
 from emerging_optimizers.lab.precision import PrecisionConfig
 from emerging_optimizers.lab.spike import SpikeConfig
@@ -30,47 +30,6 @@ from emerging_optimizers.lab.tf32 import TF32Config
 
 if TYPE_CHECKING:
     from emerging_optimizers.lab.runs import TrainResult
-
-CommandT = TypeVar("CommandT")
-
-NEWEST = Path("newest")
-
-ResumeFolder = Annotated[
-    Path | None,
-    PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="[DIR]",
-        instance_from_str=lambda words: Path(words[0]) if words else NEWEST,
-        is_instance=lambda value: value is None or isinstance(value, Path),
-        str_from_instance=lambda path: [str(path)],
-    ),
-]
-
-
-def parsed(kind: type[CommandT], words: Sequence[str], default: CommandT | None = None) -> CommandT:
-    """A command of the words behind its name; asks for help and mistakes end the process with status 0 and 2."""
-    name = f"eopt {kind.__name__.lower()}"
-    said: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=words, prog=name, config=(tyro.conf.FlagCreatePairsOff,), registry=PLAIN, **said)
-
-
-PLAIN = ConstructorRegistry()
-
-
-@PLAIN.primitive_rule
-def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """An option that may be left out is shown as what it takes, without the words of Python's types."""
-    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
-    if len(kinds) != 1 or type(None) not in get_args(info.type) or kinds[0] not in (int, float, str, Path):
-        return None
-    kind: Any = kinds[0]
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=kind.__name__.upper(),
-        instance_from_str=lambda words: kind(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, kind),
-        str_from_instance=lambda value: ["none" if value is None else str(value)],
-    )
 
 
 @contextmanager

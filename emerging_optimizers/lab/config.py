@@ -117,7 +117,7 @@ def _parse_rates(words: list[str]) -> dict[str, float]:
     rates: dict[str, float] = {}
     for item in _parse_names(words):
         name, equals, value = item.partition("=")
-        if not equals:
+        if not (name.strip() and equals):
             raise ValueError(f"{item!r} is not NAME=RATE, as in muon=0.03,soap=0.01")
         rates[name.strip().lower()] = float(value)
     return rates

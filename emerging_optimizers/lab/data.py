@@ -87,6 +87,8 @@ def load_text(path: str | None, context: int) -> Text:
     else:
         source = path
         try:
+            if Path(path).is_char_device():  # it may have no end
+                raise UsageError(f"--text {path} is a device; give a file")
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(
@@ -94,7 +96,7 @@ def load_text(path: str | None, context: int) -> Text:
                 "encoding, convert it: iconv -f LATIN1 -t UTF-8 OLD > NEW"
             ) from error
         except OSError as error:
-            raise UsageError(f"--text {path} cannot be read: {error.strerror}") from error
+            raise UsageError(f"--text {path!r} cannot be read ({error.strerror or error})") from error
     needed = HELD_OUT * (context + 1)
     if len(text) < needed:
         raise UsageError(

@@ -26,9 +26,10 @@ class Result(Protocol):
 
 
 @contextmanager
-def workers(processes: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with the block: after an interrupt or an error nobody waits for runs that cannot be kept."""
-    pool = ProcessPoolExecutor(processes, context)
+def workers(processes: int, most: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]:
+    """Processes, no more than there is work for, that end with the block: after an interrupt or an error nobody waits
+    for runs that cannot be kept."""
+    pool = ProcessPoolExecutor(min(processes, most), context)
     try:
         yield pool
     except BaseException:

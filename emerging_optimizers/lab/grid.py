@@ -22,6 +22,7 @@ from emerging_optimizers.lab.record import (
 )
 from emerging_optimizers.lab.runs import GridRow, best_row
 from emerging_optimizers.lab.train import make_model, make_optimizer, train_one
+from emerging_optimizers.registry import entry
 
 
 def run_grid(
@@ -96,5 +97,9 @@ def _arms(config: TrainConfig, name: str) -> list[Arm]:
     if name in GRID and name not in config.lr:
         return [replace(arm, lr=lr) for lr in GRID[name]]
     if arm.lr is None:
+        try:
+            entry(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         raise UsageError(f"{name} has no tuned learning rate to build a grid around; give --lr {name}=RATE")
     return [replace(arm, lr=float(f"{arm.lr * factor:.6g}")) for factor in GRID_FACTORS]

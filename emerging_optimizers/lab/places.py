@@ -60,6 +60,8 @@ def claim(out: Path, command: str, existing: Existing) -> bool:
             ...
         emerging_optimizers.cli.UsageError: notes holds files not of `eopt spike` (diary.txt); give another --out
     """
+    if command == "grid" and not existing.resume and out.exists() and not out.is_file():
+        raise UsageError(f"--out {out} is {'a folder' if out.is_dir() else 'no regular file'}; give a file")
     holder = _holder(out, command)
     if holder is None:
         return False

@@ -85,7 +85,7 @@ def sole_writer(folder: Path, file: str | None = None) -> Iterator[None]:
         yield
         return
     with storing(lock):
-        made = not os.path.lexists(folder)
+        made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         descriptor = _lock(lock, folder if file is None else folder / file)
     token = _held.set(_held.get() | {lock})
     try:
@@ -96,8 +96,8 @@ def sole_writer(folder: Path, file: str | None = None) -> Iterator[None]:
         with suppress(OSError):  # what cannot be removed is taken over by the next
             if _is(descriptor, lock):
                 lock.unlink()
-            if made:
-                folder.rmdir()  # where nothing was written
+            for path in made:
+                path.rmdir()  # where nothing was written
         os.close(descriptor)
 
 
@@ -226,6 +226,8 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.is_dir():  # else it would come out only when others are replaced
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                if path.exists() and not path.is_file():  # root could put a file in the place of /dev/null
+                    raise FileExistsError(errno.EEXIST, "it is a device or a pipe")
                 ready[path] = path.with_name(f".{path.name}.{uuid4().hex}{UNFINISHED}")
                 with ready[path].open("xb") as file:
                     file.write(content)

@@ -230,7 +230,7 @@ def run_spike(config: SpikeConfig, processes: int = 1, say: Say = quiet) -> Spik
     # Not "fork": a process that has used torch may hold locks. The fork server imports it once for all.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     context.set_forkserver_preload([__name__, "torch._dynamo"])
-    with workers(processes, context) as pool:
+    with workers(processes, len(arms), context) as pool:
         # The costliest come last in the default; begun first, they leave no process idle at the end.
         names = tuple(reversed(arms))
         shared = pool.map(partial(run_arm, config), names, map(arms.get, names))

@@ -177,7 +177,7 @@ def _run_tf32(config: TF32Config, out: Path | None, processes: int, resume: bool
             config.seeds, config.optimizers, FORMS, (False, True), PRECISIONS
         )
     ]
-    with workers(processes, get_context("spawn")) as pool:
+    with workers(processes, len(wanted), get_context("spawn")) as pool:
         futures = [pool.submit(train_once, config, run) for run in wanted if run.key not in done]
         say(f"{len(wanted) - len(futures)} of {len(wanted)} runs")
         for ended, future in enumerate(as_completed(futures), len(wanted) - len(futures) + 1):

@@ -113,8 +113,8 @@ def find_recipe(recipe: str, name: str) -> Recipe:
     found = RECIPES.get(recipe.lower())
     if found is None:
         close = difflib.get_close_matches(recipe.lower(), RECIPES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"there is no recipe {recipe!r}; {hint}Known are {', '.join(RECIPES)}")
+        hint = f"did you mean {close[0]!r}? Known" if close else "known"
+        raise ValueError(f"there is no recipe {recipe!r}; {hint} are {', '.join(RECIPES)}")
     registry.entry(name)
     if name.lower() not in found.options:
         raise ValueError(f"recipe={recipe!r} is for {', '.join(map(repr, found.options))}, not for {name!r}")

@@ -18,6 +18,7 @@ from emerging_optimizers.testing.subject import Check, DoesNotApplyError, MakeT,
 
 _KNOWN = "a name from `eopt list`"
 CHECKS = (*OF_STEPS, *OF_STATE)
+_OF_AN_OPTIMIZER = ("step", "zero_grad", "param_groups", "state", "state_dict", "load_state_dict")
 # Two matrices of one shape, another one, and a vector.
 SHAPES = ((6, 4), (6, 4), (3, 5), (4,))
 
@@ -98,6 +99,7 @@ def check_optimizer(
     Raises:
         AssertionError: a check fails, and `raises` is true.
         ValueError: an unknown check.
+        TypeError: what `make_optimizer` gives is no optimizer.
 
     Example:
         >>> from emerging_optimizers import Muon
@@ -115,6 +117,11 @@ def check_optimizer(
     except Exception:  # of whatever kind: it may be one for matrices
         subject = Subject(make_optimizer, [shape for shape in shapes if len(shape) > 1], layout)
         optimizer = subject.optimizer(subject.parameters())
+    if lacking := [name for name in _OF_AN_OPTIMIZER if not hasattr(optimizer, name)]:
+        raise TypeError(
+            f"make_optimizer gave a {type(optimizer).__name__}, which is no torch optimizer (no {', '.join(lacking)}); "
+            "give what makes one of a list of parameters"
+        )
     chosen = [check for check in CHECKS if not only or check.name in only]
     report = Report(name or type(optimizer).__name__, [*_rows(subject, chosen)])
     if raises and report.failures:
@@ -140,8 +147,9 @@ def made_by(text: str, lr: float | None = None) -> MakeT:
     if colon:
         try:
             make = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{text!r} names no callable: {error}; give MODULE:CALLABLE, or {_KNOWN}") from error
+        except (Exception, SystemExit) as error:  # whatever a module does as it is imported
+            reason = str(error) if isinstance(error, ImportError | AttributeError) else repr(error)
+            raise ValueError(f"{text!r} names no callable: {reason}; give MODULE:CALLABLE, or {_KNOWN}") from error
         if not callable(make):
             raise ValueError(f"{text!r} is {make!r}, which cannot be called; give MODULE:CALLABLE, or {_KNOWN}")
     else:

@@ -542,6 +542,15 @@ def test_a_result_that_is_damaged_or_anothers_is_made_again_from_the_checkpoint(
     assert sealed(json.loads(json.dumps(asdict(again)))) == json.loads(saved)
 
 
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    pipe, file = tmp_path / "pipe", tmp_path / "a.txt"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match=r"pipe cannot be written \(it is a device or a pipe\);"):
+        write_atomically({file: b"1", pipe: b"2"})
+    assert pipe.is_fifo()
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("text", ["[", "[]", '{"job": 1, "runs": []}', '{"job": {}, "runs": [{}]}', None])
 @pytest.mark.parametrize(("command", "name"), [("grid", "grid.json"), ("tf32", "runs.json"), ("tf32", "result.json")])
 def test_damaged_results_that_would_be_continued_are_named(command, name, text, tmp_path):
