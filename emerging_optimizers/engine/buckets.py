@@ -55,10 +55,11 @@ class Bucket(Units):
         self.rounded = bool(rounds)
         kept = torch.int8 if rounded == INT8 else rounded
         self.state = self.state._replace(**{name: getattr(self.state, name).to(kept) for name in rounds})
-        # The scales of what is in 8 bits, which starts at zero.
-        self._coming: dict[int, Coming] = {}  # chunks whose state is on its way, by their ids
+        # Chunks whose state is on its way, by their ids, which no other chunk gets while they stand here.
+        self._coming: dict[int, tuple[Chunk, Coming]] = {}
         self._first: Chunk | None = None  # what was asked for first in the last step
         like = torch.empty(0, dtype=self.dtype, device=device)
+        # The scales of what is in 8 bits, which starts at zero.
         eighths = rounds if rounded == INT8 else ()
         self.packing = Packing(item=self.item, offsets=self.offsets, shapes=self.shapes, names=eighths, like=like)
         if self.ferry is not None:
@@ -181,8 +182,12 @@ class Bucket(Units):
         for chunk, following in looking_ahead(chunks):
             for some in (chunk, following):
                 if some is not None and id(some) not in self._coming:
-                    self._coming[id(some)] = self.ferry.fetch(self._stored(some))
+                    self._fetch(some)
             yield chunk
+
+    def _fetch(self, chunk: Chunk) -> None:
+        assert self.ferry is not None
+        self._coming[id(chunk)] = chunk, self.ferry.fetch(self._stored(chunk))
 
     def release(self) -> None:
         """With what has been fetched and was not needed."""
@@ -193,14 +198,15 @@ class Bucket(Units):
         """Begin to bring what the next step needs first, if it is as in the last one."""
         self._coming.clear()
         if self.ferry is not None and self._first is not None:
-            self._coming[id(self._first)] = self.ferry.fetch(self._stored(self._first))
+            self._fetch(self._first)
 
     def _brought(self, chunk: Chunk) -> PiecesT:
         """What is stored of a chunk, where steps compute."""
         if self.ferry is None:
             return self._stored(chunk)
-        coming = self._coming.pop(id(chunk), None)
-        return self.ferry.land(self.ferry.fetch(self._stored(chunk)) if coming is None else coming)
+        if id(chunk) not in self._coming:
+            self._fetch(chunk)
+        return self.ferry.land(self._coming.pop(id(chunk))[1])
 
     def read(self, chunk: Chunk) -> Any:
         """The chunk's state: views of the stacks where its items are adjacent, else copies."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -73,6 +74,23 @@ def test_nothing_but_the_place_of_the_state_changes(case: OptimizerCase, executi
     assert same(ps, qs)
     assert same_states(here, there)
     assert not late.waiting
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_state_that_was_fetched_for_a_chunk_that_is_gone_is_given_to_no_other(seed: int) -> None:
+    """Matrices of one shape and of many step counts: other chunks in each step, some at the address of one before."""
+    missing = {(i, t): random.Random(f"{seed} {i} {t}").random() < 0.4 for i in range(6) for t in range(12)}
+    found = []
+    for place in (None, "cpu"):
+        ps = [torch.nn.Parameter(torch.ones(6, 8)) for _ in range(6)]
+        optimizer = AdamW(ps, lr=0.01, offload=place)
+        for t in range(12):
+            set_gradients(ps, t, lambda i, t: missing[i, t])
+            optimizer.step()
+        found.append((ps, optimizer))
+    (ps, here), (qs, there) = found
+    assert same(ps, qs)
+    assert same_states(here, there)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "int8"], ids=str)
