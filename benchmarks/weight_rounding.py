@@ -97,10 +97,13 @@ def train(config: TrainConfig, name: str, arm: str, text: Text) -> dict[str, Any
 
 
 def step_times(config: TrainConfig, name: str, text: Text) -> dict[str, Any]:
-    """CPU milliseconds of a step of the optimizer and of forward and backward, the arms in turns."""
+    """CPU milliseconds of a step alone and of the model's pass, and what a step is of float32's, the arms in turns.
+
+    A ratio is the median of those of single turns, since what else the machine does changes from turn to turn.
+    """
     arms = {arm: made(config, name, arm, text) for arm in ARMS}
-    found: dict[str, list[float]] = {arm: [] for arm in arms}
-    model_s: list[float] = []
+    steps: dict[str, list[float]] = {arm: [] for arm in arms}
+    passes: list[float] = []
     for turn in range(ROUNDS + 3):
         batch = text.batch(0, turn + 1, config.batch, config.context)
         for arm, (model, optimizer) in arms.items():
@@ -110,10 +113,26 @@ def step_times(config: TrainConfig, name: str, text: Text) -> dict[str, Any]:
             between = time.process_time()
             optimizer.step()
             if turn >= 3:
-                model_s.append(between - before)
-                found[arm].append(time.process_time() - between)
-    ms = {arm: round(1e3 * statistics.median(times), 3) for arm, times in found.items()}
-    return {"optimizer": name, "step_ms": ms, "model_ms": round(1e3 * statistics.median(model_s), 1)}
+                passes.append(between - before)
+                steps[arm].append(time.process_time() - between)
+    pass_s = statistics.median(passes)
+
+    def ratios(rest: float) -> dict[str, float]:
+        """Of the arms, where `rest` seconds come to each step."""
+        return {
+            arm: round(
+                statistics.median((x + rest) / (y + rest) for x, y in zip(own, steps["float32"], strict=True)), 3
+            )
+            for arm, own in steps.items()
+        }
+
+    return {
+        "optimizer": name,
+        "step_ms": {arm: round(1e3 * statistics.median(own), 3) for arm, own in steps.items()},
+        "step_ratio": ratios(0),
+        "model_ms": round(1e3 * pass_s, 1),
+        "ratio_with_the_pass": ratios(pass_s),
+    }
 
 
 def main() -> None:

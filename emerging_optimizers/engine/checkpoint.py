@@ -274,7 +274,7 @@ class Loading:
         self._staged[index] = fill_buckets(asked, rule, states, layout, others)
         keys = keys_of(self._staged[index])
         for p in asked.parameters:
-            left = others_than(states[p], keys[p])
+            left = others_than(states[p], keys[p]) - {*KEYS}
             self._entries[p] = {key: _copy_to(states[p][key], p.device) for key in left}
 
     def install(self, _: Any) -> None:

@@ -73,7 +73,8 @@ def fill_buckets(
     keys = keys_of(buckets)
     names = {p: label(group, index[p], p) for p in asked.parameters}
     for p, state in saved.items():
-        unknown = set() if others is None else others_than(state, keys[p]) - others
+        # What was kept of rounding may be needed no more: the parameter is in another precision here.
+        unknown = set() if others is None else others_than(state, keys[p]) - others - {*KEYS}
         missing = {key for key in others_than(keys[p], state) if not key.startswith("guard_") and key not in KEYS}
         known = state.keys() - others_than(state, keys[p])
         if unknown or (missing and known):

@@ -129,9 +129,15 @@ class Compensated(Kept):
     def __init__(self, shares: Sequence[Share]) -> None:
         super().__init__(shares)
         self._spare_dtype, self.rounded_to = self._dtype, torch.float32
+        self._strides = [torch.empty_like(x, device="meta").stride() for x in self._stored]
         self._bits = torch.zeros(self._count, dtype=torch.int16, device=self._device)
         self.entries = [{"weight_bits": bits} for bits in self._shaped(self._bits)]
         self.starts = [{"weight_bits": torch.zeros((), dtype=torch.int16, device="cpu")}] * len(shares)
+
+    def _shaped(self, flat: Tensor) -> list[Tensor]:
+        """Each in its parameter's own order of memory, as in float32: sums in another have other last bits."""
+        parts = zip(torch.split(flat, self._sizes), self._stored, self._strides, strict=True)
+        return [part.as_strided(x.shape, strides) for part, x, strides in parts]
 
     def _fill(self, wide: Tensor) -> None:
         torch._foreach_copy_(self._shaped(self._spare), self._stored)

@@ -27,6 +27,16 @@ from tests.cases import SEEDS, OptimizerCase
 
 SHAPES = [(4, 3), (3, 4), (4, 4), (2, 3, 3), (1, 5)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# What the engine can do beside every rule; a rule may refuse one of them.
+OPTIONS = st.fixed_dictionaries(
+    {
+        "spike_guard": st.sampled_from([None, 3.0]),
+        "offload": st.sampled_from([None, "cpu"]),
+        "weight_rounding": st.sampled_from(["nearest", "stochastic", "compensated"]),
+        "state_dtype": st.sampled_from([None, torch.bfloat16]),
+        "cautious": st.booleans(),
+    }
+)
 indices = st.integers(0, 5)
 
 
@@ -42,19 +52,34 @@ class Machine(RuleBasedStateMachine):
         dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
         split=st.integers(1, 4),
         named=st.booleans(),
-        guard=st.sampled_from([None, 3.0]),
+        options=OPTIONS,
         seed=st.integers(0, 2**16),
     )
     def make(
-        self, case: OptimizerCase, shapes: Any, dtypes: Any, split: int, named: bool, guard: float | None, seed: int
+        self,
+        case: OptimizerCase,
+        shapes: Any,
+        dtypes: Any,
+        split: int,
+        named: bool,
+        options: dict[str, Any],
+        seed: int,
     ) -> None:
         self.case, self.named = case, named
         self.generator = torch.Generator().manual_seed(seed)
         ps = [self.parameter(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
         self.everyone = list(ps)
         self.groups = [group for group in (ps[:split], ps[split:]) if group]
-        self.options = {"spike_guard": guard}
+        self.options = {name: value for name, value in options.items() if self.takes(**{name: value})}
         self.optimizer = self.made(self.groups)
+
+    def takes(self, **option: Any) -> bool:
+        try:
+            self.case.make([nn.Parameter(torch.eye(3))], **option)
+        except ValueError as refused:
+            assert "is not possible" in str(refused)
+            return False
+        return True
 
     def parameter(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype))
@@ -154,9 +179,12 @@ class Machine(RuleBasedStateMachine):
         assert all(bool(p.isfinite().all()) for p in self.everyone)
 
     @precondition(lambda self: self.optimizer is not None)
-    @rule(how=st.sampled_from(["copy", "resume"]))
-    def go_on_bit_for_bit(self, how: str) -> None:
-        """A copy, or another optimizer that loads the checkpoint, takes the next step as this one does."""
+    @rule(how=st.sampled_from(["copy", "resume"]), place=st.sampled_from([None, "cpu"]))
+    def go_on_bit_for_bit(self, how: str, place: str | None) -> None:
+        """A copy, or another optimizer that loads the checkpoint, takes the next step as this one does.
+
+        Wherever its state is kept.
+        """
         if how == "copy":
             everyone, other = copy.deepcopy((self.everyone, self.optimizer))
         else:
@@ -167,6 +195,8 @@ class Machine(RuleBasedStateMachine):
             saved = copy.deepcopy(self.optimizer.state_dict())
             del saved["names"]  # which edited groups do not keep up with
             other.load_state_dict(saved)
+        for group in other.param_groups:
+            group["offload"] = place
         self.set_gradients(set(), set(), 1.0)
         for p, q in zip(self.everyone, everyone, strict=True):
             q.grad = None if p.grad is None else p.grad.clone()

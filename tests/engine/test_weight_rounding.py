@@ -46,7 +46,7 @@ def train(optimizer: Any, ps: ParametersT, steps: range, scale: Callable[[int], 
 def master(optimizer: Any, p: Tensor) -> Tensor:
     """The float32 weight of a compensated one."""
     found = torch.empty(p.shape)
-    join_bfloat16_(found, p.detach().contiguous(), optimizer.state[p]["weight_bits"])
+    join_bfloat16_(found, p.detach().contiguous(), optimizer.state[p]["weight_bits"].contiguous())
     return found
 
 
@@ -71,6 +71,22 @@ def test_weight_and_bits_are_the_weight_of_a_float32_run(case: OptimizerCase) ->
         assert torch.equal(master(compensated, q), p)
         assert bool(((q.float() - p).abs() <= 2**-8 * p.abs()).all())  # half a unit in the last place
         assert set(compensated.state[q]) == {*exact.state[p], "weight_bits"}
+        assert all(torch.equal(compensated.state[q][key], x) for key, x in exact.state[p].items())
+
+
+@every_optimizer
+def test_so_they_are_in_whatever_order_the_weight_lies(case: OptimizerCase) -> None:
+    """A law's norms and a kernel's lanes go through memory, and their last bits depend on the way."""
+
+    def turned(dtype: torch.dtype) -> ParametersT:
+        return [torch.nn.Parameter(p.detach().mT.contiguous().mT) for p in made(case, dtype, copies=1) if p.ndim > 1]
+
+    wide, low = turned(torch.float32), turned(torch.bfloat16)
+    exact, compensated = case.make(wide), case.make(low, weight_rounding="compensated")
+    for optimizer, ps in ((exact, wide), (compensated, low)):
+        train(optimizer, ps, range(1, 6))
+    for p, q in zip(wide, low, strict=True):
+        assert torch.equal(master(compensated, q), p)
         assert all(torch.equal(compensated.state[q][key], x) for key, x in exact.state[p].items())
 
 
@@ -422,6 +438,28 @@ def test_the_way_back_drops_what_was_kept(rounding: str) -> None:
     optimizer.step()
     assert set(optimizer.state[ps[0]]) == set(case.state)
     assert torch.equal(optimizer.state[ps[0]]["momentum_buffer"], momentum)
+
+
+@LOSSLESS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_goes_on_where_nothing_is_to_be_kept(rounding: str, dtype: torch.dtype, tmp_path: Any) -> None:
+    """In another precision, or in another way of rounding that was asked for before the checkpoint."""
+    case = BY_NAME["adamw"]
+    ps = made(case)
+    optimizer = case.make(ps, weight_rounding=rounding)
+    train(optimizer, ps, range(2))
+    optimizer.param_groups[0]["weight_rounding"] = "nearest" if dtype == torch.bfloat16 else rounding
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    copies = [torch.nn.Parameter(p.detach().to(dtype)) for p in ps]
+    resumed = case.make(copies)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for p, q in zip(ps, copies, strict=True):
+        assert set(resumed.state[q]) == set(case.state)
+        assert all(torch.equal(x, optimizer.state[p][key]) for key, x in resumed.state[q].items())
+        p.data = p.data.to(dtype)
+    train(optimizer, ps, range(2, 4))
+    train(resumed, copies, range(2, 4))
+    assert same(all_of(optimizer, ps), all_of(resumed, copies))
 
 
 def test_entries_that_are_written_replaced_and_deleted() -> None:
