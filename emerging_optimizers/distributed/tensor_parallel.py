@@ -23,9 +23,9 @@ class Pieces(Spread):
     """How a tensor lies that is cut along one axis into pieces of any lengths.
 
     Example:
-        >>> spread = Pieces([(3, 4), (2, 4)], axis=0, ranks=(0, 1))
+        >>> spread = Pieces([(3, 4), (2, 4), (1, 4)], axis=0, ranks=(0, 1, 2))
         >>> spread.shape, spread.boxes(1)
-        ((5, 4), (Box(starts=(3, 0), stops=(5, 4), local=(0, 0)),))
+        ((6, 4), (Box(starts=(3, 0), stops=(5, 4), local=(0, 0)),))
     """
 
     def __init__(self, shapes: Sequence[_Shape], axis: int, ranks: Sequence[int]) -> None:
