@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.distributed.dtensor import local_of
+from emerging_optimizers.engine.options import FRACTION, NON_NEGATIVE, WHOLE
 
 ModeT = Literal["train", "eval"]
 
@@ -45,6 +46,9 @@ class _Layer:
         self.optimizer = optimizer
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+        self._loading: list[Any] = []
+        optimizer.register_load_state_dict_pre_hook(self._before_loading)
+        optimizer.register_load_state_dict_post_hook(self._after_loading)
 
     @property
     def mode(self) -> ModeT:
@@ -96,6 +100,17 @@ class _Layer:
                 average.lerp_(local_of(p.detach()).to(average.dtype), share)
                 self._follow(p, state)
 
+    def _before_loading(self, _: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        """Keep the averages of a checkpoint as they are: torch's optimizers round them to the parameters' dtype."""
+        ids = (i for group in saved.get("param_groups", ()) for i in group.get("params", ()))
+        self._loading = [saved.get("state", {}).get(i, {}).get("average") for i in ids]
+
+    def _after_loading(self, _: torch.optim.Optimizer) -> None:
+        for p, average in zip(self._parameters(), self._loading, strict=True):
+            if average is not None and self.optimizer.state[p]["average"].dtype != average.dtype:
+                self.optimizer.state[p]["average"] = average.detach().to(p.device, copy=True)
+        self._loading = []
+
     def _share(self, group: dict[str, Any]) -> float:
         """By how much of the way the averages of a group move to its weights in this step."""
         raise NotImplementedError  # by both
@@ -137,9 +152,9 @@ class WeightAverage(_Layer):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float = 0.999, start: int = 0) -> None:
-        if not 0 <= decay <= 1:
+        if not (NON_NEGATIVE.holds(decay) and decay <= 1):
             raise ValueError(f"WeightAverage: decay={decay!r} is not allowed; give a number in [0, 1]")
-        if not (isinstance(start, int) and start >= 0):
+        if not WHOLE.holds(start):
             raise ValueError(f"WeightAverage: start={start!r} is not allowed; give a number of steps >= 0")
         self.decay, self.start = decay, start
         super().__init__(optimizer)
@@ -155,7 +170,8 @@ class ScheduleFree(_Layer):
 
     Give the optimizer no momentum of its own (betas of (0, 0.999), momentum 0): `beta` is in its place. Its learning
     rate warms up and stays; nothing decays it. Call `train()` and `eval()` as on the model, before training and
-    before evaluating or saving the model. z and x stand in `optimizer.state[p]` as "z" and "average".
+    before evaluating or saving the model; a step that raises leaves the model at z, until `train()` is called. z and x
+    stand in `optimizer.state[p]` as "z" and "average".
 
     Args:
         optimizer: any torch optimizer.
@@ -180,10 +196,18 @@ class ScheduleFree(_Layer):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, beta: float = 0.9) -> None:
-        if not 0 <= beta < 1:
+        if not FRACTION.holds(beta):
             raise ValueError(f"ScheduleFree: beta={beta!r} is not allowed; give a number in [0, 1)")
         self.beta = beta
         super().__init__(optimizer)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Give the model the weights that it is trained at, bit for bit; also where a step has raised."""
+        super().train()
+        for p in self._parameters():
+            if "z" in (state := self.optimizer.state.get(p, {})):
+                self._train_at(p, state)
 
     @torch.no_grad()
     def _before(self, *called: Any) -> None:
@@ -205,5 +229,8 @@ class ScheduleFree(_Layer):
 
     def _follow(self, p: Tensor, state: dict[str, Any]) -> None:
         local_of(state.setdefault("z", p.detach().clone())).copy_(local_of(p))
+        self._train_at(p, state)
+
+    def _train_at(self, p: Tensor, state: dict[str, Any]) -> None:
         average = local_of(state["average"])
-        local_of(p).copy_(local_of(p).to(average.dtype).lerp(average, self.beta))
+        local_of(p).copy_(local_of(state["z"]).to(average.dtype).lerp(average, self.beta))

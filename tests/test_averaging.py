@@ -62,20 +62,22 @@ def test_the_average_is_the_exact_mean(make: Any, decay: float, start: int) -> N
 @every_maker
 @pytest.mark.parametrize("layer", [lambda o: WeightAverage(o, 0.9), ScheduleFree], ids=["average", "schedule-free"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_resumed_run_is_the_same(make: Any, layer: Any, mode: str) -> None:
-    model = net()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_resumed_run_is_the_same(make: Any, layer: Any, mode: str, dtype: torch.dtype) -> None:
+    """Also in bfloat16, to which torch's optimizers round what they load."""
+    model = net(dtype)
     optimizer = make(model)
     whole = layer(optimizer)
     train(model, optimizer, range(6))
 
-    first = net()
+    first = net(dtype)
     optimizer_1 = make(first)
     average = layer(optimizer_1)
     train(first, optimizer_1, range(3))
     getattr(average, mode)()
     saved = copy.deepcopy((first.state_dict(), optimizer_1.state_dict()))
 
-    second = net()
+    second = net(dtype)
     optimizer_2 = make(second)
     resumed = layer(optimizer_2)
     second.load_state_dict(saved[0])
@@ -139,11 +141,32 @@ def test_low_precision_is_averaged_in_float32() -> None:
     assert torch.equal(p, optimizer.state[p]["average"].bfloat16())
 
 
+def test_a_step_that_raises_is_taken_back_by_train() -> None:
+    model = net()
+    optimizer = create_optimizer("adamw", model, lr=0.02, nonfinite="raise")
+    free = ScheduleFree(optimizer)
+    (*_, before) = train(model, optimizer, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    next(model.parameters()).grad.fill_(float("nan"))
+    with pytest.raises(ValueError, match="nothing has moved"):
+        optimizer.step()
+    free.train()
+    assert all(map(torch.equal, model.parameters(), before))
+    after = optimizer.state_dict()
+    assert all(
+        torch.equal(torch.as_tensor(x), torch.as_tensor(after["state"][i][key]))
+        for i, entries in state["state"].items()
+        for key, x in entries.items()
+    )
+
+
 def test_what_is_wrong_is_named() -> None:
     optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
     for wrong, match in (
         ({"decay": 1.5}, r"decay=1.5 is not allowed; give a number in \[0, 1\]"),
+        ({"decay": "0.9"}, "decay='0.9'"),
         ({"start": -1}, "start=-1"),
+        ({"start": True}, "start=True"),
     ):
         with pytest.raises(ValueError, match=match):
             WeightAverage(optimizer, **wrong)
