@@ -7,6 +7,7 @@ import torch
 
 from emerging_optimizers.engine import chunks, executors
 from emerging_optimizers.engine.rule import kernel_of
+from emerging_optimizers.orthogonalized_optimizers import Muon
 from emerging_optimizers.scalar_optimizers import AdamW, AdEMAMix, LaProp, Lion, RMSProp, Signum, SimplifiedAdEMAMix
 
 SHAPES = ((40,), (3, 5), (), (2, 3, 2), (17,))
@@ -155,3 +156,12 @@ def test_small_parameters_share_a_call_and_what_sees_each_of_them_does_not_mix_t
     for q in alone:
         AdamW([q], lr=0.1, **options).step()
     assert all(torch.equal(p, q) for p, q in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("cls", [AdamW, AdEMAMix, LaProp, Lion, RMSProp, Signum, SimplifiedAdEMAMix, Muon])
+def test_decay_that_is_much_larger_than_the_rate_overflows_nowhere(cls: Any) -> None:
+    """torch's kernels take decay divided by the rate, which is infinite here, and infinity times a weight of zero."""
+    p = torch.nn.Parameter(torch.tensor([[0.0, 1.0], [-2.0, 0.0]]))
+    p.grad = torch.ones(2, 2)
+    cls([p], lr=1e-40, weight_decay=0.25, weight_decay_method="independent").step()
+    torch.testing.assert_close(p.detach(), torch.tensor([[0.0, 0.75], [-1.5, 0.0]]))
