@@ -41,7 +41,7 @@ class Choice:
             )
         self.name, self.companion = name, companion
         self.elementwise = main.elementwise
-        self.roles = {role: self._known(f"roles[{role!r}]", value) for role, value in (roles or {}).items()}
+        self.roles = {role: known_name(f"roles[{role!r}]", value) for role, value in (roles or {}).items()}
         for role in self.roles:
             if role not in TREATMENTS:
                 raise ValueError(f"roles: there is no role {role!r}; allowed are {', '.join(TREATMENTS)}")
@@ -49,23 +49,11 @@ class Choice:
         for pattern, value in (overrides or {}).items():
             options = {"optimizer": value} if isinstance(value, str) else dict(value)
             if "optimizer" in options:
-                options["optimizer"] = self._known(f"overrides[{pattern!r}]", options["optimizer"])
+                options["optimizer"] = known_name(f"overrides[{pattern!r}]", options["optimizer"])
             self.overrides[pattern] = (_matcher(pattern), options)
         self.asked = [pattern for pattern, value in (overrides or {}).items() if not isinstance(value, Suggestion)]
         self.matched: dict[str, bool] = dict.fromkeys(self.overrides, False)
         self.decided: dict[str, bool] = dict.fromkeys(self.overrides, False)
-
-    @staticmethod
-    def _known(where: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError(f"{where}={value!r} is not the name of an optimizer; see list_optimizers()")
-        if value.lower() == FROZEN:
-            return FROZEN
-        try:
-            registry.entry(value)
-        except ValueError as wrong:
-            raise ValueError(f"{where}={value!r}: {wrong}") from None
-        return value.lower()
 
     def of(
         self, name: str, p: Tensor, finding: Finding, factors: bool, factorized: bool
@@ -206,3 +194,16 @@ def default_lr(name: str) -> Any:
     if default is inspect.Parameter.empty:
         raise ValueError(f"{name!r} has no default learning rate; give lr")
     return default
+
+
+def known_name(where: str, value: Any) -> str:
+    """The name of an optimizer, or "frozen", in lower case; `where` is what gives it."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}={value!r} is not the name of an optimizer; see list_optimizers()")
+    if value.lower() == FROZEN:
+        return FROZEN
+    try:
+        registry.entry(value)
+    except ValueError as wrong:
+        raise ValueError(f"{where}={value!r}: {wrong}") from None
+    return value.lower()

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers import registry
 from emerging_optimizers.engine import EngineOptions, RuleOptimizer
-from emerging_optimizers.routing.choice import OverrideT, Suggestion, default_lr
+from emerging_optimizers.routing.choice import OverrideT, Suggestion, default_lr, known_name
 from emerging_optimizers.routing.groups import Router, group_options
 from emerging_optimizers.routing.match import as_adamws
 from emerging_optimizers.routing.plan import RoutePlan, plan_parameters
@@ -234,4 +234,4 @@ def _with_embedding(roles: Mapping[str, str] | None, embedding: str | None) -> M
         return roles
     if "embedding" in (roles or {}):
         raise ValueError(f"embedding={embedding!r} and roles['embedding'] say the same twice; give one of them")
-    return {**(roles or {}), "embedding": embedding}
+    return {**(roles or {}), "embedding": known_name("embedding", embedding)}

@@ -56,7 +56,11 @@ def test_a_rate_of_its_own():
     ("make", "options", "match"),
     [
         (model, {"lr": 0.01, "embedding": "oblique_sgd"}, r"says nothing about the learning rate of 'oblique_sgd'"),
-        (model, {"embedding": "sinkhorm"}, r"there is no optimizer 'sinkhorm'; did you mean 'sinkhorn'"),
+        (
+            model,
+            {"embedding": "sinkhorm"},
+            r"^embedding='sinkhorm': there is no optimizer 'sinkhorm'; did you mean 'sinkhorn'",
+        ),
         (model, {"embedding": "sinkhorn", "roles": {"embedding": "lion"}}, "say the same twice; give one of them"),
         (lambda: nn.Linear(4, 4), {"embedding": "sinkhorn"}, "the model has no table of tokens"),
         (lambda: [nn.Parameter(torch.eye(3))], {"embedding": "sinkhorn"}, "embedding belongs to a model"),
