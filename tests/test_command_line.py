@@ -100,6 +100,7 @@ def ended(words: str, capsys: Any) -> tuple[int, str, str]:
         ("train --out /proc/nowhere/run", 1, "/proc/nowhere"),
         ("report --runs nowhere", 2, "nowhere"),
         ("spike --processes 0", 2, "--processes"),
+        ("convert a.pt --from nobody --to adamw --out b.pt", 2, "--from nobody is not one of torch.adamw,"),
         ("--json list", 2, "options stand behind the command, as in `eopt list --json`"),
         ("version", 2, "did you mean '--version'?"),
         ("list --json=1", 2, "ignored explicit argument '1'; `eopt list --help` says what it takes"),

@@ -54,9 +54,13 @@ class Convert:
     def _convert(self) -> dict[str, Any]:
         import torch
 
-        from emerging_optimizers.converting import convert_state_dict, options_of, read_entries, recognised
+        from emerging_optimizers.converting import SOURCES, convert_state_dict, options_of, read_entries, recognised
         from emerging_optimizers.registry import get_optimizer_cls
 
+        if self.from_ is not None and self.from_ not in SOURCES:
+            raise UsageError(
+                f"--from {self.from_} is not one of {', '.join(SOURCES)}; leave it out to have it recognised"
+            )
         saved = self._read()
         source = self.from_ or recognised(saved)
         groups = []
