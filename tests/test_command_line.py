@@ -101,6 +101,8 @@ def ended(words: str, capsys: Any) -> tuple[int, str, str]:
         ("report --runs nowhere", 2, "nowhere"),
         ("spike --processes 0", 2, "--processes"),
         ("convert a.pt --from nobody --to adamw --out b.pt", 2, "--from nobody is not one of torch.adamw,"),
+        ("convert nowhere.pt --to adamw --out b.pt", 2, "'nowhere.pt' cannot be read (No such file or directory)"),
+        ("convert a.pt --to adamw --out / --overwrite", 2, "--out '/' is no file"),
         ("--json list", 2, "options stand behind the command, as in `eopt list --json`"),
         ("version", 2, "did you mean '--version'?"),
         ("list --json=1", 2, "ignored explicit argument '1'; `eopt list --help` says what it takes"),

@@ -4,12 +4,14 @@ import json
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, ClassVar
 
-from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli import FailedError, UsageError
 from emerging_optimizers.cli.progress import asked
 
 
@@ -35,14 +37,15 @@ class Convert:
 
     def run(self) -> None:
         """Converts, loads the result for a test, writes it, and says what was dropped."""
-        if Path(self.out).exists() and not self.overwrite:
+        out = Path(self.out).resolve()
+        if out.exists() and not out.is_file():
+            raise UsageError(f"--out {self.out!r} is no file that could be written; give another")
+        if out.exists() and not self.overwrite:
             raise UsageError(f"{self.out} is there already; give another --out, or --overwrite to replace it")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             made = asked("convert", self._convert)
-        import torch
-
-        asked("convert", lambda: torch.save(made, self.out))
+        asked("convert", lambda: _save(made, out))
         notes = [str(one.message) for one in said]
         if self.json:
             print(
@@ -101,6 +104,27 @@ class Convert:
         )
 
 
+def _save(made: Any, out: Path) -> None:
+    """Writes a file as a whole, or leaves the one that is there."""
+    import torch
+
+    content = BytesIO()
+    torch.save(made, content)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content.getbuffer())
+        unfinished.replace(out)
+    except OSError as error:
+        raise FailedError(
+            f"{out} cannot be written ({error.strerror or error}); mend that, or give another --out. What was there "
+            "before is still there"
+        ) from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
 def _loaded(checkpoint: str) -> Any:
     """What torch.save wrote into a file, without unpickling more than tensors and plain values.
 
@@ -112,11 +136,14 @@ def _loaded(checkpoint: str) -> Any:
     path = Path(checkpoint)
     if path.is_dir():
         raise UsageError(
-            f"{checkpoint} is a folder, as torch.distributed.checkpoint writes; load it with that, and give the "
+            f"{checkpoint!r} is a folder, as torch.distributed.checkpoint writes; load it with that, and give the "
             "state_dict to emerging_optimizers.convert_state_dict"
         )
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UsageError(f"{checkpoint!r} cannot be read ({error.strerror or error})") from error
     if not start:
         raise UsageError(f"{checkpoint} is empty")
     if start == b"PK\x03\x04":

@@ -83,5 +83,7 @@ def asked(command: str, answer: Callable[[], Any]) -> Any:
     try:
         with Progress(f"eopt {command}"):
             return answer()
+    except UsageError:
+        raise
     except (ValueError, TypeError, RuntimeError, OverflowError, OSError) as error:
         raise UsageError(" ".join(str(error).split()) or type(error).__name__) from error

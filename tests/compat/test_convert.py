@@ -1,6 +1,8 @@
 """Training goes on here with the moments that another library's optimizer wrote."""
 
+import errno
 import io
+import os
 import pickle
 import zipfile
 from typing import Any
@@ -390,6 +392,26 @@ def test_what_is_asked_for_beside_the_file(tmp_path, capsys):
         main(["convert", str(both), "--to", "muon", "--out", str(tmp_path / "there.pt")])
     assert end.value.code == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, capsys, monkeypatch):
+    theirs, _ = twins((M, N))
+    old = torch.optim.Muon(theirs, lr=0.03)
+    steps(old, theirs, 0)
+    torch.save(old.state_dict(), tmp_path / "old.pt")
+    (tmp_path / "new.pt").write_text("before")
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(SystemExit) as end:
+        main(["convert", str(tmp_path / "old.pt"), "--to", "muon", "--out", str(tmp_path / "new.pt"), "--overwrite"])
+    assert end.value.code == 1
+    assert "new.pt cannot be written (No space left on device)" in capsys.readouterr().err
+    assert (tmp_path / "new.pt").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt", "old.pt"]
 
 
 class Anything:
