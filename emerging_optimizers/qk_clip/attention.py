@@ -41,6 +41,11 @@ class Span(NamedTuple):
     size: int
 
 
+def called(path: str) -> str:
+    """How messages name the module at a path."""
+    return path or "the model itself"
+
+
 @dataclass
 class Rows:
     """A parameter of which rows belong to heads.
@@ -138,6 +143,11 @@ class Attention:
         self.rows.append(Rows(f"{name}.{own}".lstrip("."), module, own, axis, factor_R))
 
     @property
+    def called(self) -> str:
+        """How messages name it."""
+        return called(self.name)
+
+    @property
     def device(self) -> torch.device:
         """Of its query projection."""
         return self.rows[0].parameter.device
@@ -153,7 +163,7 @@ class Attention:
             self._first_head(maxima.numel())
         if self.seen is not None and self.seen.shape != maxima.shape:
             raise ValueError(
-                f"QKClip: {self.name} had {self.seen.numel()} heads in one forward pass and {maxima.numel()} in another"
+                f"QKClip: {self.called} had {self.seen.numel()} heads in one forward pass, {maxima.numel()} in another"
             )
         self.seen = maxima if self.seen is None else torch.maximum(self.seen, maxima)
 
@@ -173,7 +183,7 @@ class Attention:
         parts, index = piece_of(p, self.rows[0].axis) if is_dtensor(p) else (1, 0)
         if number * parts != self.heads:
             raise ValueError(
-                f"QKClip: the logits of {number} heads of {self.name} were seen or given, and it has {self.heads}, "
+                f"QKClip: the logits of {number} heads of {self.called} were seen or given, and it has {self.heads}, "
                 f"cut into {parts} by tensor parallelism; give what is wrong to QKClip as heads= or projections=, or "
                 "use measure=False and give the largest logit of each head with observe()"
             )

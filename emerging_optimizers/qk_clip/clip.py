@@ -71,6 +71,7 @@ class QKClip:
         skipped: modules that look like attention and are left alone, with the reason.
 
     Raises:
+        TypeError: `model` is no module, or `projections` no dictionary of `Heads`.
         ValueError: an argument out of its range, or no attention module.
 
     Example:
@@ -105,6 +106,8 @@ class QKClip:
         check_group("QKClip", "its arguments", given, {**checks, **dict.fromkeys(("rows", "heads"), optional(COUNT))})
         self.threshold, self.alpha, self.every, self.group = threshold, alpha, every, group
         self.steps = 0
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"QKClip: model is a {type(model).__name__}; give the module whose attention is clipped")
         found, self.skipped = find(model, projections, heads)
         self._attentions = {attention.name: attention for attention in found}
         for line in in_words(self.skipped):
@@ -112,6 +115,7 @@ class QKClip:
         self._model = model
         self._peers: Peers | None = None
         self._handles: list[Any] = []
+        self._attached: str | None = None
         self._sight = Sight(rows)
         for attention in found if measure else []:
             before, after = _Hook(self, attention, "_enter"), _Hook(self, attention, "_leave")
@@ -128,11 +132,23 @@ class QKClip:
         """Clip after each of an optimizer's steps; of several optimizers, name the one that steps last.
 
         Raises:
-            ValueError: the optimizer would undo the clipping of a query or key projection in its next step.
+            TypeError: `optimizer` is none.
+            ValueError: it is attached already, or the optimizer would undo the clipping of a query or key projection in
+                its next step.
         """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"QKClip: optimizer is a {type(optimizer).__name__}; give the torch optimizer that moves the weights"
+            )
+        if self._attached is not None:
+            raise ValueError(
+                f"QKClip: it runs after the steps of a {self._attached} already, and would clip twice; of several "
+                "optimizers, attach the one that steps last; for another one, close() this one and make a new one"
+            )
         if isinstance(optimizer, RuleOptimizer):
             self._check(optimizer)
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.step()))
+        self._attached = type(optimizer).__name__
 
     def _check(self, optimizer: RuleOptimizer) -> None:
         names = {id(rows.parameter): rows.name for a in self._attentions.values() for rows in a.rows}
@@ -163,6 +179,7 @@ class QKClip:
                 where tensor parallelism gives it some of them.
 
         Raises:
+            TypeError: `maxima_H` are no numbers.
             ValueError: no such attention module, or another number of heads.
         """
         if isinstance(module, nn.Module):
@@ -172,9 +189,15 @@ class QKClip:
         if name not in self._attentions:
             raise ValueError(
                 f"QKClip: {name!r} is no attention module{suggest(name, self._attentions)}; known are "
-                f"{', '.join(self._attentions)}"
+                f"{', '.join(a.called for a in self._attentions.values())}"
             )
-        self._attentions[name].record(torch.as_tensor(maxima_H).flatten())
+        try:
+            maxima_H = torch.as_tensor(maxima_H)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"QKClip: maxima_H={maxima_H!r} is not allowed; give a number for each query head, or a tensor of them"
+            ) from None
+        self._attentions[name].record(maxima_H.flatten())
 
     def _enter(self, attention: Attention) -> None:
         # An activation checkpoint calls modules once more in the backward pass.
@@ -188,9 +211,9 @@ class QKClip:
         self._sight.leave()
         if output is not None and not attention.looks:  # None: it has raised an error of its own
             raise ValueError(
-                f"QKClip: {attention.name} has called neither torch's scaled_dot_product_attention nor a softmax over "
-                "(B, H, S, T), so its logits are not seen; use measure=False and give the largest logit of each head "
-                "with observe(), or another implementation of attention"
+                f"QKClip: {attention.called} has called neither torch's scaled_dot_product_attention nor a softmax "
+                "over (B, H, S, T), so its logits are not seen; use measure=False and give the largest logit of "
+                "each head with observe(), or another implementation of attention"
             )
 
     def _is_due(self, step: int) -> bool:
@@ -262,8 +285,12 @@ class QKClip:
         """Go on with the counts of a checkpoint.
 
         Raises:
-            ValueError: it is of other attention modules; nothing has changed.
+            ValueError: it is of other attention modules, or of something else; nothing has changed.
         """
+        if lacking := [key for key in ("steps", "maxima", "clips") if key not in state_dict]:
+            raise ValueError(
+                f"QKClip: the checkpoint has no {', '.join(lacking)}; give what state_dict() of a QKClip returned"
+            )
         saved = {name: len(x) for name, x in state_dict["clips"].items()}
         here = {name: a.heads for name, a in self._attentions.items()}
         if saved != here:

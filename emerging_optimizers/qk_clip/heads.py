@@ -11,7 +11,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from emerging_optimizers.qk_clip.attention import KEY, QUERY, ROTARY, Attention, Span
+from emerging_optimizers.engine.options import COUNT, WHOLE, Check, optional
+from emerging_optimizers.engine.validate import check_group
+from emerging_optimizers.qk_clip.attention import KEY, QUERY, ROTARY, Attention, Span, called
 from emerging_optimizers.routing.layouts import FUSED_ATTENTION, INTERLEAVED_ATTENTION, layout
 from emerging_optimizers.routing.layouts import _number as number_of
 from emerging_optimizers.routing.places import Place, plain_path
@@ -29,6 +31,13 @@ PAIRS = (
 LATENT_QUERIES = ("q_b_proj", "q_proj", "wq_b", "wq", "linear_q_up_proj", "linear_q_proj")
 LATENT_KEYS = ("kv_b_proj", "wkv_b", "linear_kv_up_proj")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+# The argument of `Heads` that says where queries or keys are made.
+LAYER = Check(
+    lambda v: (
+        isinstance(v, str) or (isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) and WHOLE.holds(v[1]))
+    ),
+    "the name of a layer, or (name, first row) with a row >= 0",
+)
 # A norm of queries or keys behind their projections; those of latents (`q_a_layernorm`) stand before.
 _NORM = re.compile(r"(q|k|query|key)_?(norm|ln|layer_?norm)|(norm|ln|layer_?norm)_?(q|k|query|key)")
 LOOKED_FOR = (
@@ -61,6 +70,10 @@ class Heads:
     key: str | tuple[str, int]
     key_heads: int | None = None
     head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("key_heads", "head_dim"), optional(COUNT))
+        check_group("Heads", "its arguments", vars(self), {"heads": COUNT, "query": LAYER, "key": LAYER, **sizes})
 
 
 class _Unfit(Exception):
@@ -105,12 +118,16 @@ def in_words(skipped: Mapping[str, str]) -> list[str]:
     for path, reason in skipped.items():
         paths.setdefault(reason, []).append(path)
     return [
-        f"{', '.join(some[:2])}{f' and {len(some) - 2} more' if len(some) > 2 else ''}: {reason}"
+        f"{', '.join(map(called, some[:2]))}{f' and {len(some) - 2} more' if len(some) > 2 else ''}: {reason}"
         for reason, some in paths.items()
     ]
 
 
 def _as_given(modules: Mapping[str, nn.Module], projections: Mapping[str, Heads]) -> list[Attention]:
+    if not (isinstance(projections, Mapping) and all(isinstance(x, Heads) for x in projections.values())):
+        raise TypeError(
+            f"QKClip: projections={projections!r} is not allowed; give a dictionary from paths of modules to `Heads`"
+        )
     found = []
     for pattern, heads in projections.items():
         paths = [path for path in modules if fnmatchcase(path, pattern)]
@@ -120,7 +137,7 @@ def _as_given(modules: Mapping[str, nn.Module], projections: Mapping[str, Heads]
             try:
                 found.append(_explicit(path, modules[path], heads))
             except _Unfit as reason:
-                raise ValueError(f"QKClip: projections[{pattern!r}] does not fit {path}: {reason}") from None
+                raise ValueError(f"QKClip: projections[{pattern!r}] does not fit {called(path)}: {reason}") from None
     return found
 
 
@@ -131,8 +148,8 @@ def _check_shared(found: list[Attention]) -> None:
             other = owners.setdefault(id(rows.parameter), attention.name)
             if other != attention.name:
                 raise ValueError(
-                    f"QKClip: {other} and {attention.name} share {rows.name}, which would be scaled for both; give one "
-                    "of them with projections="
+                    f"QKClip: {called(other)} and {attention.called} share {rows.name}, which would be scaled for "
+                    "both; give one of them with projections="
                 )
 
 
@@ -235,7 +252,7 @@ def _separate(path: str, module: nn.Module, heads: int | None) -> Attention | No
 def _explicit(path: str, module: nn.Module, heads: Heads) -> Attention:
     (query, first_q), (key, first_k) = _layer(heads.query), _layer(heads.key)
     q_rows, k_rows = (_projection(module, name)[1] for name in (query, key))
-    H, D = heads.heads, heads.head_dim or q_rows // max(1, heads.heads)
+    H, D = heads.heads, heads.head_dim or q_rows // heads.heads
     G = heads.key_heads or (H if isinstance(heads.key, tuple) else k_rows // max(1, D))
     if min(H, D, G) < 1 or H % G or first_q + H * D > q_rows or first_k + G * D > k_rows:
         raise _Unfit(

@@ -133,12 +133,12 @@ def _dot_products(
     """What `scaled_dot_product_attention` is given."""
     if query.is_nested:
         raise ValueError(
-            f"QKClip: {attention.name} works on nested tensors, into which QKClip does not look; use measure=False and "
-            "give the largest logit of each head with observe()"
+            f"QKClip: {attention.called} works on nested tensors, into which QKClip does not look; use measure=False "
+            "and give the largest logit of each head with observe()"
         )
     if query.shape[-1] != attention.head_dim:
         raise ValueError(
-            f"QKClip: queries of {attention.name} have {query.shape[-1]} elements a head, and its projection "
+            f"QKClip: queries of {attention.called} have {query.shape[-1]} elements a head, and its projection "
             f"{attention.head_dim} rows a head, as it seems; say it with projections=, or use measure=False and give "
             "the largest logit of each head with observe()"
         )

@@ -339,6 +339,45 @@ def test_refused_values():
         clip.observe("attn", [1.0] * 4)
     with pytest.raises(ValueError, match="the logits of 3 heads of 0 were seen or given, and it has 4"):
         clip.observe("0", [1.0] * 3)
+    for wrong in ("abc", None):
+        with pytest.raises(TypeError, match=f"maxima_H={wrong!r} is not allowed; give a number for each query head"):
+            clip.observe("0", wrong)
+    with pytest.raises(ValueError, match="the logits of 3 heads of the model itself were"):
+        QKClip(Grouped()).observe("", [1.0] * 3)
+    with pytest.raises(ValueError, match="the checkpoint has no maxima, clips; give what state_dict"):
+        clip.load_state_dict({"steps": 7})
+    assert clip.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"heads": 0}, r"Heads: heads=0 in its arguments is not allowed; give an integer >= 1"),
+        ({"query": ("q_proj", -1)}, r"query=\('q_proj', -1\) .* or \(name, first row\)"),
+        ({"key": 3}, "key=3"),
+        ({"key": ()}, r"key=\(\)"),
+        ({"key_heads": 0}, "key_heads=0"),
+        ({"head_dim": 1.5}, r"head_dim=1\.5"),
+    ],
+)
+def test_refused_heads(given, message):
+    with pytest.raises(ValueError, match=message):
+        Heads(**{"heads": 4, "query": "q_proj", "key": "k_proj", **given})
+
+
+def test_what_is_of_another_kind_is_named():
+    with pytest.raises(TypeError, match="model is a NoneType; give the module"):
+        QKClip(None)
+    for wrong in ([1], {"0": "q_proj"}):
+        with pytest.raises(TypeError, match="is not allowed; give a dictionary from paths of modules to `Heads`"):
+            QKClip(net(Grouped()), projections=wrong)
+    model = net(Grouped())
+    clip, optimizer = QKClip(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="optimizer is a list; give the torch optimizer"):
+        clip.attach([optimizer])
+    clip.attach(optimizer)
+    with pytest.raises(ValueError, match=r"after the steps of a SGD already, .* make a new one"):
+        clip.attach(optimizer)
 
 
 def test_a_norm_behind_a_projection_is_left_alone():
@@ -347,7 +386,9 @@ def test_a_norm_behind_a_projection_is_left_alone():
     with pytest.warns(UserWarning, match=r"leaves modules alone: 1: it normalises queries or keys .*\(q_norm\)"):
         clip = QKClip(model)
     assert [*clip.skipped] == ["1"]
-    with pytest.raises(ValueError, match=r"no attention module whose heads could be clipped; : it normalises"):
+    with pytest.raises(
+        ValueError, match=r"no attention module whose heads could be clipped; the model itself: it normalises"
+    ):
         QKClip(model[1])
 
 
