@@ -34,7 +34,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     .. math:: |\hat x - x| \le 0.0082 \sqrt{|x| \max |x|} + 0.00002 \max |x| + 2^{-100},
 
     0.8 % of the largest number of a block and less of smaller ones. What `dequantise` returns is found again bitwise.
-    A block that is not finite becomes NaN.
+    A block that is not finite becomes NaN, and so does one with a number beyond 0.98 of the largest that there is.
 
     Args:
         x: (..., N), N >= 1, float32 or float64.
