@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.distributed.dtensor import local_of
+from emerging_optimizers.distributed.dtensor import local_of, norm_of
 from emerging_optimizers.testing.one_process import part_of
 from emerging_optimizers.testing.subject import (
     Checks,
@@ -114,7 +114,7 @@ def _(subject: Subject) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * factor
         train(parameters, optimizer, range(3, 4))
-        moved.append([float((p - x).norm()) for p, x in zip(parameters, before, strict=True)])
+        moved.append([norm_of(p - x) for p, x in zip(parameters, before, strict=True)])
     ratios = [half / max(whole, 1e-30) for whole, half in zip(*moved, strict=True)]
     assert max(ratios) < 0.95, f"at half the rate weights move {max(ratios):.2f} times as far"
 
