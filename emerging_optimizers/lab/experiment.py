@@ -4,11 +4,13 @@ Nothing here imports torch before an experiment runs, so that ``eopt --help`` an
 """
 
 import math
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from multiprocessing.context import BaseContext
+from threading import current_thread, main_thread
 from typing import Any, Protocol
 
 from emerging_optimizers.cli import UsageError
@@ -39,6 +41,25 @@ def workers(processes: int, most: int, context: BaseContext) -> Iterator[Process
             process.terminate()
         raise
     pool.shutdown()
+
+
+@contextmanager
+def interrupted_behind() -> Iterator[None]:
+    """A block that starts processes; an interrupt that arrives in it comes behind it.
+
+    A process whose start is cut short is known to nobody, and complains when it finds that this one has gone.
+    """
+    if current_thread() is not main_thread():  # which alone is interrupted
+        yield
+        return
+    arrived: list[tuple[Any, ...]] = []
+    handler = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if arrived and callable(handler):
+        handler(*arrived[0])
 
 
 def require_positive(config: object, *names: str) -> None:

@@ -20,6 +20,7 @@ from emerging_optimizers.cli.progress import Say, quiet
 from emerging_optimizers.lab.config import Names, lower_names
 from emerging_optimizers.lab.experiment import (
     from_json,
+    interrupted_behind,
     reproducible,
     require_distinct,
     require_positive,
@@ -233,7 +234,8 @@ def run_spike(config: SpikeConfig, processes: int = 1, say: Say = quiet) -> Spik
     with workers(processes, len(arms), context) as pool:
         # The costliest come last in the default; begun first, they leave no process idle at the end.
         names = tuple(reversed(arms))
-        shared = pool.map(partial(run_arm, config), names, map(arms.get, names))
+        with interrupted_behind():
+            shared = pool.map(partial(run_arm, config), names, map(arms.get, names))
         results = _counted(zip(names, shared, strict=True), len(arms), say)
     return SpikeResult(config=config, arms=tuple(results[name] for name in arms))
 

@@ -21,7 +21,14 @@ from typing import Any
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
 from emerging_optimizers.lab.config import TUNED, Names, TrainConfig, lower_names
-from emerging_optimizers.lab.experiment import from_json, require_distinct, require_positive, to_json, workers
+from emerging_optimizers.lab.experiment import (
+    from_json,
+    interrupted_behind,
+    require_distinct,
+    require_positive,
+    to_json,
+    workers,
+)
 from emerging_optimizers.lab.places import UNSAVED, same_request
 from emerging_optimizers.lab.record import read_json, reading, sealed, sole_writer, write_json
 
@@ -178,7 +185,8 @@ def _run_tf32(config: TF32Config, out: Path | None, processes: int, resume: bool
         )
     ]
     with workers(processes, len(wanted), get_context("spawn")) as pool:
-        futures = [pool.submit(train_once, config, run) for run in wanted if run.key not in done]
+        with interrupted_behind():
+            futures = [pool.submit(train_once, config, run) for run in wanted if run.key not in done]
         say(f"{len(wanted) - len(futures)} of {len(wanted)} runs")
         for ended, future in enumerate(as_completed(futures), len(wanted) - len(futures) + 1):
             run = future.result()

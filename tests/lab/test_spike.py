@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.config import UsageError
+from emerging_optimizers.lab.experiment import interrupted_behind
 from emerging_optimizers.lab.measures import recovery_steps, settled_steps
 from emerging_optimizers.lab.present import save, show
 from emerging_optimizers.lab.spike import (
@@ -239,3 +241,17 @@ def test_every_optimizer_runs_or_says_why_it_cannot(name):
 def test_an_unknown_optimizer_ends_the_command(tmp_path):
     with pytest.raises(SystemExit, match=r"no optimizer 'mion'; did you mean 'muon'.*also takes .*soap-published"):
         main(["spike", "--optimizers", "mion", "--out", str(tmp_path)])
+
+
+def test_an_interrupt_waits_for_processes_to_have_begun():
+    """One whose start is cut short complains by itself, behind the sentence of the command."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a run in the background it is ignored
+    try:
+        begun = False
+        with pytest.raises(KeyboardInterrupt), interrupted_behind():
+            signal.raise_signal(signal.SIGINT)
+            begun = True
+        assert begun
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
