@@ -246,11 +246,16 @@ def test_an_unknown_optimizer_ends_the_command(tmp_path):
 def test_an_interrupt_waits_for_processes_to_have_begun():
     """One whose start is cut short complains by itself, behind the sentence of the command."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a run in the background it is ignored
-    try:
-        begun = False
-        with pytest.raises(KeyboardInterrupt), interrupted_behind():
+    begun = []
+
+    def start():
+        with interrupted_behind():
             signal.raise_signal(signal.SIGINT)
-            begun = True
+            begun.append("all of it")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
         assert begun
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
