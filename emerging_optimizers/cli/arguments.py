@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(kind: type[CommandT], name: str, words: Sequence[str]) -> CommandT:
-    """A command out of the words behind its name; asks for help end the process with status 0.
+    """A command out of the words behind its name; a request for help ends the process with status 0.
 
     Args:
         kind: a dataclass with fields of str, int, float, bool, or one of them or None.

@@ -29,7 +29,7 @@ ResumeFolder = Annotated[
 
 
 def parsed(kind: type[CommandT], words: Sequence[str], default: CommandT | None = None) -> CommandT:
-    """A command of the words behind its name; asks for help end the process with status 0.
+    """A command of the words behind its name; a request for help ends the process with status 0.
 
     Raises:
         UsageError: There is no such option, or its value cannot be.
