@@ -103,6 +103,7 @@ def _again(ranks: tuple[int, ...]) -> Peers:
     return peers_with(ranks)
 
 
+_made: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, int]] = {}  # how often, in which world
 _known: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, Peers]] = {}
 
 
@@ -118,8 +119,21 @@ def peers_of(mesh: Any) -> Peers:
 
 
 def new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A group of some processes, of which each calls this."""
-    group: Any = dist.new_group(list(ranks), use_local_synchronization=True)  # a number for a process that is not in it
+    """A group of some processes, of which each calls this.
+
+    They meet under its name. Before 2.14 torch names such a group by how many a process has, and processes that are in
+    different groups wait for each other under different names. Here the name follows from the ranks.
+    """
+    world, count = _made.get(ranks, (None, 0))
+    count = count + 1 if world is dist.group.WORLD else 1
+    _made[ranks] = (dist.group.WORLD, count)
+    name = f"emerging_optimizers_{'_'.join(map(str, ranks))}_{count}"
+    torchs, where = dist.distributed_c10d._hash_ranks_to_str, vars(dist.distributed_c10d)
+    where["_hash_ranks_to_str"] = lambda _: name
+    try:
+        group: Any = dist.new_group(list(ranks), use_local_synchronization=True)  # a number where this is not in it
+    finally:
+        where["_hash_ranks_to_str"] = torchs
     return group
 
 

@@ -12,9 +12,26 @@ from torch import nn
 
 from emerging_optimizers import SpikeWatch, create_optimizer
 from emerging_optimizers.distributed.dtensor import local_of
+from emerging_optimizers.distributed.groups import new_group
 from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.testing.one_process import part_of
 from tests.distributed.processes import fsdp, gradients, make_net, run
+
+
+def meet() -> None:
+    """Some make a group of their own first, as the owners of matrices do; then all but one make one together."""
+    rank = dist.get_rank()
+    for _ in range(rank):
+        new_group((rank,))
+    for _ in range(2):
+        if rank != 0:
+            total = torch.ones(1)
+            dist.all_reduce(total, group=new_group((1, 2)))
+            assert float(total) == 2
+
+
+def test_processes_meet_in_a_group_whatever_others_they_are_in() -> None:
+    run(3, meet, timeout=30)
 
 
 def sharded(name: str = "muon", **options: Any) -> tuple[nn.Module, Any]:
