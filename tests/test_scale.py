@@ -133,12 +133,15 @@ def test_a_matrix_alone_is_fetched_and_delivered_once() -> None:
 
 def test_a_box_is_fetched_from_one_copy_and_delivered_to_all() -> None:
     weight = Weight("kv down", (8, 6), 1)  # rows over two shards, copies on two ranks of tensor parallelism
-    ledger, place = Ledger(4), Place.of(weight, Update("muon"), sharding_of_weight(weight, Mesh(1, 2, 2), 1))
+    ledger, place = (
+        Ledger(4, torch.float32),
+        Place.of(weight, Update("muon"), sharding_of_weight(weight, Mesh(1, 2, 2), 1)),
+    )
     ledger.add(place, *owners_of([place]))
-    assert ledger.fetch_out.tolist() == [0, 0, 24, 0]  # rank 2 has the other half of the copy of rank 0
-    assert ledger.fetch_in.tolist() == [24, 0, 0, 0]
-    assert ledger.back_out.tolist() == [72, 0, 0, 0]
-    assert ledger.back_in.tolist() == [0, 24, 24, 24]
+    assert ledger.fetch_out.tolist() == [0, 0, 96, 0]  # 24 numbers: rank 2 has the other half of the copy of rank 0
+    assert ledger.fetch_in.tolist() == [96, 0, 0, 0]
+    assert ledger.back_out.tolist() == [288, 0, 0, 0]
+    assert ledger.back_in.tolist() == [0, 96, 96, 96]
 
 
 @pytest.mark.parametrize(("mesh", "degree"), [("4x2", 1), ("4x2", 4), ("16x1", 4), ("8x2", 8)])
@@ -159,7 +162,7 @@ def test_what_is_sent_is_what_the_owners_lack(mesh: str, degree: int) -> None:
         if place.work != "owned":
             assert (has.flatten(-2).sum(-1) % prod(weight.shape[-2:]) == 0).all()  # whole matrices
             continue
-        ledger = Ledger(ranks)
+        ledger = Ledger(ranks, torch.float32)
         place = place._replace(weight=weight._replace(number=1))
         ledger.add(place, *owners_of([place]))
         owners = (ledger.flops > 0).nonzero().flatten().tolist()
@@ -168,8 +171,8 @@ def test_what_is_sent_is_what_the_owners_lack(mesh: str, degree: int) -> None:
             mine = has[:, k * each : (k + 1) * each] if len(weight.shape) == 3 else has
             others = [rank for rank in range(ranks) if rank != owner]
             lacks = mine[0].numel() - int(mine[owner].sum())
-            assert ledger.fetch_in[owner] == lacks
-            assert ledger.back_out[owner] == mine[others].sum()
+            assert ledger.fetch_in[owner] == 4 * lacks
+            assert ledger.back_out[owner] == 4 * mine[others].sum()
         assert ledger.fetch_in.sum() == ledger.fetch_out.sum()
         assert ledger.back_in.sum() == ledger.back_out.sum()
 

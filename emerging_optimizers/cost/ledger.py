@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from emerging_optimizers.cost.models import Weight
 from emerging_optimizers.distributed.dtensor import Spread
-from emerging_optimizers.distributed.layout import WorkT, job_of, work_of
+from emerging_optimizers.distributed.layout import WorkT, bytes_each, job_of, work_of
 from emerging_optimizers.distributed.owners import Job, Span, share_out
 from emerging_optimizers.distributed.plan import Shard, Sharding, coordinates
 from emerging_optimizers.engine.filling import needs
@@ -140,27 +140,28 @@ class Place(NamedTuple):
 
 def owners_of(places: Sequence[Place]) -> list[list[list[Span]]]:
     """The owners of each of the parameters of each place, as the engine shares them out; where there are none, []."""
-    jobs = [[place.job] * place.weight.number if place.work == "owned" else [] for place in places]
+    jobs = [[place.job] * place.weight.number if place.work in ("rows", "owned") else [] for place in places]
     ranks = len(places[0].spread.ranks) if places else 1
     found = iter(share_out([job for some in jobs for job in some], dict.fromkeys(range(ranks), 0)))
     return [[next(found) for _ in some] for some in jobs]
 
 
 class Ledger:
-    """What each process has, sends and receives."""
+    """What each process has, sends and receives; state and traffic in bytes, of parameters of a dtype."""
 
-    def __init__(self, ranks: int) -> None:
-        self.state, self.fetch_out, self.fetch_in, self.back_out, self.back_in = (
-            torch.zeros(ranks, dtype=torch.int64) for _ in range(5)
+    def __init__(self, ranks: int, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.state = torch.zeros(ranks, dtype=torch.int64)
+        self.fetch_out, self.fetch_in, self.back_out, self.back_in, self.flops, self.owned = (
+            torch.zeros(ranks, dtype=torch.float64) for _ in range(6)
         )
-        self.flops, self.owned = (torch.zeros(ranks, dtype=torch.float64) for _ in range(2))
         self.pieces: list[int] = []  # operations of what is owned
 
     def add(self, place: Place, owners: Sequence[Sequence[Span]]) -> None:
         """All parameters of a place, with the owners of each."""
         if place.work == "elements":
             self._add_elements(place)
-        elif place.work == "owned":
+        elif owners:
             for spans in owners:
                 self._add_owned(place, spans)
         else:
@@ -187,12 +188,19 @@ class Ledger:
         one = (1, *place.weight.shape[-2:])
         for operations in (self.flops, self.owned):
             operations.index_add_(0, owners, torch.full((matrices,), job.cost / matrices, dtype=torch.float64))
-        self.state.index_add_(0, owners, torch.full((matrices,), place.update.state_bytes(one)))
+        state = place.update.state_bytes(one)
+        if place.work == "rows":  # it lies with the parts
+            self.state += state * elements.sum(0) // prod(one)
+        else:
+            self.state.index_add_(0, owners, torch.full((matrices,), state))
         self.pieces += job.pieces
         mine = elements[torch.arange(matrices), owners]
         # Each box is fetched once, from the owner's own copy of the whole; it is delivered to all copies.
         near = elements if int(copy.max()) == 0 else elements * (copy[owners].unsqueeze(1) == copy)
-        for part, out, back in ((near, self.fetch_out, self.fetch_in), (elements, self.back_in, self.back_out)):
-            out += part.sum(0)
-            out.index_add_(0, owners, -mine)
-            back.index_add_(0, owners, part.sum(1) - mine)
+        there, back = bytes_each(place.work, place.update.needs, place.weight.shape, self._dtype)
+        ways = ((near, self.fetch_out, self.fetch_in, there), (elements, self.back_in, self.back_out, back))
+        for part, others, owner, each in ways:
+            part, held = part.double() * each, mine.double() * each
+            others += part.sum(0)
+            others.index_add_(0, owners, -held)
+            owner.index_add_(0, owners, part.sum(1) - held)

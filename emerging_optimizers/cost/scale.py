@@ -53,7 +53,8 @@ class Row:
         names: what they are.
         shape: of each.
         count: how many.
-        work: "owned": whole, by one process, or a stack by several; "local": where it lies; "elements": its companion.
+        work: "owned": whole, by one process, or a stack by several; "rows": some rows are, by one; "local": where it
+            lies; "elements": its companion.
         flops: operations of a step of each.
         state_bytes: of each, all processes together; copies once.
     """
@@ -85,8 +86,8 @@ class Scale:
         balance: the most operations of an owner over the mean, or over the largest piece where that is more: what one
             owner has of a stack is a piece, and a matrix is one; 1 is the best.
         least_balance: no owners of whole matrices make it less.
-        fetch_bytes: of gradients, sent or received, on the way to owners.
-        delivery_bytes: of directions, on the way back.
+        fetch_bytes: of gradients, or rows of momentum, sent or received, on the way to owners.
+        delivery_bytes: of directions, or new weights, on the way back.
         exchange_seconds: of both.
         compute_seconds: of the operations.
         model_seconds: of the model's own step, 6 operations for each token and weight that it uses.
@@ -116,6 +117,12 @@ class Scale:
         """Of the model's own step: what the optimizer adds to it if nothing overlaps."""
         return (self.exchange_seconds + self.compute_seconds) / self.model_seconds
 
+    @property
+    def _fetched(self) -> str:
+        kinds = {row.work: None for row in self.rows if row.work in ("rows", "owned")}
+        words = {"rows": "the rows that are picked, in float32", "owned": f"{self.dtype} gradients"}
+        return " and ".join(words[kind] for kind in kinds) or words["owned"]
+
     def __str__(self) -> str:
         header = ("parameters", "shape", "count", "worked on", "GFLOP each", "state MiB each")
         lines = in_columns([header, *map(_cells, self.rows)], right=(2, 4, 5))
@@ -131,7 +138,7 @@ class Scale:
                 f"  state      {self.state_bytes / 2**30:10.4g} GiB",
                 f"  operations {self.flops / 1e12:10.4g} TFLOP (mean {self.mean_flops / 1e12:.4g}; "
                 f"balance of owners {self.balance:.2f}{_least(self)})",
-                f"  fetch      {self.fetch_bytes / 2**20:10.4g} MiB of {self.dtype} gradients",
+                f"  fetch      {self.fetch_bytes / 2**20:10.4g} MiB of {self._fetched}",
                 f"  delivery   {self.delivery_bytes / 2**20:10.4g} MiB of directions",
                 f"Predicted: exchange {self.exchange_seconds * 1e3:.3g} ms at {machine.link:g} GB/s, operations "
                 f"{self.compute_seconds * 1e3:.3g} ms at {machine.optimizer_tflops or machine.tflops:g} TFLOP/s; "
@@ -178,10 +185,9 @@ def at_scale(
     """
     machine = machine or Machine()
     sizes, decoder, places = _placed(model, optimizer, mesh, expert_parallel, dtype)
-    ledger = Ledger(prod(sizes))
+    ledger = Ledger(prod(sizes), DTYPES[dtype])
     for place, owners in zip(places, owners_of(places), strict=True):
         ledger.add(place, owners)
-    needs = Update(optimizer).needs
     return _summary(
         ledger,
         optimizer=optimizer.lower(),
@@ -192,8 +198,6 @@ def at_scale(
         machine=machine,
         parameters=sum(w.numel * w.number for w in decoder.weights()),
         rows=_grouped([_row(place) for place in places]),
-        fetched_bytes=DTYPES[dtype].itemsize * (1 + needs.weights),
-        delivered_bytes=DTYPES[dtype].itemsize if needs.weights else DIRECTION_BYTES,
         used=sum(w.numel * w.number * w.used for w in decoder.weights() if len(w.shape) > 1),
     )
 
@@ -344,12 +348,12 @@ def _grouped(rows: Sequence[Row]) -> tuple[Row, ...]:
     )
 
 
-def _summary(ledger: Ledger, *, fetched_bytes: int, delivered_bytes: int, used: float, **said: Any) -> Scale:
+def _summary(ledger: Ledger, *, used: float, **said: Any) -> Scale:
     machine: Machine = said["machine"]
     ranks = len(ledger.flops)
     flops, mean = float(ledger.flops.max()), float(ledger.flops.mean())
-    fetch = fetched_bytes * int(torch.maximum(ledger.fetch_out, ledger.fetch_in).max())
-    delivery = delivered_bytes * int(torch.maximum(ledger.back_out, ledger.back_in).max())
+    fetch = round(float(torch.maximum(ledger.fetch_out, ledger.fetch_in).max()))
+    delivery = round(float(torch.maximum(ledger.back_out, ledger.back_in).max()))
     least = max(float(ledger.owned.mean()), max(ledger.pieces, default=0))
     return Scale(
         **said,

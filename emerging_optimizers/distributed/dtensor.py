@@ -118,9 +118,24 @@ class Spread:
         """Whether all parts are equally large."""
         return len({sum(box.numel for box in self.boxes(rank)) for rank in self.ranks}) == 1
 
+    @cached_property
+    def reaches_all(self) -> bool:
+        """Whether there is something on every process."""
+        return all(self.boxes(rank) for rank in self.ranks)
+
+    @property
+    def kind(self) -> Any:
+        """What two tensors have in common of which every process has the same parts."""
+        return self._sharding, self.ranks
+
     def boxes(self, rank: int) -> tuple[Box, ...]:
         """What lies on a process."""
         return self._sharding.boxes(self._coordinates[rank])
+
+    def indices(self, rank: int, axis: int) -> Tensor:
+        """Which places along an axis lie on a process, in the order in which they lie there."""
+        runs = {(box.local[axis], box.starts[axis], box.stops[axis]) for box in self.boxes(rank)}
+        return torch.cat([torch.arange(start, stop, device="cpu") for _, start, stop in sorted(runs)])
 
     def copy_of(self, rank: int) -> tuple[int, ...]:
         """Of which of the copies a process has a part."""

@@ -1,5 +1,6 @@
 """A process group: how large it is, where this process stands in it, and what its processes hold together."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,6 +76,13 @@ class Peers:
         total = x.clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+    def exchange(self, pieces: Sequence[Tensor], counts: Sequence[int]) -> Sequence[Tensor]:
+        """Send a flat piece to each process; what each of them has sent here, of which this one knows how much."""
+        sent = torch.cat([*pieces])
+        received = sent.new_empty(sum(counts))
+        dist.all_to_all_single(received, sent, [*counts], [*map(len, pieces)], group=self.group)
+        return torch.split(received, [*counts])
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest of each number over the processes."""

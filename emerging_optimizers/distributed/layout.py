@@ -10,9 +10,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from emerging_optimizers.distributed.dtensor import Spread, is_dtensor, spread_of
 from emerging_optimizers.distributed.groups import Peers, peers_of
 from emerging_optimizers.distributed.owners import Job, Span, owners_of_batch, share_out
-from emerging_optimizers.distributed.shares import Here, Local, Owned, OwnedShard, Share
+from emerging_optimizers.distributed.shares import CutMatrix, Here, Local, Owned, OwnedShard, Share
 
-WorkT = Literal["elements", "copies", "matrices", "owned"]
+WorkT = Literal["elements", "copies", "matrices", "rows", "owned"]
 
 
 class Needs(NamedTuple):
@@ -25,6 +25,8 @@ class Needs(NamedTuple):
         weights: it reads the weights, or makes new ones.
         cost: of a step of a parameter of some shape, in operations.
         wide: weights of a low precision are worked on in float32.
+        picks: which share of a cut matrix of some shape has to be put together; None: all of it.
+        by_rows: there, whether columns must not be cut.
     """
 
     elementwise: bool
@@ -33,6 +35,8 @@ class Needs(NamedTuple):
     weights: bool
     cost: Callable[[Sequence[int]], float]
     wide: bool = False
+    picks: Callable[[Sequence[int]], float] | None = None
+    by_rows: bool = False
 
 
 def work_of(spread: Spread, needs: Needs) -> WorkT:
@@ -40,14 +44,32 @@ def work_of(spread: Spread, needs: Needs) -> WorkT:
 
     Returns:
         "elements": each process works on those that it has; "copies": on all of it; "matrices": on the entries of the
-        first axis that it has; "owned": somebody puts the whole together.
+        first axis that it has; "rows": on what it has of a matrix, and somebody puts some of its rows
+        together; "owned": somebody puts the whole together.
     """
     if needs.elementwise:
         return "elements"
     if not spread.is_cut:
         return "copies"
+    fits = len(spread.shape) == 2 and spread.reaches_all and (spread.cut_axes == {0} or not needs.by_rows)
+    if needs.picks is not None and fits:
+        return "rows"
     whole = len(spread.shape) == 3 and needs.batches and spread.cut_axes == {0}
     return "matrices" if whole and (needs.matrices(spread.shape) == 1 or spread.is_even) else "owned"
+
+
+def bytes_each(work: WorkT, needs: Needs, shape: Sequence[int], dtype: torch.dtype) -> tuple[float, float]:
+    """What a step sends to owners and back of each element of a parameter of some shape and dtype, in bytes.
+
+    Gradients travel in their own dtype, new weights in theirs, and directions, as rows that are picked, in that of the
+    computation.
+    """
+    own = torch.float32 if needs.wide and dtype.itemsize < 4 else dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if work == "rows" and needs.picks is not None:
+        some = needs.picks(shape) * wide.itemsize
+        return some, some
+    return dtype.itemsize + needs.weights * own.itemsize, (own if needs.weights else wide).itemsize
 
 
 def job_of(shape: Sequence[int], ranks: int, needs: Needs) -> Job:
@@ -80,7 +102,8 @@ class Asked(NamedTuple):
 
     def owned(self) -> list[Tensor]:
         """The parameters that need owners."""
-        return [p for p in self.parameters if p in self.spreads and work_of(self.spreads[p], self.needs) == "owned"]
+        shared = (p for p in self.parameters if p in self.spreads)
+        return [p for p in shared if work_of(self.spreads[p], self.needs) in ("rows", "owned")]
 
 
 class Layout:
@@ -158,6 +181,8 @@ class Layout:
         if spread is None or peers is None:
             return Here(p)
         if (work := work_of(spread, asked.needs)) != "owned":
+            if work == "rows":
+                return CutMatrix(p, spread, peers, self._spans_of[p][0].rank)
             return Local(p, spread, peers, work == "elements")
         owned = Owned if is_dtensor(p) else OwnedShard
         return owned(p, spread, peers, self._spans_of[p], asked.needs.weights, asked.needs.wide)

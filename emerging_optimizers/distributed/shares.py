@@ -234,6 +234,45 @@ class Local(Part):
         return self._entries(value, view)
 
 
+class CutMatrix(Local):
+    """The part of a matrix that lies here, where a rule asks for some of its rows as wholes (`engine/rows.py`).
+
+    Its state lies with it. What of that is not shaped like the matrix has a number, or some, for each row, and columns
+    are not cut.
+
+    Args:
+        p: the parameter.
+        spread: how it lies.
+        peers: the processes of its mesh; each has a part.
+        owner: who puts the rows together.
+    """
+
+    def __init__(self, p: Tensor, spread: Spread, peers: Peers, owner: int) -> None:
+        super().__init__(p, spread, peers, by_element=True)
+        self.spread, self.owner = spread, owner
+        self.kind = ("rows", peers, spread.kind)  # one stack has the same parts of matrices on every process
+
+    def _shape(self, view: Tensor) -> tuple[int, ...]:
+        return self.shape if view.shape == self.stored.shape else (self.shape[0], *view.shape[1:])
+
+    def publish(self, view: Tensor, block: int = 1) -> Tensor:
+        """Sharded like the parameter."""
+        return as_sharded(view, self.source, self._shape(view)) if view.ndim else view
+
+    def localize(self, value: Tensor, view: Tensor, block: int = 1) -> Tensor:
+        """Its own part of it."""
+        if is_sharded(value, like=self.source):
+            return local_of(value)
+        value = whole_of(value)
+        if not view.ndim or value.shape != self._shape(view):
+            return value
+        boxes: Sequence[Box] = self._boxes
+        if value.shape != self.shape:  # of whole rows
+            rows = [(box.starts[0], box.stops[0], box.local[0]) for box in boxes]
+            boxes = [Box((start, 0), (stop, value.shape[1]), (local, 0)) for start, stop, local in rows]
+        return cut_out(value, boxes, view)
+
+
 class Route(NamedTuple):
     """A box that goes between a process that stores it and its owner: where it lies on both."""
 

@@ -10,7 +10,7 @@ import torch
 
 from emerging_optimizers.columns import in_columns
 from emerging_optimizers.distributed.dtensor import Spread
-from emerging_optimizers.distributed.layout import Needs, job_of, work_of
+from emerging_optimizers.distributed.layout import Needs, bytes_each, job_of, work_of
 from emerging_optimizers.distributed.owners import Span, least_load
 from emerging_optimizers.distributed.shares import within
 
@@ -18,6 +18,7 @@ from emerging_optimizers.distributed.shares import within
 WHOLE = 60
 
 NOTHING, NORMS, ALL_TO_ALL = "none", "all-reduce of norms", "an all-to-all each way"
+ROWS = f"{NORMS}, {ALL_TO_ALL}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,11 @@ class Entry:
         work: where: "one owner", "several owners", or "where it lies".
         loads: (rank, operations of a step there) of each owner; empty: it is worked on where it lies.
         ranks: the processes that share it; empty: it is not shared.
-        fetched: bytes that travel to owners in a step, all processes together.
+        fetched: bytes that travel to owners in a step, all processes together; where rows are picked, as many as if
+            they were spread evenly over the processes.
         delivered: bytes that travel back.
-        collective: in which it takes part; one moves everything of its kind, however many parameters there are.
+        collective: in which it takes part; one moves everything of its kind, however many parameters there are, or
+            everything of a shape where rows are picked.
         reason: why.
     """
 
@@ -145,7 +148,7 @@ def entry_of(name: str, spread: Spread, needs: Needs, spans: Sequence[Span], dty
     """
     ranks = tuple(sorted(spread.ranks))
     work = work_of(spread, needs)
-    if work != "owned":
+    if work not in ("rows", "owned"):
         norms = work == "elements" and spread.is_cut
         return Entry(
             name=name,
@@ -160,10 +163,12 @@ def entry_of(name: str, spread: Spread, needs: Needs, spans: Sequence[Span], dty
     boxes = (within(box, span) for span in spans for box in spread.boxes(span.rank))
     held = sum(box.numel for box in boxes if box is not None)
     numel = prod(spread.shape)
-    # Directions travel in the dtype of the computation, new weights in their own.
-    own = torch.float32 if needs.wide and dtype.itemsize < 4 else dtype
-    back = own if needs.weights or dtype == torch.float64 else torch.float32
+    there, back = bytes_each(work, needs, spread.shape, dtype)
     several = len(spans) > 1
+    if work == "rows":
+        reason = "it is cut, and its update needs some of its rows"
+    else:
+        reason = "matrices are cut: each goes to one owner" if several else "it is cut, and its update needs the whole"
     return Entry(
         name=name,
         shape=spread.shape,
@@ -171,10 +176,10 @@ def entry_of(name: str, spread: Spread, needs: Needs, spans: Sequence[Span], dty
         loads=tuple((span.rank, job.piece(span.stop - span.start)) for span in spans),
         ranks=ranks,
         # Each element is fetched from one of its copies, and delivered to all.
-        fetched=(numel - held) * (dtype.itemsize + needs.weights * own.itemsize),
-        delivered=(numel * spread.copies - held) * back.itemsize,
-        collective=ALL_TO_ALL,
-        reason="matrices are cut: each goes to one owner" if several else "it is cut, and its update needs the whole",
+        fetched=round((numel - held) * there),
+        delivered=round((numel * spread.copies - held) * back),
+        collective=ROWS if work == "rows" else ALL_TO_ALL,
+        reason=reason,
     )
 
 

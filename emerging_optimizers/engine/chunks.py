@@ -13,6 +13,7 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
+from emerging_optimizers.distributed.shares import CutMatrix
 from emerging_optimizers.engine.packing import Grid
 from emerging_optimizers.linalg.eight_bits import BLOCK
 
@@ -177,6 +178,9 @@ def _cap(bucket: Any, execution: str) -> int:
     numbers = sum(x[:1].numel() for x in bucket.state if x is not None)
     size = max(numbers, torch.Size(bucket.item).numel()) * bucket.dtype.itemsize
     cap = max(1, CHUNK_BYTES // size)
+    if isinstance(bucket.shares[0], CutMatrix):  # the same on every process, whatever it has of a matrix
+        share = bucket.shares[0]
+        return max(1, CHUNK_BYTES * len(share.peers.ranks) // (prod(share.shape) * bucket.dtype.itemsize))
     if not bucket.on_host:
         return cap
     threads = torch.get_num_threads()

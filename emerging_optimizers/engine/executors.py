@@ -12,7 +12,8 @@ from torch import Tensor
 
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.options import Execution
-from emerging_optimizers.engine.rule import Kernel, Rule, Step, advance, kernel_of
+from emerging_optimizers.engine.rows import Rows
+from emerging_optimizers.engine.rule import Kernel, PicksRows, Rule, Step, advance, kernel_of
 from emerging_optimizers.engine.scalars import as_tensors
 from emerging_optimizers.engine.schedule import Phase
 from emerging_optimizers.linalg.eight_bits import BLOCK, dequantise, quantise_
@@ -73,9 +74,13 @@ def many_graphs(execution: Execution) -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=65536)
 
 
-def call(rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: Execution) -> Step:
-    """One update of a chunk."""
+def call(
+    rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: Execution, rows: Rows | None = None
+) -> Step:
+    """One update of a chunk; `rows`: of matrices of which parts are here."""
     with nullcontext() if rule.elementwise else fp32_matmul_precision(_precision(rule)):
+        if rows is not None and isinstance(rule, PicksRows):
+            return rule.update_rows(grad, state, t, rows)
         if execution != "compiled":
             return advance(rule, grad, state, t, phase)
         direction, new = _compiled(rule, phase, BACKEND)(grad, state, as_tensors(t, grad.device))

@@ -27,7 +27,7 @@ from emerging_optimizers.engine.packing import (
     plain_key,
     unpacked,
 )
-from emerging_optimizers.engine.rule import Rule, StartsFromWeight
+from emerging_optimizers.engine.rule import PicksRows, Rule, StartsFromWeight, without_data
 from emerging_optimizers.engine.units import count_of
 from emerging_optimizers.engine.validate import label
 from emerging_optimizers.linalg.factorizations import noting
@@ -92,6 +92,10 @@ def needs(rule: Rule, group: Mapping[str, Any]) -> Needs:
     of_wholes = law is not None or group["cautious"] or "parameters" in rule.reads
     reads_weights = bool({"weight", "parameters"} & {*rule.reads}) or isinstance(rule, StartsFromWeight)
 
+    picks = None
+    if isinstance(rule, PicksRows) and type(rule).update is PicksRows.update:  # a subclass may have one of its own
+        picks = rule.share_of if not of_wholes and group["matrix_view"] == "auto" else None
+
     def cut(shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
         """The shapes of matrices, and how many there are of each."""
         like = torch.empty(shape, device="meta")
@@ -113,7 +117,14 @@ def needs(rule: Rule, group: Mapping[str, Any]) -> Needs:
         weights=law is not None or reads_weights or group["weight_decay_method"] == "l2",
         cost=cost,
         wide=group["weight_rounding"] != "nearest",
+        picks=picks,
+        by_rows=picks is not None and (group["state_dtype"] == INT8 or not _is_like_the_gradient(rule)),
     )
+
+
+def _is_like_the_gradient(rule: Rule) -> bool:
+    """Whether all of a rule's state is shaped so."""
+    return all(x is None or x.shape == (1, 2, 3) for x in without_data(rule))
 
 
 def keys_of(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:

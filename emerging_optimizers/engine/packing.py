@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from emerging_optimizers.distributed.shares import Share
+from emerging_optimizers.distributed.shares import CutMatrix, Share
 from emerging_optimizers.engine.matrix_view import Block
 from emerging_optimizers.linalg.eight_bits import BLOCK, dequantise, quantise, scale_shape
 
@@ -48,7 +48,8 @@ def others_than(keys: Iterable[Any], own: Iterable[Any]) -> set[Any]:
 def bears_blocks(share: Share, block: Block) -> bool:
     """Whether averages of a block can be kept in 8 bits: it is large enough, and no process cuts into its rows."""
     if block.item:
-        return prod(block.item) >= LEAST and block.item[1] >= LEAST_ROW
+        item = share.shape if isinstance(share, CutMatrix) else block.item
+        return prod(item) >= LEAST and item[1] >= LEAST_ROW
     if len(share.shape) < 2:
         return prod(share.shape) >= LEAST_VECTOR and not share.cuts_rows(BLOCK)
     large = prod(share.shape) >= LEAST and prod(share.shape[1:]) >= LEAST_ROW

@@ -18,6 +18,7 @@ from torch import Tensor
 from emerging_optimizers.engine.commit import Write
 from emerging_optimizers.engine.hooks import WeightUpdateHook
 from emerging_optimizers.engine.parts import before_first_step
+from emerging_optimizers.engine.rows import ROWS, Rows
 from emerging_optimizers.engine.schedule import EVERY_STEP_ALIKE, Phase, Schedule
 
 
@@ -163,6 +164,25 @@ class StartsFromWeight(Rule):
 
         Runs before anything moves and may read the device, warn and raise; `labels` name the parameter of each matrix.
         """
+
+
+class PicksRows(Rule):
+    """A rule that works on some rows of a matrix as a whole, and on its own of the rest, element by element.
+
+    Where processes have cut a matrix, only what is picked travels.
+    """
+
+    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+        """One step of matrices that are here."""
+        return self.update_rows(grad, state, t, ROWS)
+
+    @abstractmethod
+    def update_rows(self, grad: Tensor, state: Any, t: Scalars, rows: Rows) -> Step:
+        """One step of matrices, or of what lies here of them, that asks `rows` for what is elsewhere. Pure."""
+
+    @abstractmethod
+    def share_of(self, shape: Sequence[int]) -> float:
+        """Which share of a matrix of some shape is picked."""
 
 
 class TranslatesState(Rule):

@@ -213,7 +213,7 @@ class BucketStep:
         state = bucket.read(chunk)
         now = Phase.REUSE if rule.schedule.behind else phase
         with noting(bucket.looks) as failures:
-            out = call(rule, grad, state, t, now, execution)
+            out = call(rule, grad, state, t, now, execution, bucket.rows_of(chunk, self.name))
         sound = self._without(failures, chunk, live)
         if self.group["cautious"]:
             out = out._replace(direction=bucket.map_units(chunk, cautious, out.direction, grad))

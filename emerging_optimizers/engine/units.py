@@ -1,6 +1,6 @@
 """What is counted and guarded by itself: a matrix, or a parameter of an element-wise rule."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emerging_optimizers.distributed.shares import Here, Owned, Share
-from emerging_optimizers.engine.chunks import Segment
+from emerging_optimizers.distributed.shares import CutMatrix, Here, Owned, Share
+from emerging_optimizers.engine.chunks import Chunk, Segment
 from emerging_optimizers.engine.commit import Write, commit
 from emerging_optimizers.engine.kept import kept_of
 from emerging_optimizers.engine.matrix_view import Block
+from emerging_optimizers.engine.rows import CutRows
 from emerging_optimizers.engine.transit import Transit
 
 # After how many skipped steps in a row a user is told.
@@ -94,6 +95,11 @@ class Units:
     def looks(self) -> bool:
         """Whether the host may look at a value: it waits for nothing, and no graph is to repeat the step without it."""
         return self.on_host and not self.capturable
+
+    def rows_of(self, chunk: Chunk, name: Callable[[Tensor], str]) -> CutRows | None:
+        """The rows of a chunk's matrices, where only parts of them are here."""
+        shares = [share for i in chunk.rows if isinstance(share := self.shares[i], CutMatrix)]
+        return CutRows(shares, name) if shares else None
 
     def gradients(self) -> dict[int, Tensor]:
         """Those that there are, by their rows."""

@@ -7,7 +7,7 @@ that matrix sit the step out.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple
@@ -64,6 +64,12 @@ def noting(looks: bool = True) -> Iterator[Failures]:
         yield failures
     finally:
         _LISTENER.reset(token)
+
+
+def note(rows: Iterable[int]) -> None:
+    """Tell whoever collects failures of matrices that were worked on elsewhere."""
+    if (listener := _LISTENER.get()) is not None:
+        listener.rows.update(rows)
 
 
 def factorized(kind: KindT, x_BMN: Tensor) -> Sequence[Tensor]:

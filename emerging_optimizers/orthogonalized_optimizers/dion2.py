@@ -12,9 +12,9 @@ A row that is left out keeps all of its momentum, so that nothing is lost and it
 been used fades. Of a matrix with more rows than columns the columns are chosen. With f = 1 it is Muon with a
 sum of gradients for its momentum. s is Muon's scale: with `scale_mode="spectral"` the RMS of an update is sqrt(f).
 
-Newton-Schulz of k x N instead of M x N takes f^2 times the products, of the Gram matrix f^3 times. Several processes
-put the whole gradient together with its owner, as for every matrix (docs/distributed.md); its momentum is there, and
-with it the choice.
+Newton-Schulz of k x N instead of M x N takes f^2 times the products, of the Gram matrix f^3 times. Where processes have
+cut a matrix, each keeps its part of the momentum, and only what is chosen travels to the owner and back
+(docs/distributed.md).
 
 For large models whose step waits for Newton-Schulz. State: one tensor, 4 bytes a parameter.
 
@@ -22,7 +22,7 @@ References:
     Ahn et al. 2025, Dion2: A Simple Method to Shrink Matrix in Muon, arXiv 2512.16928.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
@@ -46,6 +46,8 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Part
+from emerging_optimizers.engine.rows import Rows
+from emerging_optimizers.engine.rule import PicksRows
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonRule
 from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     CoefficientType,
@@ -66,23 +68,24 @@ class Dion2State(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dion2Rule(MuonRule):
+class Dion2Rule(PicksRows, MuonRule):
     """The polar factor of the longest rows or columns."""
 
     State: ClassVar[type[Any]] = Dion2State
     reads: ClassVar[tuple[str, ...]] = ("momentum", "extra_scale_factor")
     fraction: float = 0.25
 
-    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+    def update_rows(self, grad: Tensor, state: Any, t: Scalars, rows: Rows) -> Step:
         """See the module's equations."""
         sum_BMN = state.momentum_buffer + grad
-        turned = grad.size(-2) > grad.size(-1)
+        M, N = rows.shape(grad)
+        turned = M > N
         rows_BMN = sum_BMN.mT if turned else sum_BMN
-        index_BKN = self.longest(rows_BMN)
-        chosen_BKN = rows_BMN.gather(-2, index_BKN)
-        O = self.orthogonalize(chosen_BKN, t)
-        direction_BMN = torch.zeros_like(rows_BMN).scatter(-2, index_BKN, O * self.scale(grad, t))
-        momentum_BMN = rows_BMN.scatter(-2, index_BKN, chosen_BKN * t.momentum)
+        chosen = rows.longest(rows_BMN, self.count(min(M, N)), turned=turned)
+        chosen_KN = chosen.take(rows_BMN)
+        (O,) = chosen.whole(lambda x_BKN: (self.orthogonalize(x_BKN, t),), chosen_KN)
+        direction_BMN = chosen.put(torch.zeros_like(rows_BMN), O * self.scale((M, N), t))
+        momentum_BMN = chosen.put(rows_BMN, chosen_KN * t.momentum)
         if turned:
             direction_BMN, momentum_BMN = direction_BMN.mT, momentum_BMN.mT
         return Step(direction_BMN, Dion2State(momentum_BMN))
@@ -91,11 +94,13 @@ class Dion2Rule(MuonRule):
         """O of the chosen rows, without scale; a subclass of the optimizer may have another."""
         return self.polar(x_BMN)
 
-    def longest(self, rows_BMN: Tensor) -> Tensor:
-        """Where the rows with the largest sums of absolute values are, as an index for `gather` and `scatter`."""
-        count = ceil(self.fraction * rows_BMN.size(-2))
-        found_BK = rows_BMN.abs().sum(dim=-1).topk(count, dim=-1).indices
-        return found_BK.unsqueeze(-1).expand(-1, -1, rows_BMN.size(-1))
+    def count(self, rows: int) -> int:
+        """How many of so many rows are chosen."""
+        return ceil(self.fraction * rows)
+
+    def share_of(self, shape: Sequence[int]) -> float:
+        """Of the shorter side."""
+        return self.count(min(shape)) / min(shape)
 
 
 Fraction = Annotated[

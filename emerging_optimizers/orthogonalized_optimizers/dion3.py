@@ -20,6 +20,7 @@ References:
     Li et al. 2025, NorMuon: Making Muon more efficient and scalable, arXiv 2510.05491.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
@@ -41,6 +42,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.parts import Part
+from emerging_optimizers.engine.rows import Rows
 from emerging_optimizers.linalg.scaling import with_norm_of
 from emerging_optimizers.orthogonalized_optimizers.dion2 import (
     Dion2,
@@ -71,20 +73,26 @@ class Dion3Rule(Dion2Rule):
     State = Dion3State
     reads = ("momentum", "extra_scale_factor", "beta2", "eps")
 
-    def update(self, grad: Tensor, state: Any, t: Scalars) -> Step:
+    def update_rows(self, grad: Tensor, state: Any, t: Scalars, rows: Rows) -> Step:
         """See the module's equations."""
-        sum_BMN = state.momentum_buffer + grad
-        index_BKN = self.longest(sum_BMN)
-        index_BK1 = index_BKN[..., :1]
-        chosen_BKN = sum_BMN.gather(-2, index_BKN)
+        sum_BMN, moment2_BM1 = state.momentum_buffer + grad, state.moment2_buffer
+        M, N = rows.shape(grad)
+        chosen = rows.longest(sum_BMN, self.count(M))
+        chosen_KN = chosen.take(sum_BMN)
 
-        O = self.orthogonalize(chosen_BKN, t)
-        v_BK1 = lerp(state.moment2_buffer.gather(-2, index_BK1), O.square().mean(dim=-1, keepdim=True), 1 - t.beta2)
-        U = with_norm_of(O, O / (v_BK1.sqrt() + t.eps)) * self.scale(grad, t)
+        def normalized(x_BKN: Tensor, v_BK1: Tensor) -> tuple[Tensor, Tensor]:
+            O = self.orthogonalize(x_BKN, t)
+            v_BK1 = lerp(v_BK1, O.square().mean(dim=-1, keepdim=True), 1 - t.beta2)
+            return with_norm_of(O, O / (v_BK1.sqrt() + t.eps)) * self.scale((M, N), t), v_BK1
 
-        direction_BMN = torch.zeros_like(sum_BMN).scatter(-2, index_BKN, U)
-        momentum_BMN = sum_BMN.scatter(-2, index_BKN, chosen_BKN * t.momentum)
-        return Step(direction_BMN, Dion3State(momentum_BMN, state.moment2_buffer.scatter(-2, index_BK1, v_BK1)))
+        U, v_K1 = chosen.whole(normalized, chosen_KN, chosen.take(moment2_BM1))
+        direction_BMN = chosen.put(torch.zeros_like(sum_BMN), U)
+        momentum_BMN = chosen.put(sum_BMN, chosen_KN * t.momentum)
+        return Step(direction_BMN, Dion3State(momentum_BMN, chosen.put(moment2_BM1, v_K1)))
+
+    def share_of(self, shape: Sequence[int]) -> float:
+        """Of the rows."""
+        return self.count(shape[0]) / shape[0]
 
 
 class Dion3(Dion2):

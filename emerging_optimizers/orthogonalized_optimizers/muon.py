@@ -18,6 +18,7 @@ References:
     Liu et al. 2025, Muon is Scalable for LLM Training, arXiv 2502.16982.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Unpack
 
@@ -60,11 +61,11 @@ class MuonRule(PolarRule):
         """See the module's equations."""
         momentum_BMN, ahead_BMN = average(grad, state.momentum_buffer, t.momentum, nesterov=self.nesterov)
         polar_BMN = self.polar(ahead_BMN)
-        return Step(polar_BMN.mul_(self.scale(grad, t)), MomentumState(momentum_BMN))  # fresh, so in place
+        return Step(polar_BMN.mul_(self.scale(grad.shape, t)), MomentumState(momentum_BMN))  # fresh, so in place
 
-    def scale(self, x_BMN: Tensor, t: Any) -> Any:
+    def scale(self, shape: Sequence[int], t: Any) -> Any:
         """s, for the shape of the whole matrix."""
-        return get_muon_scale_factor(x_BMN.size(-2), x_BMN.size(-1), self.scale_mode) * t.extra_scale_factor
+        return get_muon_scale_factor(shape[-2], shape[-1], self.scale_mode) * t.extra_scale_factor
 
 
 MuonExtraScaleFactor = Annotated[ExtraScaleFactor, "multiplies the update, > 0. 0.2 is about the update RMS of AdamW."]

@@ -74,7 +74,7 @@ class MuonMixRule(MuonRule):
 
     def orthogonalize(self, x_BMN: Tensor, t: Any) -> Tensor:
         """s O."""
-        return self.polar(x_BMN).mul_(self.scale(x_BMN, t))  # fresh, so in place
+        return self.polar(x_BMN).mul_(self.scale(x_BMN.shape, t))  # fresh, so in place
 
 
 class MuonMix(PolarOptimizer):

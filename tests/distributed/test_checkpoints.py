@@ -25,7 +25,7 @@ from emerging_optimizers.testing.one_process import part_of
 from tests.distributed.processes import LAYOUTS, gradients, make_net, run
 from tests.distributed.test_layouts import optimizer_of
 
-NAMES = ("adamw", "muon", "soap", "rekls", "shampoo", "psgd_pro", "spectron")
+NAMES = ("adamw", "muon", "dion3", "soap", "rekls", "shampoo", "psgd_pro", "spectron")
 GATHERED = ("adamw", "soap")  # also as one whole state on rank 0
 MOVES = [
     (2, "fsdp", 4, "fsdp_and_tensor_parallel"),

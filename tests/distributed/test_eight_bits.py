@@ -15,7 +15,7 @@ from tests.distributed.processes import LAYOUTS, make_net, run
 from tests.distributed.test_checkpoints import FLAT, distance, state_of, steps
 
 BY_NAME = {case.name: case for case in CASES}
-KINDS = ("adamw", "muon", "soap")
+KINDS = ("adamw", "muon", "dion3", "soap")
 
 
 def made(name: str, layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:

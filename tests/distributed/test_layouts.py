@@ -21,8 +21,8 @@ from tests.distributed.processes import LAYOUTS, gradients, make_net, run
 
 BY_NAME = {case.name: case for case in CASES}
 # One of each kind: element by element, element by element with a law for all of them, by matrix, with bases that are
-# refreshed in turns, from the weight, with a law for the weight.
-KINDS = ("adamw", "adamw_brake", "muon", "soap_every_third", "spectron")
+# refreshed in turns, from the weight, with a law for the weight, with rows that are picked.
+KINDS = ("adamw", "adamw_brake", "muon", "dion2", "dion3", "soap_every_third", "spectron")
 # By how much a weight of about 1 may be off after twenty steps. Measured over all cases and layouts were 1.3e-14 and
 # 1.6e-5, of SOAP with the published start, whose bases hang on null spaces at first; without it 3e-15 and 2e-6, but for
 # Shampoo's square roots (9e-6).

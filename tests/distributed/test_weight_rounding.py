@@ -24,8 +24,8 @@ from tests.cases import CASES
 from tests.distributed.processes import LAYOUTS, gradients, make_net, run
 
 BY_NAME = {case.name: case for case in CASES}
-# Element by element; a direction that is handed out; a weight that is.
-KINDS = ("adamw", "muon", "soap_l2")
+# Element by element; a direction that is handed out, of picked rows, too; a weight that is.
+KINDS = ("adamw", "muon", "dion2", "soap_l2")
 STEPS = 6
 
 
