@@ -223,11 +223,10 @@ class Local(Part):
 
     def localize(self, value: Tensor, view: Tensor, block: int = 1) -> Tensor:
         """Its own part of it."""
-        if is_sharded(value, like=self.source):
-            return local_of(value)
-        value = whole_of(value)
-        if self.elsewhere:
-            return view
+        there = is_sharded(value, like=self.source)
+        value = local_of(value) if there else whole_of(value)
+        if self.elsewhere or there:
+            return view if self.elsewhere else value
         if self._by_element and view.ndim and self._spread.is_cut and value.shape == _in_blocks(self.shape, block):
             boxes = [Box(*(_in_blocks(x, block) for x in box)) for box in self._boxes]
             return cut_out(value, boxes, self.stored if block == 1 else view)
@@ -327,10 +326,9 @@ class Owned(Part):
 
     def localize(self, value: Tensor, view: Tensor, block: int = 1) -> Tensor:
         """What this process owns of it."""
-        if is_sharded(value, like=self.publish(view)):
-            return local_of(value)
-        value = whole_of(value)
-        return view if self.elsewhere else self._entries(value, view)
+        there = is_sharded(value, like=self.publish(view))
+        value = local_of(value) if there else whole_of(value)
+        return view if self.elsewhere else value if there else self._entries(value, view)
 
     def routes(self, owner: int, storage: int) -> list[Route]:
         """What lies on a process and belongs to an owner."""

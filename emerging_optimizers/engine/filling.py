@@ -1,6 +1,7 @@
 """Buckets for the parameters of a group, with the state that there is for them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from emerging_optimizers.distributed.dtensor import whole_of
 from emerging_optimizers.distributed.layout import Asked, Layout, Needs
-from emerging_optimizers.distributed.shares import Share
+from emerging_optimizers.distributed.shares import CutMatrix, Share
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.chunks import Chunk, keep_pages
 from emerging_optimizers.engine.flops import step_flops
@@ -79,9 +80,11 @@ def fill_buckets(
         known = state.keys() - others_than(state, keys[p])
         if unknown or (missing and known):
             raise _misfit(names[p], missing, unknown)
-    for bucket in buckets:
-        for row, p in enumerate(bucket.sources):
-            if len(others_than(saved.get(p, {}), bucket.published[row])) < len(saved.get(p, {})):
+    # By parameters, in an order that all processes have: what lies otherwise now is put together by all of them.
+    homes = homes_in(buckets)
+    for p in filter(homes.__contains__, saved):
+        for bucket, row in homes[p]:
+            if len(others_than(saved[p], bucket.published[row])) < len(saved[p]):
                 adopt(bucket, row, saved[p], names[p])
     return buckets
 
@@ -127,6 +130,17 @@ def _is_like_the_gradient(rule: Rule) -> bool:
     return all(x is None or x.shape == (1, 2, 3) for x in without_data(rule))
 
 
+def homes_in(buckets: Iterable[Bucket]) -> dict[Tensor, list[tuple[Bucket, int]]]:
+    """Where the blocks of each parameter stand: buckets and rows in them, in the order of their keys."""
+    homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
+    for bucket in buckets:
+        for row, p in enumerate(bucket.sources):
+            homes.setdefault(p, []).append((bucket, row))
+    for home in homes.values():  # a state in one order, whatever is owned here: torch gathers it entry by entry
+        home.sort(key=lambda place: place[0].blocks[place[1]].key)
+    return homes
+
+
 def keys_of(buckets: Iterable[Bucket]) -> dict[Tensor, set[str]]:
     """The keys of the state of each parameter in some buckets."""
     keys: dict[Tensor, set[str]] = {}
@@ -160,20 +174,17 @@ def adopt(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> None:
         ValueError: a key is missing, a shape differs, or a value is none; nothing was copied.
     """
     views, end, share = bucket.views[i], bucket.blocks[i].key, bucket.shares[i]
-    if not share.elsewhere:
-        saved = _as_here(bucket, i, saved, name)
-    missing = others_than(views, saved) if share.elsewhere else views.keys() - saved.keys()
-    if missing := missing - {key + end for key in bucket.guard}:
+    saved = _as_here(bucket, i, saved, name)
+    if missing := views.keys() - saved.keys() - {key + end for key in bucket.guard}:
         raise _misfit(name, missing, ())
     values = _kept_values(share, saved, name)
-    if not share.elsewhere:
-        values += [
-            (view, _fitting(key, share, saved[key], view, name, bucket.block_of(i, key)))
-            for key, view in views.items()
-            if key in saved
-        ]
-        if bucket.step.numel():
-            count_of(next(value for view, value in values if view is views["step" + end]), name)
+    values += [
+        (view, _fitting(key, share, saved[key], view, name, bucket.block_of(i, key)))
+        for key, view in views.items()
+        if key in saved
+    ]
+    if bucket.step.numel() and not share.elsewhere:
+        count_of(next(value for view, value in values if view is views["step" + end]), name)
     for view, value in values:  # the guard's may be missing: it was turned on since
         if value is not view:
             view.copy_(value)
@@ -189,7 +200,9 @@ def adopt(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> None:
 def _as_here(bucket: Bucket, i: int, saved: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """What is saved of a row, in 8 bits where that is kept here, and otherwise not."""
     block, share, views = bucket.blocks[i], bucket.shares[i], bucket.views[i]
-    found = unpacked(saved, views, block, share.source, whole_of)
+    # Of a part of a matrix, what is saved is all of it.
+    whole = replace(block, item=share.shape) if isinstance(share, CutMatrix) else block
+    found = unpacked(saved, views, whole, share.source, whole_of)
     for key in bucket.packed(i):
         codes, scales = named(key, CODES), named(key, SCALES)
         if key in saved and codes not in saved:

@@ -15,7 +15,7 @@ from emerging_optimizers.distributed.shares import Total
 from emerging_optimizers.distributed.table import WorkPlan, entry_of, unshared
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.exchange import Exchange
-from emerging_optimizers.engine.filling import adopt, fill_buckets, keys_of, needs
+from emerging_optimizers.engine.filling import adopt, fill_buckets, homes_in, keys_of, needs
 from emerging_optimizers.engine.kept import KEYS
 from emerging_optimizers.engine.packing import CODES, SCALES, holds_codes, named, others_than, widened
 from emerging_optimizers.engine.parts import lost
@@ -239,12 +239,7 @@ class Places:
         kept = [(i, bucket) for i, bucket in self.buckets if i not in stale]
         new = [(i, bucket) for i, buckets in staged.items() for bucket in buckets]
         buckets = sorted((*kept, *new), key=itemgetter(0))
-        homes: dict[Tensor, list[tuple[Bucket, int]]] = {}
-        for _, bucket in buckets:
-            for row, p in enumerate(bucket.sources):
-                homes.setdefault(p, []).append((bucket, row))
-        for home in homes.values():  # a state in one order, whatever is owned here: torch gathers it entry by entry
-            home.sort(key=lambda place: place[0].blocks[place[1]].key)
+        homes = homes_in(bucket for _, bucket in buckets)
         order = {p: None for w in wanted for p in w.group["params"] if p in homes}
         events = {**self.events}
         entries: dict[Tensor, dict[str, Any]] = {}
