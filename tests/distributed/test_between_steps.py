@@ -18,7 +18,9 @@ CHANGES: dict[str, tuple[tuple[str, ...], str, tuple[Any, Any, Any]]] = {
     "elements to wholes": (("adamw", "lion"), "cautious", (False, True, False)),
     "elements to a law": (("adamw",), "weight_update_hook", (None, ("update_floor", 0.1), None)),
     "picked rows to wholes": (("dion2", "dion3"), "cautious", (False, True, False)),
-    "dtypes": (("adamw", "muon", "dion3"), "state_dtype", ("int8", torch.bfloat16, None)),
+    # Where processes cut its blocks, AdamW's average stays in float32.
+    "8 bits": (("muon", "dion3"), "state_dtype", ("int8", torch.bfloat16, "int8")),
+    "dtypes": (("adamw",), "state_dtype", (torch.bfloat16, None, torch.bfloat16)),
     "views": (("muon", "dion2"), "matrix_view", ("auto", "transposed", "auto")),
 }
 
