@@ -16,6 +16,7 @@ from emerging_optimizers.distributed.transport import FAILED, Arrival, Shipment
 from emerging_optimizers.engine.alike import Agreement, facts_of
 from emerging_optimizers.engine.buckets import Bucket
 from emerging_optimizers.engine.commit import Write, commit
+from emerging_optimizers.engine.guard import sum_norms
 from emerging_optimizers.engine.kept import kept_of, opened
 from emerging_optimizers.engine.moving import Movement
 from emerging_optimizers.engine.validate import label_of
@@ -95,6 +96,7 @@ class Exchange:
             for shipment in self._shipments:
                 with opened(kept_of(share for share in shipment.shares if share.weights)):
                     shipment.fetch()
+            sum_norms((bucket, groups[index]) for index, bucket in self._at_home)
             problem = self._run(self._at_home, start, take, None, None)
             for shipment, buckets in zip(self._shipments, self._owned, strict=True):
                 shipment.arrive()
@@ -120,21 +122,21 @@ class Exchange:
         shipment: Shipment | None,
         problem: Exception | None,
     ) -> Exception | None:
-        """Start and take some buckets, up to the first problem."""
+        """Start and take some buckets; the first problem.
+
+        Those behind it are taken, too: others may wait for them, and everywhere the same has moved.
+        """
         for index, bucket in buckets:
             counts = bucket.counts
-            if problem is None:
-                try:
-                    start(index, bucket)
-                    factor = take(index, bucket)
-                    if shipment is not None and factor is not None:
-                        _say_what_the_guard_did(shipment, bucket, factor)
-                    continue
-                except Exception as error:  # of whatever kind: the others wait for what is owned here
-                    problem = error
-            if shipment is not None:
+            try:
+                start(index, bucket)
+                factor = take(index, bucket)
+                if shipment is not None and factor is not None:
+                    _say_what_the_guard_did(shipment, bucket, factor)
+            except Exception as error:  # of whatever kind: the others wait for what is owned here
+                problem = problem or error
                 for share, before, now in zip(bucket.shares, counts, bucket.counts, strict=True):
-                    if before == now and isinstance(share, Owned):
+                    if shipment is not None and before == now and isinstance(share, Owned):
                         shipment.say(share, torch.full((2,), FAILED, device=bucket.device))
         return problem
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emerging_optimizers.engine.hooks import InPlaceLaw, Law
 from emerging_optimizers.engine.options import Execution
-from emerging_optimizers.engine.rows import Rows
+from emerging_optimizers.engine.rows import CutRows
 from emerging_optimizers.engine.rule import Kernel, PicksRows, Rule, Step, advance, kernel_of
 from emerging_optimizers.engine.scalars import as_tensors
 from emerging_optimizers.engine.schedule import Phase
@@ -75,12 +75,13 @@ def many_graphs(execution: Execution) -> AbstractContextManager[Any]:
 
 
 def call(
-    rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: Execution, rows: Rows | None = None
+    rule: Rule, grad: Tensor, state: Any, t: Any, phase: Phase, execution: Execution, rows: CutRows | None = None
 ) -> Step:
     """One update of a chunk; `rows`: of matrices of which parts are here."""
     with nullcontext() if rule.elementwise else fp32_matmul_precision(_precision(rule)):
         if rows is not None and isinstance(rule, PicksRows):
-            return rule.update_rows(grad, state, t, rows)
+            with rows.telling(grad):
+                return rule.update_rows(grad, state, t, rows)
         if execution != "compiled":
             return advance(rule, grad, state, t, phase)
         direction, new = _compiled(rule, phase, BACKEND)(grad, state, as_tensors(t, grad.device))

@@ -13,7 +13,7 @@ stay as they are. All of it is decided on the device. A matrix that could not be
 the same way (`sit_out`), which is known only when the rule has run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,14 +40,12 @@ class Decision(NamedTuple):
 def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any], rule: Rule) -> Decision | None:
     """A decision for the gradients of `members`, which changes nothing yet; None: there is nothing to do.
 
-    Processes among which units are spread decide the same.
+    Processes among which units are spread decide the same, by `sum_norms`.
     """
     threshold, skips = group["spike_guard"], group["nonfinite"] == "skip"
     if threshold is None and not skips:
         return None
-    norm = _unit_norms(bucket, members)
-    if bucket.total is not None:
-        norm = bucket.total(norm.double().square()).sqrt().to(norm.dtype)
+    norm = _unit_norms(bucket, members) if bucket.total is None else bucket.norms
     sound = norm <= rule.largest_norm(bucket.dtype)  # which no NaN is
     everywhere = len(members) == len(bucket.parameters)
     if threshold is None and everywhere and bucket.looks and bool(sound.all()):
@@ -75,6 +73,24 @@ def decide(bucket: Bucket, members: Sequence[int], group: Mapping[str, Any], rul
         return Decision(None if plain else factor, new)
     news = {name: bucket.guard_stacks[name].index_copy(0, index, value) for name, value in new.items()}
     return Decision(None if plain else factor.new_zeros(bucket.units).index_copy(0, index, factor), news)
+
+
+def sum_norms(buckets: Iterable[tuple[Bucket, Mapping[str, Any]]]) -> None:
+    """The norms of units that are spread over processes, for all buckets that a guard looks at, with their groups.
+
+    They are summed up at once, before the first bucket moves: where a process cannot go on with one, nobody waits for
+    it at the next.
+    """
+    asked: dict[Any, list[tuple[Bucket, Tensor]]] = {}
+    for bucket, group in buckets:
+        if bucket.total is None or (group["spike_guard"] is None and group["nonfinite"] != "skip"):
+            continue
+        if members := [*bucket.gradients()]:
+            asked.setdefault((bucket.total, bucket.device), []).append((bucket, _unit_norms(bucket, members)))
+    for (total, _), some in asked.items():
+        sums = total(torch.cat([norm.double().square() for _, norm in some]))
+        for (bucket, norm), squares in zip(some, torch.split(sums, [len(norm) for _, norm in some]), strict=True):
+            bucket.norms = squares.sqrt().to(norm.dtype)
 
 
 def sit_out(bucket: Bucket, members: Sequence[int], decision: Decision, failed: Tensor, stale: Tensor) -> Decision:

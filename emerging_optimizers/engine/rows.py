@@ -6,7 +6,8 @@ picked rows together and hands out what becomes of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,11 +99,36 @@ class CutRows(Rows):
     def longest(self, x_BMN: Tensor, count: int, *, turned: bool = False) -> Picked:
         """As of any; the processes ask at the same time, and pick the same."""
         axis = int(turned)
-        here = self._spread.indices(self._peers.rank, axis).to(x_BMN.device)
-        parts_BM = x_BMN.new_zeros((len(x_BMN), self._spread.shape[axis]), dtype=torch.float64)
-        parts_BM[:, here] = self._lengths(x_BMN)
-        index_BK = Total(self._peers, self._spread.copies)(parts_BM).topk(count, dim=-1).indices
-        return _PickedFromAll(Picking(self._shares, index_BK, axis), self._raise)
+        parts_BS = self._nothing(x_BMN)
+        parts_BS[:, self._spread.indices(self._peers.rank, axis).to(x_BMN.device)] = self._lengths(x_BMN)
+        lengths_BM = self._summed(parts_BS)[:, : self._spread.shape[axis]]
+        return _PickedFromAll(Picking(self._shares, lengths_BM.topk(count, dim=-1).indices, axis), self._raise)
+
+    @contextmanager
+    def telling(self, like_BMN: Tensor) -> Iterator[None]:
+        """Have the others hear of an error inside, as long as they wait for what this process says of lengths."""
+        self._others_wait = True
+        try:
+            yield
+        except Exception:
+            if self._others_wait:
+                self._summed(self._nothing(like_BMN), failed=True)
+            raise
+
+    def _nothing(self, like_BMN: Tensor) -> Tensor:
+        """Of each matrix room for the lengths of its rows or columns, and behind it for a process that has failed."""
+        return like_BMN.new_zeros((len(like_BMN), max(self._spread.shape) + 1), dtype=torch.float64)
+
+    def _summed(self, parts_BS: Tensor, failed: bool = False) -> Tensor:
+        parts_BS[:, -1] = failed
+        sums_BS = Total(self._peers, self._spread.copies)(parts_BS)
+        self._others_wait = False
+        if not failed and bool(sums_BS[0, -1]):
+            names = ", ".join(self._name(share.source) for share in self._shares)
+            raise RuntimeError(
+                f"another process could not work on its part of {names}; its own error says why. Those have not moved"
+            )
+        return sums_BS
 
     def _raise(self, failed: Sequence[int]) -> None:
         owner = self._shares[failed[0]].owner

@@ -70,6 +70,7 @@ class Units:
         self.step = torch.zeros(self.units if counts_steps else 0, dtype=torch.float32, device=self.device)
         self.step_version = self.step._version  # another one: somebody has written the counts
         self.guard: dict[str, Tensor] = {}
+        self.norms = torch.empty(0, dtype=self.dtype, device=self.device)  # see `guard.sum_norms`
         # How often each unit was scaled down and skipped, and how often it was skipped in a row.
         self.scaled, self.skipped, self.streak = torch.zeros(3, self.units, dtype=torch.int64, device=self.device)
         self.unmoved: Transit | None = None  # see `engine/rounding.py`

@@ -144,33 +144,38 @@ def test_only_the_rows_that_are_picked_travel() -> None:
 
 
 class Failing(Dion2):
-    """Its map fails where it is told to."""
+    """It fails where it is told to: in its map, or before a process says of its part how long rows are."""
 
-    fails = False
+    fails = ""
 
     class rule(Dion2Rule):
         """The same, but for that."""
 
         def orthogonalize(self, x_BMN: Tensor, t: Any) -> Tensor:
-            if Failing.fails:
+            if Failing.fails == "owner":
                 raise torch.OutOfMemoryError("no memory left")
             return super().orthogonalize(x_BMN, t)
 
+        def count(self, rows: int) -> int:
+            if Failing.fails == "part":
+                raise torch.OutOfMemoryError("no memory left")
+            return super().count(rows)
 
-def failing_owner() -> tuple[str, list[str], list[str]]:
-    """What a step raises where one owner fails, what has moved all the same, and what moves in the next step."""
+
+def failing(where: str) -> tuple[str, list[str], list[str]]:
+    """What a step raises where one process fails, what has moved all the same, and what moves in the next step."""
     model = Matrices()
     LAYOUTS["rows"](model)
     optimizer = Failing(model.named_parameters(), lr=0.01)
     step_of(optimizer, model)
-    Failing.fails = dist.get_rank() == 1
+    Failing.fails = where if dist.get_rank() == 1 else ""
     before = parts(model, optimizer)
     try:
         step_of(optimizer, model, 1)
         message = "nothing"
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-    Failing.fails = False
+    Failing.fails = ""
     between = parts(model, optimizer)
     step_of(optimizer, model, 1)
     return message, moved(before, between), moved(between, parts(model, optimizer))
@@ -190,7 +195,7 @@ def moved(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> li
 
 
 def test_an_owner_that_fails_is_an_error_on_all_processes() -> None:
-    everyone = run(4, failing_owner)
+    everyone = run(4, failing, "owner")
     names = [*SHAPES]
     for rank, (message, some, others) in enumerate(everyone):
         expected = (
@@ -201,6 +206,15 @@ def test_an_owner_that_fails_is_an_error_on_all_processes() -> None:
         assert rank == 1 or not any(name in found[1] for name in some)
         assert [name for name in some if name != "few"] == [name for name in everyone[0][1] if name != "few"]
         assert [name for name in others if name != "few"] == [name for name in names if name != "few"]
+
+
+def test_a_part_that_fails_is_an_error_on_all_processes() -> None:
+    for rank, (message, some, others) in enumerate(run(4, failing, "part")):
+        assert (
+            "no memory left" if rank == 1 else "another process could not work on its part of parameter 'wide'"
+        ) in message
+        assert {*some} <= {"few"}  # which its owner has worked on as a whole
+        assert {*others} >= {*SHAPES} - {"few"}
 
 
 def unsound() -> tuple[dict[str, tuple[int, int]], list[str]]:

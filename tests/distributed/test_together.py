@@ -15,7 +15,7 @@ from emerging_optimizers.distributed.dtensor import local_of
 from emerging_optimizers.distributed.groups import new_group
 from emerging_optimizers.linalg.precision import reduced_precision
 from emerging_optimizers.testing.one_process import part_of
-from tests.distributed.processes import fsdp, gradients, make_net, run
+from tests.distributed.processes import fsdp, gradients, make_net, mixed, run
 
 
 def meet() -> None:
@@ -149,6 +149,28 @@ def failing_owner() -> Any:
     return error_of(model, optimizer, spoil)
 
 
+def failing_part() -> Any:
+    """One process cannot work on the experts that lie there; behind them come elements whose norms all sum up."""
+    from emerging_optimizers.engine import run as engine_run
+
+    model = make_net()
+    mixed(model)
+    optimizer = create_optimizer("muon", model, lr=0.01, overrides={"experts": "muon"})
+
+    def spoil() -> Callable[[], None]:
+        call = engine_run.call
+
+        def fail(rule: Any, grad: torch.Tensor, *args: Any) -> Any:
+            if dist.get_rank() == 1 and grad.shape[1:] == (6, 4):
+                raise torch.OutOfMemoryError("no memory left")
+            return call(rule, grad, *args)
+
+        engine_run.call = fail
+        return lambda: setattr(engine_run, "call", call)
+
+    return error_of(model, optimizer, spoil)
+
+
 def other_model() -> Any:
     """Processes that made different optimizers."""
     model = make_net()
@@ -219,8 +241,8 @@ def watched() -> Any:
 
 
 _ALL = (
-    missing, other_rate, other_medium, bad_option, not_finite, failing_owner, other_model, late, counted, captured,
-    watched,
+    missing, other_rate, other_medium, bad_option, not_finite, failing_owner, failing_part, other_model, late,
+    counted, captured, watched,
 )  # fmt: skip
 SCENARIOS = {f.__name__: f for f in _ALL}
 
@@ -261,6 +283,14 @@ def test_what_an_owner_could_not_work_on_stays_and_everyone_hears_of_it(happened
     assert "no memory left" in ours
     assert re.search(r"rank 1 could not work on what it owns, .*weight", theirs), theirs
     assert after == after_there == "nothing"
+
+
+def test_a_part_that_fails_keeps_nobody_waiting(happened: list[dict[str, Any]]) -> None:
+    for rank, message in enumerate(("nothing", "OutOfMemoryError: no memory left")):
+        said, stayed, after = happened[rank]["failing_part"]
+        assert said == message
+        assert not stayed  # everything else has moved
+        assert after == "nothing"
 
 
 def test_parameters_that_were_replaced_are_an_error_and_the_new_ones_work(happened: list[dict[str, Any]]) -> None:
