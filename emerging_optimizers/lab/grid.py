@@ -7,19 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.config import GRID, GRID_FACTORS, Arm, TrainConfig
 from emerging_optimizers.lab.data import load_text
 from emerging_optimizers.lab.places import same_request
 from emerging_optimizers.lab.progress import print_changes, watching
-from emerging_optimizers.lab.record import (
-    environment,
-    json_bytes,
-    read_json,
-    reading,
-    sealed,
-    sole_writer,
-    write_atomically,
-)
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, reading, sealed, sole_writer
 from emerging_optimizers.lab.runs import GridRow, best_row
 from emerging_optimizers.lab.train import make_model, make_optimizer, train_one
 from emerging_optimizers.registry import entry

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emerging_optimizers.cli import UsageError
-from emerging_optimizers.lab.record import UNFINISHED, read_json
+from emerging_optimizers.cli.files import UNFINISHED
+from emerging_optimizers.lab.record import read_json
 
 # The files by which the folder of a command is known: of `eopt train`, of `eopt tf32` before it has ended, and of what
 # is made in one go, which says in environment.json whose it is.

@@ -24,9 +24,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers.averaging import WeightAverage
 from emerging_optimizers.cli import FailedError, UsageError
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.config import Arm, TrainConfig
 from emerging_optimizers.lab.data import Text, load_text
-from emerging_optimizers.lab.record import environment, json_bytes, read_json, sole_writer, write_atomically
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, sole_writer
 from emerging_optimizers.lab.train import evaluate, lr_factor, make_model, make_optimizer, make_room, read_run
 
 

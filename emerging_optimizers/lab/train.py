@@ -20,23 +20,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from emerging_optimizers import create_optimizer
 from emerging_optimizers.averaging import WeightAverage
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.files import storing, write_atomically
 from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, checked
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.measures import recovery, summary
 from emerging_optimizers.lab.model import GPT
 from emerging_optimizers.lab.places import TRAINED, Existing, claim
 from emerging_optimizers.lab.progress import Watch, print_changes, watching
-from emerging_optimizers.lab.record import (
-    environment,
-    json_bytes,
-    read_json,
-    reading,
-    sealed,
-    sole_writer,
-    storing,
-    write_atomically,
-    write_json,
-)
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, reading, sealed, sole_writer, write_json
 from emerging_optimizers.lab.runs import RunFolder, RunResult, StepRecord, TrainResult, titles
 
 RUNS = Path("runs")

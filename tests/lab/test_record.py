@@ -18,18 +18,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.config import TrainConfig, UsageError
 from emerging_optimizers.lab.present import present_training
-from emerging_optimizers.lab.record import (
-    DamagedError,
-    environment,
-    read_json,
-    sealed,
-    sole_writer,
-    write_atomically,
-    write_json,
-)
+from emerging_optimizers.lab.record import DamagedError, environment, read_json, sealed, sole_writer, write_json
 from emerging_optimizers.lab.report import write_report
 from emerging_optimizers.lab.runs import RunFolder, StepRecord, TrainResult
 from emerging_optimizers.lab.spike import SpikeConfig, run_spike
