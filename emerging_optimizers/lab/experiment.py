@@ -45,21 +45,21 @@ def workers(processes: int, most: int, context: BaseContext) -> Iterator[Process
 
 @contextmanager
 def interrupted_behind() -> Iterator[None]:
-    """A block that starts processes; an interrupt that arrives in it comes behind it.
+    """A block that starts processes; an interrupt that arrives in it comes behind it, also where the block fails.
 
     A process whose start is cut short is known to nobody, and complains when it finds that this one has gone.
     """
     if current_thread() is not main_thread():  # which alone is interrupted
         yield
         return
-    arrived: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
+    arrived: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if arrived and callable(handler):
-        handler(*arrived[0])
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
 
 
 def require_positive(config: object, *names: str) -> None:
