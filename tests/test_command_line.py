@@ -126,6 +126,7 @@ def ended(words: str, capsys: Any) -> tuple[int, str, str]:
         ("train --widht 3", 2, "did you mean --width INT?"),
         ("grid --optimizers nobody", 2, "there is no optimizer 'nobody'"),
         ("grid --out /", 2, "--out / is a folder; give a file"),
+        ("grid --out / --resume", 2, "--out / is a folder; give a file"),
         ("grid --out /dev/null --overwrite", 2, "--out /dev/null is no regular file; give a file"),
         ("spike --shape a b", 2, "--shape INT INT: Could not parse arguments ['a', 'b']; `eopt spike --help` says"),
     ],

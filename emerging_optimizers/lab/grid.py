@@ -51,7 +51,7 @@ def _run_grid(config: TrainConfig, out: Path, resume: bool, console: Console) ->
     rows: list[GridRow] = []
     beside: dict[Path, bytes] = {}
     if os.path.lexists(out) and resume:
-        with reading(out, "bring it back, or give --overwrite or another --out"):
+        with reading(out, "bring it back, or give another --out"):
             stored = read_json(out)
             rows = [GridRow.from_json(row) for row in stored["runs"]]
             there = dict(stored["job"])
