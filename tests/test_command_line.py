@@ -38,6 +38,14 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_T
 TINY = "--steps 4 --batch 4 --context 16 --width 16 --depth 1 --heads 2 --warmup 1 --eval-every 2 --eval-windows 16"
 
 
+@pytest.fixture
+def tiny_text(tmp_path: Path) -> Path:
+    """800 characters, of which 80 are held out."""
+    path = tmp_path / "text"
+    path.write_text("abcdefgh" * 100)
+    return path
+
+
 def ended(words: str, capsys: Any) -> tuple[int, str, str]:
     """Exit status, output and errors of a command line."""
     status = 0
@@ -124,6 +132,22 @@ def ended(words: str, capsys: Any) -> tuple[int, str, str]:
         ("train --text /", 2, "--text '/' cannot be read (Is a directory)"),
         ("train --lr =1", 2, "'=1' is not NAME=RATE"),
         ("train --widht 3", 2, "did you mean --width INT?"),
+        *(
+            (f"{command} {10**30}", 2, f"{command.split()[-1]} {10**30} is larger than any number here may be")
+            for command in (
+                "spike --seed",
+                "precision --draws",
+                "tf32 --seeds",
+                "gallery physics --steps",
+                "train --batch",
+            )
+        ),
+        (f"estimate --model llama-7b --mesh 8 --tokens {10**30}", 2, "--tokens"),
+        ("estimate --model llama-7b --mesh 8 --tflops 1e300", 2, "tflops=1e+300 is not allowed"),
+        *(
+            (f"{command} --threads 2000", 2, "--threads 2000 is more than any machine has; give at most 1024")
+            for command in ("spike", "eigenbasis", "precision", "tf32", "gallery physics")
+        ),
         ("grid --optimizers nobody", 2, "there is no optimizer 'nobody'"),
         ("grid --out /", 2, "--out / is a folder; give a file"),
         ("grid --out / --resume", 2, "--out / is a folder; give a file"),
@@ -318,6 +342,18 @@ def test_who_waits_is_told_on_a_terminal_by_one_line_and_elsewhere_by_plain_ones
             time.sleep(0.5)
     assert file.getvalue() == "eopt grid: run 3 of 16, 0 s\n" * 2
     assert terminal.getvalue() == "\r\x1b[Keopt grid: run 3 of 16, 0 s\r\x1b[K"
+
+
+def test_training_says_what_it_does_before_the_first_evaluation_and_that_all_windows_are_evaluated(
+    tiny_text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(progress, "LINES_S", (0.0,))
+    words = f"{TINY} --eval-windows 99999999 --text {tiny_text}"
+    for command in ("train", "grid"):
+        status, _, err = ended(f"{command} --optimizers adamw {words} --out {tmp_path / command}", capsys)
+        assert status == 0
+        assert "note: --eval-windows 99999999: the held-out text has 64 windows, all of which are evaluated" in err
+        assert any(line.strip().startswith("adamw") and line.endswith(" s") for line in err.splitlines()), err
 
 
 def test_what_is_quick_and_what_fails_leave_no_line() -> None:

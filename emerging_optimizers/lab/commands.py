@@ -19,7 +19,7 @@ import tyro
 
 from emerging_optimizers.cli import FailedError, StoppedError, UsageError
 from emerging_optimizers.cli.progress import Progress, Say
-from emerging_optimizers.lab.config import TrainConfig
+from emerging_optimizers.lab.config import TrainConfig, require_positive
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
 from emerging_optimizers.lab.gallery import GalleryConfig
 from emerging_optimizers.lab.parsing import NEWEST, ResumeFolder, parsed
@@ -186,7 +186,6 @@ class Spike(Continuing):
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the sweep, shows its tables and writes its files."""
-        from emerging_optimizers.lab.experiment import require_positive
         from emerging_optimizers.lab.present import carry_out, in_one_go
         from emerging_optimizers.lab.spike import SpikeResult, run_spike
         from emerging_optimizers.lab.views.spike import spike_view
@@ -249,7 +248,6 @@ class TF32(Continuing):
 
     def run(self, args: Sequence[str]) -> None:
         """Runs what is missing, shows the table and writes the files."""
-        from emerging_optimizers.lab.experiment import require_positive
         from emerging_optimizers.lab.places import RESULT, UNSAVED
         from emerging_optimizers.lab.present import carry_out
         from emerging_optimizers.lab.record import sole_writer

@@ -62,23 +62,13 @@ def interrupted_behind() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def require_positive(config: object, *names: str) -> None:
-    """Refuses a request whose whole numbers of these names are not at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UsageError(f"{_flag(name)} is {getattr(config, name)}; it must be at least 1")
-
-
 def require_distinct(config: object, *names: str) -> None:
     """Refuses a request that names nothing, or one thing twice, under these names."""
     for name in names:
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
-            raise UsageError(f"{_flag(name)} must name at least one value, and each of them once")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} must name at least one value, and each of them once")
 
 
 @contextmanager
