@@ -21,6 +21,7 @@ from emerging_optimizers.cli import FailedError, StoppedError, UsageError
 from emerging_optimizers.cli.progress import Progress, Say
 from emerging_optimizers.lab.config import TrainConfig, require_positive
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
+from emerging_optimizers.lab.experiment import KilledError
 from emerging_optimizers.lab.gallery import GalleryConfig
 from emerging_optimizers.lab.parsing import NEWEST, ResumeFolder, parsed
 from emerging_optimizers.lab.places import Existing
@@ -34,13 +35,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def resumable(command: Sequence[str], has_kept: Callable[[], bool]) -> Iterator[None]:
-    """A block whose interrupt names the command that goes on, if something of the run has been kept by then."""
+    """A block whose early end names the command that goes on, if something of the run has been kept by then."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, KilledError) as error:
         if not has_kept():
             raise
-        raise StoppedError(f"interrupted; `{shlex.join(command)}` goes on") from None
+        goes_on = f"`{shlex.join(command)}` goes on"
+        if isinstance(error, KilledError):
+            raise FailedError(f"{error}; {goes_on}") from None
+        raise StoppedError(f"interrupted; {goes_on}") from None
 
 
 def _resuming(name: str, args: Sequence[str]) -> list[str]:

@@ -7,13 +7,14 @@ import math
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from multiprocessing.context import BaseContext
 from threading import current_thread, main_thread
 from typing import Any, Protocol
 
-from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli import FailedError, UsageError
 
 
 class Result(Protocol):
@@ -27,18 +28,31 @@ class Result(Protocol):
         """A JSON object."""
 
 
+class KilledError(FailedError):
+    """A process that worked for a command has ended, and its work is lost."""
+
+
 @contextmanager
 def workers(processes: int, most: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]:
     """Processes, no more than there is work for, that end with the block: after an interrupt or an error nobody waits
-    for runs that cannot be kept."""
+    for runs that cannot be kept.
+
+    Raises:
+        KilledError: One of them has been killed.
+    """
     pool = ProcessPoolExecutor(min(processes, most), context)
     try:
         yield pool
-    except BaseException:
+    except BaseException as error:
         running = [*pool._processes.values()]  # the public name, `terminate_workers`, is of Python 3.14
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running:
             process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise KilledError(
+                "a process has been killed at its work, by somebody or by the system for want of memory; fewer "
+                "--processes need less of it"
+            ) from error
         raise
     pool.shutdown()
 
