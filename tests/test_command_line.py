@@ -298,6 +298,24 @@ def interrupted(words: Sequence[str], kept: Path) -> str:
     return err
 
 
+_INTERRUPTED_AT_ITS_END = """
+import atexit, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
+atexit.register(signal.raise_signal, signal.SIGINT)
+from emerging_optimizers.lab.__main__ import command
+command()
+"""
+
+
+def test_an_interrupt_when_all_has_been_said_changes_nothing() -> None:
+    for words, status, said in ((["list"], 0, ""), (["lisst"], 2, "eopt: there is no command")):
+        python = [sys.executable, "-c", _INTERRUPTED_AT_ITS_END, *words]
+        done = subprocess.run(python, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+        assert done.returncode == status
+        assert done.stderr.startswith(said)
+        assert "KeyboardInterrupt" not in done.stderr
+
+
 def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     words = ["train", "--optimizers", "adamw", *TINY.replace("--steps 4", "--steps 2000").split(), "--out", str(folder)]

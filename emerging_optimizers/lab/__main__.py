@@ -7,6 +7,7 @@ Commands that answer a question stand in `cli.questions` and need nothing but th
 import contextlib
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -50,6 +51,14 @@ class Ended(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+def command() -> None:
+    """The process `eopt`: when all has been said its end takes moments, in which an interrupt changes nothing."""
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -163,4 +172,4 @@ def _ended(message: str, status: int) -> Ended:
 
 
 if __name__ == "__main__":
-    main()
+    command()
