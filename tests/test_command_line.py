@@ -316,6 +316,31 @@ def test_an_interrupt_when_all_has_been_said_changes_nothing() -> None:
         assert "KeyboardInterrupt" not in done.stderr
 
 
+_FAILS_BEHIND_AN_INTERRUPT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.questions import List
+from emerging_optimizers.lab.__main__ import command
+
+def run(self):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:  # as torch's and numpy's C++ does while they are imported
+        raise {"ImportError": ImportError, "UsageError": UsageError}[sys.argv.pop()]("cannot load") from None
+
+List.run = run
+command()
+"""
+
+
+@pytest.mark.parametrize("error", ["ImportError", "UsageError"])
+def test_what_fails_behind_an_interrupt_is_the_interrupt(error: str) -> None:
+    python = [sys.executable, "-c", _FAILS_BEHIND_AN_INTERRUPT, "list", error]
+    done = subprocess.run(python, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "eopt: interrupted\n")
+
+
 def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     words = ["train", "--optimizers", "adamw", *TINY.replace("--steps 4", "--steps 2000").split(), "--out", str(folder)]
