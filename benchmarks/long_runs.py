@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emerging_optimizers.lab.record import environment, read_json, write_atomically, write_json
+from emerging_optimizers.cli.files import write_atomically
+from emerging_optimizers.lab.record import environment, read_json, write_json
 from tests.cases import SEEDS, OptimizerCase, distance, parameters
 
 ROOT = Path(__file__).parents[1]

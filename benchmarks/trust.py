@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emerging_optimizers.lab.record import environment, read_json, write_atomically, write_json
+from emerging_optimizers.cli.files import write_atomically
+from emerging_optimizers.lab.record import environment, read_json, write_json
 from emerging_optimizers.registry import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]

@@ -38,6 +38,14 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_T
 TINY = "--steps 4 --batch 4 --context 16 --width 16 --depth 1 --heads 2 --warmup 1 --eval-every 2 --eval-windows 16"
 
 
+@pytest.fixture
+def tiny_text(tmp_path: Path) -> Path:
+    """800 characters, of which 80 are held out."""
+    path = tmp_path / "text"
+    path.write_text("abcdefgh" * 100)
+    return path
+
+
 def ended(words: str, capsys: Any) -> tuple[int, str, str]:
     """Exit status, output and errors of a command line."""
     status = 0
@@ -124,8 +132,25 @@ def ended(words: str, capsys: Any) -> tuple[int, str, str]:
         ("train --text /", 2, "--text '/' cannot be read (Is a directory)"),
         ("train --lr =1", 2, "'=1' is not NAME=RATE"),
         ("train --widht 3", 2, "did you mean --width INT?"),
+        *(
+            (f"{command} {10**30}", 2, f"{command.split()[-1]} {10**30} is larger than any number here may be")
+            for command in (
+                "spike --seed",
+                "precision --draws",
+                "tf32 --seeds",
+                "gallery physics --steps",
+                "train --batch",
+            )
+        ),
+        (f"estimate --model llama-7b --mesh 8 --tokens {10**30}", 2, "--tokens"),
+        ("estimate --model llama-7b --mesh 8 --tflops 1e300", 2, "tflops=1e+300 is not allowed"),
+        *(
+            (f"{command} --threads 2000", 2, "--threads 2000 is more than any machine has; give at most 1024")
+            for command in ("spike", "eigenbasis", "precision", "tf32", "gallery physics")
+        ),
         ("grid --optimizers nobody", 2, "there is no optimizer 'nobody'"),
         ("grid --out /", 2, "--out / is a folder; give a file"),
+        ("grid --out / --resume", 2, "--out / is a folder; give a file"),
         ("grid --out /dev/null --overwrite", 2, "--out /dev/null is no regular file; give a file"),
         ("spike --shape a b", 2, "--shape INT INT: Could not parse arguments ['a', 'b']; `eopt spike --help` says"),
     ],
@@ -273,6 +298,49 @@ def interrupted(words: Sequence[str], kept: Path) -> str:
     return err
 
 
+_INTERRUPTED_AT_ITS_END = """
+import atexit, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
+atexit.register(signal.raise_signal, signal.SIGINT)
+from emerging_optimizers.lab.__main__ import command
+command()
+"""
+
+
+def test_an_interrupt_when_all_has_been_said_changes_nothing() -> None:
+    for words, status, said in ((["list"], 0, ""), (["lisst"], 2, "eopt: there is no command")):
+        python = [sys.executable, "-c", _INTERRUPTED_AT_ITS_END, *words]
+        done = subprocess.run(python, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+        assert done.returncode == status
+        assert done.stderr.startswith(said)
+        assert "KeyboardInterrupt" not in done.stderr
+
+
+_FAILS_BEHIND_AN_INTERRUPT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.questions import List
+from emerging_optimizers.lab.__main__ import command
+
+def run(self):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:  # as torch's and numpy's C++ does while they are imported
+        raise {"ImportError": ImportError, "UsageError": UsageError}[sys.argv.pop()]("cannot load") from None
+
+List.run = run
+command()
+"""
+
+
+@pytest.mark.parametrize("error", ["ImportError", "UsageError"])
+def test_what_fails_behind_an_interrupt_is_the_interrupt(error: str) -> None:
+    python = [sys.executable, "-c", _FAILS_BEHIND_AN_INTERRUPT, "list", error]
+    done = subprocess.run(python, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "eopt: interrupted\n")
+
+
 def test_an_interrupt_names_the_command_that_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     words = ["train", "--optimizers", "adamw", *TINY.replace("--steps 4", "--steps 2000").split(), "--out", str(folder)]
@@ -317,6 +385,18 @@ def test_who_waits_is_told_on_a_terminal_by_one_line_and_elsewhere_by_plain_ones
             time.sleep(0.5)
     assert file.getvalue() == "eopt grid: run 3 of 16, 0 s\n" * 2
     assert terminal.getvalue() == "\r\x1b[Keopt grid: run 3 of 16, 0 s\r\x1b[K"
+
+
+def test_training_says_what_it_does_before_the_first_evaluation_and_that_all_windows_are_evaluated(
+    tiny_text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(progress, "LINES_S", (0.0,))
+    words = f"{TINY} --eval-windows 99999999 --text {tiny_text}"
+    for command in ("train", "grid"):
+        status, _, err = ended(f"{command} --optimizers adamw {words} --out {tmp_path / command}", capsys)
+        assert status == 0
+        assert "note: --eval-windows 99999999: the held-out text has 64 windows, all of which are evaluated" in err
+        assert any(line.strip().startswith("adamw") and line.endswith(" s") for line in err.splitlines()), err
 
 
 def test_what_is_quick_and_what_fails_leave_no_line() -> None:

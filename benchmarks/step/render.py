@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.palette import COLORS, DARK
-from emerging_optimizers.lab.record import read_json, write_atomically
+from emerging_optimizers.lab.record import read_json
 from emerging_optimizers.lab.views.describe import Table
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

@@ -7,7 +7,7 @@ A field is an option of its name, and its annotation says what it is for: `lr: A
 import argparse
 import inspect
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from emerging_optimizers.cli import UsageError
@@ -71,4 +71,21 @@ def parse(kind: type[CommandT], name: str, words: Sequence[str]) -> CommandT:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction if field.default else "store_true", **said)
         else:
             parser.add_argument(flag, type=plain, metavar=plain.__name__.upper(), required=required, **said)
-    return kind(**vars(parser.parse_args(words)))
+    return countable(kind(**vars(parser.parse_args(words))))
+
+
+def countable(command: CommandT) -> CommandT:
+    """A command as it is, unless one of its whole numbers is larger than torch can take.
+
+    Raises:
+        UsageError: one is; the text names its option.
+    """
+    for field in fields(command):  # type: ignore[arg-type]  # a dataclass
+        value = getattr(command, field.name)
+        if is_dataclass(value):
+            countable(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) >= 2**63:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise UsageError(f"{flag} {number} is larger than any number here may be; give less than 2^63")
+    return command

@@ -4,14 +4,14 @@ import json
 import warnings
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, ClassVar
 
-from emerging_optimizers.cli import FailedError, UsageError
+from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.cli.progress import asked
 
 
@@ -45,7 +45,7 @@ class Convert:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             made = asked("convert", self._convert)
-        asked("convert", lambda: _save(made, out))
+        asked("convert", lambda: write_atomically({out: _saved(made)}))
         notes = [str(one.message) for one in said]
         if self.json:
             print(
@@ -104,25 +104,13 @@ class Convert:
         )
 
 
-def _save(made: Any, out: Path) -> None:
-    """Writes a file as a whole, or leaves the one that is there."""
+def _saved(made: Any) -> bytes:
+    """What torch.save writes."""
     import torch
 
     content = BytesIO()
     torch.save(made, content)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content.getbuffer())
-        unfinished.replace(out)
-    except OSError as error:
-        raise FailedError(
-            f"{out} cannot be written ({error.strerror or error}); mend that, or give another --out. What was there "
-            "before is still there"
-        ) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    return content.getvalue()
 
 
 def _loaded(checkpoint: str) -> Any:

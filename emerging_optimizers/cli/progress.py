@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Self, TextIO
+from typing import IO, Any, Self
 
 from emerging_optimizers.cli import UsageError
 
@@ -35,7 +35,7 @@ class Progress:
         ...     progress("run 3 of 16")  # nothing is shown before three seconds have passed
     """
 
-    def __init__(self, what: str, stream: TextIO | None = None) -> None:
+    def __init__(self, what: str, stream: IO[str] | None = None) -> None:
         self._what, self._stream = what, stream or sys.stderr
         self._text, self._shown = "", False
         self._begun = time.monotonic()

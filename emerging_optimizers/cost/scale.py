@@ -41,8 +41,8 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("link", "tflops", "optimizer_tflops", "tokens"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value!r} is not allowed; give a number > 0")
+            if value is not None and not 0 < value <= 1e18:  # above, a model's step would take no time
+                raise ValueError(f"{name}={value!r} is not allowed; give a number > 0, at most 1e18")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def cautious_keep(keep: Any, weight: Tensor, direction: Tensor) -> Tensor:
     There the update takes the element towards zero anyway, as decay does (Chen et al. 2025, Cautious Weight Decay,
     arXiv 2510.12402).
     """
-    return 1 - (direction * weight >= 0).to(direction.dtype) * (1 - keep)
+    return (direction * weight).ge_(0).mul_(1 - keep).neg_().add_(1)
 
 
 def cautious(direction: Tensor, grad: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ def cautious(direction: Tensor, grad: Tensor) -> Tensor:
     with the mean of each unit, over which the first axis runs (Liang et al. 2024, Cautious Optimizers, arXiv
     2411.16085).
     """
-    agrees = (direction * grad > 0).to(direction.dtype)
+    agrees = (direction * grad).gt_(0)  # 1 or 0; all that follows in the same memory, since new memory costs most
     share = agrees.flatten(1).mean(dim=1).clamp_min(1e-3)
-    return direction * agrees / share.view(-1, *(1 for _ in direction.shape[1:]))
+    return agrees.mul_(direction).div_(share.view(-1, *(1 for _ in direction.shape[1:])))
 
 
 class WeightDecayMixin:

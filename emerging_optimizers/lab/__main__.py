@@ -7,15 +7,17 @@ Commands that answer a question stand in `cli.questions` and need nothing but th
 import contextlib
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from threading import Event
+from types import FrameType
 
 from emerging_optimizers._version import __version__
-from emerging_optimizers.cli import FailedError, UsageError
+from emerging_optimizers.cli import FailedError, StoppedError, UsageError
 from emerging_optimizers.cli.arguments import parse
 from emerging_optimizers.cli.completion import completion, options_of
 from emerging_optimizers.cli.questions import QUESTIONS, show
-from emerging_optimizers.cli.versions import versions
 
 # What help says of the lab's commands, whose own texts cannot be read without the extra; a test compares them.
 LAB = {
@@ -52,6 +54,33 @@ class Ended(SystemExit):
         return self.message
 
 
+# Whether an interrupt has arrived in the process `eopt`.
+_interrupted = Event()
+
+
+def command() -> None:
+    """The process `eopt`.
+
+    What fails behind an interrupt is the interrupt: what an import of torch makes of one is any error at all. And when
+    all has been said the end of the process takes moments, in which an interrupt changes nothing.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started it has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        main()
+    except Exception as error:
+        if not _interrupted.is_set():
+            raise
+        raise _ended(str(error), 1) from None
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.set()
+    signal.default_int_handler(number, frame)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command.
 
@@ -74,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UsageError as error:
         raise _ended(str(error), error.status) from None
     except KeyboardInterrupt:
-        raise _ended("interrupted", 130) from None
+        raise _ended("interrupted", StoppedError.status) from None
     except OSError as error:
         raise _ended(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1) from None
     except (MemoryError, RuntimeError) as error:
@@ -92,6 +121,8 @@ def run(args: list[str]) -> None:
         return
     if "--version" in args:
         if "--json" in args:
+            from emerging_optimizers.cli.versions import versions
+
             show(versions(), as_json=True)
         else:
             print(f"eopt {__version__}")
@@ -157,10 +188,12 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def _ended(message: str, status: int) -> Ended:
+    if _interrupted.is_set() and status != StoppedError.status:
+        message, status = "interrupted", StoppedError.status
     text = f"eopt: {message}"
     print(text, file=sys.stderr)
     return Ended(text, status)
 
 
 if __name__ == "__main__":
-    main()
+    command()

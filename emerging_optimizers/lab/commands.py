@@ -19,8 +19,9 @@ import tyro
 
 from emerging_optimizers.cli import FailedError, StoppedError, UsageError
 from emerging_optimizers.cli.progress import Progress, Say
-from emerging_optimizers.lab.config import TrainConfig
+from emerging_optimizers.lab.config import TrainConfig, require_positive
 from emerging_optimizers.lab.eigenbasis import EigenbasisConfig
+from emerging_optimizers.lab.experiment import KilledError
 from emerging_optimizers.lab.gallery import GalleryConfig
 from emerging_optimizers.lab.parsing import NEWEST, ResumeFolder, parsed
 from emerging_optimizers.lab.places import Existing
@@ -34,13 +35,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def resumable(command: Sequence[str], has_kept: Callable[[], bool]) -> Iterator[None]:
-    """A block whose interrupt names the command that goes on, if something of the run has been kept by then."""
+    """A block whose early end names the command that goes on, if something of the run has been kept by then."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, KilledError) as error:
         if not has_kept():
             raise
-        raise StoppedError(f"interrupted; `{shlex.join(command)}` goes on") from None
+        goes_on = f"`{shlex.join(command)}` goes on"
+        if isinstance(error, KilledError):
+            raise FailedError(f"{error}; {goes_on}") from None
+        raise StoppedError(f"interrupted; {goes_on}") from None
 
 
 def _resuming(name: str, args: Sequence[str]) -> list[str]:
@@ -186,7 +190,6 @@ class Spike(Continuing):
 
     def run(self, args: Sequence[str]) -> None:
         """Runs the sweep, shows its tables and writes its files."""
-        from emerging_optimizers.lab.experiment import require_positive
         from emerging_optimizers.lab.present import carry_out, in_one_go
         from emerging_optimizers.lab.spike import SpikeResult, run_spike
         from emerging_optimizers.lab.views.spike import spike_view
@@ -249,7 +252,6 @@ class TF32(Continuing):
 
     def run(self, args: Sequence[str]) -> None:
         """Runs what is missing, shows the table and writes the files."""
-        from emerging_optimizers.lab.experiment import require_positive
         from emerging_optimizers.lab.places import RESULT, UNSAVED
         from emerging_optimizers.lab.present import carry_out
         from emerging_optimizers.lab.record import sole_writer

@@ -109,6 +109,16 @@ def lower_names(config: Any) -> None:
     object.__setattr__(config, "optimizers", tuple(name.lower() for name in config.optimizers))
 
 
+def require_positive(config: object, *names: str) -> None:
+    """Refuses a request whose whole numbers of these names are not at least 1, or more threads than torch can start."""
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if name == "threads" and value > 1024:
+            raise UsageError(f"--threads {value} is more than any machine has; give at most 1024")
+
+
 def _parse_names(words: list[str]) -> tuple[str, ...]:
     return tuple(name.strip().lower() for name in words[0].split(",") if name.strip())
 
@@ -191,20 +201,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         lower_names(self)
         object.__setattr__(self, "lr", {name.lower(): rate for name, rate in self.lr.items()})
-        for name in (
-            *("steps", "batch", "context", "width", "depth", "heads", "warmup"),
-            *("eval_every", "eval_windows", "checkpoint_every", "threads"),
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        model = ("batch", "context", "width", "depth", "heads")
+        require_positive(self, "steps", *model, "warmup", "eval_every", "eval_windows", "checkpoint_every", "threads")
         if self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves nothing of --steps {self.steps}; give fewer warm-up steps")
         if self.width % self.heads:
             raise UsageError(f"--width {self.width} cannot be split into --heads {self.heads} equal heads")
         if not self.optimizers or len(set(self.optimizers)) < len(self.optimizers):
             raise UsageError(f"--optimizers {','.join(self.optimizers)!r} must name each optimizer once")
-        if self.threads > 1024:
-            raise UsageError(f"--threads {self.threads} is more than any machine has; give at most 1024")
         for name, rate in self.lr.items():
             if not (rate > 0 and math.isfinite(rate)):
                 raise UsageError(f"--lr {name}={rate:g} is not allowed; give a number > 0")

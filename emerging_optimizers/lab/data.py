@@ -45,6 +45,10 @@ class Text:
         starts = torch.randint(len(self.train) - context, (batch,), generator=generator)
         return _windows(self.train, starts, context)
 
+    def places(self, context: int) -> int:
+        """How many windows the held-out text has."""
+        return len(self.validation) - context
+
     def held_out(self, count: int, context: int) -> tuple[Tensor, Tensor]:
         """Validation windows, evenly spread and the same at each call.
 
@@ -55,7 +59,7 @@ class Text:
         Returns:
             Inputs and targets, both (count, context).
         """
-        places = len(self.validation) - context
+        places = self.places(context)
         count = min(count, places)
         starts = torch.arange(count) * (places - 1) // max(count - 1, 1)
         return _windows(self.validation, starts, context)

@@ -16,15 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
-from emerging_optimizers.lab.config import Names, lower_names
-from emerging_optimizers.lab.experiment import (
-    from_json,
-    reproducible,
-    require_distinct,
-    require_positive,
-    rounded,
-    to_json,
-)
+from emerging_optimizers.lab.config import Names, lower_names, require_positive
+from emerging_optimizers.lab.experiment import from_json, reproducible, require_distinct, rounded, to_json
 from emerging_optimizers.lab.measures import relative_difference
 
 if TYPE_CHECKING:

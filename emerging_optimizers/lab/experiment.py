@@ -7,13 +7,14 @@ import math
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from multiprocessing.context import BaseContext
 from threading import current_thread, main_thread
 from typing import Any, Protocol
 
-from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli import FailedError, UsageError
 
 
 class Result(Protocol):
@@ -27,46 +28,52 @@ class Result(Protocol):
         """A JSON object."""
 
 
+class KilledError(FailedError):
+    """A process that worked for a command has ended, and its work is lost."""
+
+
 @contextmanager
 def workers(processes: int, most: int, context: BaseContext) -> Iterator[ProcessPoolExecutor]:
     """Processes, no more than there is work for, that end with the block: after an interrupt or an error nobody waits
-    for runs that cannot be kept."""
+    for runs that cannot be kept.
+
+    Raises:
+        KilledError: One of them has been killed.
+    """
     pool = ProcessPoolExecutor(min(processes, most), context)
     try:
         yield pool
-    except BaseException:
+    except BaseException as error:
         running = [*pool._processes.values()]  # the public name, `terminate_workers`, is of Python 3.14
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running:
             process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise KilledError(
+                "a process has been killed at its work, by somebody or by the system for want of memory; fewer "
+                "--processes need less of it"
+            ) from error
         raise
     pool.shutdown()
 
 
 @contextmanager
 def interrupted_behind() -> Iterator[None]:
-    """A block that starts processes; an interrupt that arrives in it comes behind it.
+    """A block that starts processes; an interrupt that arrives in it comes behind it, also where the block fails.
 
     A process whose start is cut short is known to nobody, and complains when it finds that this one has gone.
     """
     if current_thread() is not main_thread():  # which alone is interrupted
         yield
         return
-    arrived: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: arrived.append(args))
+    arrived: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if arrived and callable(handler):
-        handler(*arrived[0])
-
-
-def require_positive(config: object, *names: str) -> None:
-    """Refuses a request whose whole numbers of these names are not at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UsageError(f"{_flag(name)} is {getattr(config, name)}; it must be at least 1")
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
 
 
 def require_distinct(config: object, *names: str) -> None:
@@ -74,11 +81,8 @@ def require_distinct(config: object, *names: str) -> None:
     for name in names:
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
-            raise UsageError(f"{_flag(name)} must name at least one value, and each of them once")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} must name at least one value, and each of them once")
 
 
 @contextmanager

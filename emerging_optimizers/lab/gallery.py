@@ -18,8 +18,8 @@ import tyro
 
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
-from emerging_optimizers.lab.config import BASELINE, TUNED
-from emerging_optimizers.lab.experiment import from_json, require_positive, to_json
+from emerging_optimizers.lab.config import BASELINE, TUNED, require_positive
+from emerging_optimizers.lab.experiment import from_json, to_json
 from emerging_optimizers.lab.record import read_json, reading
 
 if TYPE_CHECKING:

@@ -7,19 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.config import GRID, GRID_FACTORS, Arm, TrainConfig
 from emerging_optimizers.lab.data import load_text
 from emerging_optimizers.lab.places import same_request
-from emerging_optimizers.lab.progress import print_changes, watching
-from emerging_optimizers.lab.record import (
-    environment,
-    json_bytes,
-    read_json,
-    reading,
-    sealed,
-    sole_writer,
-    write_atomically,
-)
+from emerging_optimizers.lab.progress import print_changes, print_windows, waiting, watching
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, reading, sealed, sole_writer
 from emerging_optimizers.lab.runs import GridRow, best_row
 from emerging_optimizers.lab.train import make_model, make_optimizer, train_one
 from emerging_optimizers.registry import entry
@@ -58,7 +51,7 @@ def _run_grid(config: TrainConfig, out: Path, resume: bool, console: Console) ->
     rows: list[GridRow] = []
     beside: dict[Path, bytes] = {}
     if os.path.lexists(out) and resume:
-        with reading(out, "bring it back, or give --overwrite or another --out"):
+        with reading(out, "bring it back, or give another --out"):
             stored = read_json(out)
             rows = [GridRow.from_json(row) for row in stored["runs"]]
             there = dict(stored["job"])
@@ -69,8 +62,10 @@ def _run_grid(config: TrainConfig, out: Path, resume: bool, console: Console) ->
         beside = {environment_path: json_bytes(now)}
 
     wanted = [(name, arm) for name in config.optimizers for arm in _arms(config, name)]
-    for name, arm in wanted:
-        make_optimizer(name, arm, make_model(config, text))
+    with waiting(console, "eopt grid"):
+        for name, arm in wanted:
+            make_optimizer(name, arm, make_model(config, text))
+    print_windows(console, config, text)
     for name, arm in wanted:
         if any((row.optimizer, row.arm) == (name, arm) for row in rows):
             continue

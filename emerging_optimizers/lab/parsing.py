@@ -11,6 +11,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.arguments import countable
 
 CommandT = TypeVar("CommandT")
 
@@ -39,9 +40,10 @@ def parsed(kind: type[CommandT], words: Sequence[str], default: CommandT | None 
     said = StringIO()
     try:
         with redirect_stderr(said):
-            return tyro.cli(
+            command = tyro.cli(
                 kind, args=words, prog=name, config=(tyro.conf.FlagCreatePairsOff,), registry=PLAIN, **given
             )
+        return countable(command)
     except SystemExit as end:
         if not end.code:
             raise

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emerging_optimizers.cli import UsageError
-from emerging_optimizers.lab.record import UNFINISHED, read_json
+from emerging_optimizers.cli.files import UNFINISHED
+from emerging_optimizers.lab.record import read_json
 
 # The files by which the folder of a command is known: of `eopt train`, of `eopt tf32` before it has ended, and of what
 # is made in one go, which says in environment.json whose it is.
@@ -60,9 +61,7 @@ def claim(out: Path, command: str, existing: Existing) -> bool:
             ...
         emerging_optimizers.cli.UsageError: notes holds files not of `eopt spike` (diary.txt); give another --out
     """
-    if command == "grid" and not existing.resume and out.exists() and not out.is_file():
-        raise UsageError(f"--out {out} is {'a folder' if out.is_dir() else 'no regular file'}; give a file")
-    holder = _holder(out, command)
+    holder = _holder_of_file(out, existing) if command == "grid" else _holder(out, command)
     if holder is None:
         return False
     if holder != command:
@@ -103,8 +102,6 @@ def claim_page(out: Path, overwrite: bool) -> None:
 
 def _holder(out: Path, command: str) -> str | None:
     """The command whose results stand there, words for anything else, None for nothing."""
-    if command == "grid":
-        return command if os.path.lexists(out) else None
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     names = {name for name in names if name != "lock.json" and not name.endswith(UNFINISHED)}
     if not names or (names == {ENVIRONMENT} and _is_of_ours(out / ENVIRONMENT)):
@@ -114,6 +111,30 @@ def _holder(out: Path, command: str) -> str | None:
         shown = ", ".join([*sorted(names)[:3], *(["..."] if len(names) > 3 else [])])
         return f"files not of `eopt {command}` ({shown})"
     return owner if owner == command else f"results of `eopt {owner}`"
+
+
+def _holder_of_file(out: Path, existing: Existing) -> str | None:
+    """The same of the file of `eopt grid`, whose environment and figure stand beside it."""
+    there = os.path.lexists(out)
+    if not out.name or (there and not out.is_file() and not existing.resume):
+        raise UsageError(f"--out {out} is {'a folder' if out.is_dir() else 'no regular file'}; give a file")
+    environment, figure = out.with_suffix(".environment.json"), out.with_name(f"{out.stem}.png")
+    if out == figure:
+        raise UsageError(f"--out {out} is where the figure comes; give a file for the results, as in {out.stem}.json")
+    if there:  # what is wrong with one that is to be continued its reader finds out
+        return "grid" if existing.resume or _is_of_grid(out) else "no results of `eopt grid` that can be read"
+    for path in (environment, figure):
+        if os.path.lexists(path) and not (path == environment and _is_of_ours(path)):
+            raise UsageError(f"{path} is there already, and would be replaced; move it away, or give another --out")
+    return None
+
+
+def _is_of_grid(out: Path) -> bool:
+    try:
+        stored = read_json(out)
+    except UsageError:
+        return False
+    return isinstance(stored, dict) and {"job", "best", "runs"} <= {*stored}
 
 
 def _owner(folder: Path, names: set[str], command: str) -> str | None:

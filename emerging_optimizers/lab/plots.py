@@ -16,8 +16,8 @@ from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.palette import DARK
-from emerging_optimizers.lab.record import write_atomically
 from emerging_optimizers.lab.views.describe import OWN, Curve, Figure, Key, Panel, View
 
 LINES: dict[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "": "none"}

@@ -15,15 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from emerging_optimizers.cli import UsageError
-from emerging_optimizers.lab.config import Names
-from emerging_optimizers.lab.experiment import (
-    from_json,
-    reproducible,
-    require_distinct,
-    require_positive,
-    rounded,
-    to_json,
-)
+from emerging_optimizers.lab.config import Names, require_positive
+from emerging_optimizers.lab.experiment import from_json, reproducible, require_distinct, rounded, to_json
 from emerging_optimizers.lab.forms import FORMS, ways, whitened_update
 
 if TYPE_CHECKING:

@@ -12,18 +12,11 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.cli.progress import Progress, Say
 from emerging_optimizers.lab.experiment import Result
 from emerging_optimizers.lab.places import RESULT, Existing, claim, same_request
-from emerging_optimizers.lab.record import (
-    environment,
-    json_bytes,
-    read_json,
-    reading,
-    sealed,
-    sole_writer,
-    write_atomically,
-)
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, reading, sealed, sole_writer
 from emerging_optimizers.lab.runs import GridRow, TrainResult
 from emerging_optimizers.lab.views.describe import Table, View
 from emerging_optimizers.lab.views.grid import grid_view

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.config import TrainConfig
 from emerging_optimizers.lab.eigenbasis import EigenbasisResult
 from emerging_optimizers.lab.gallery import GalleryResult
 from emerging_optimizers.lab.page import Section, render
 from emerging_optimizers.lab.places import claim_page
 from emerging_optimizers.lab.precision import PrecisionResult
-from emerging_optimizers.lab.record import read_json, reading, sole_writer, write_atomically
+from emerging_optimizers.lab.record import read_json, reading, sole_writer
 from emerging_optimizers.lab.runs import TrainResult
 from emerging_optimizers.lab.spike import SpikeResult
 from emerging_optimizers.lab.tf32 import TF32Result

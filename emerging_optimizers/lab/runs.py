@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.files import storing, write_atomically
 from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, checked
-from emerging_optimizers.lab.record import read_json, reading, storing, sweep, write_atomically
+from emerging_optimizers.lab.record import read_json, reading, sweep
 
 
 @dataclass(frozen=True, kw_only=True)

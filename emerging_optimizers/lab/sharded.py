@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -24,9 +25,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from emerging_optimizers.averaging import WeightAverage
 from emerging_optimizers.cli import FailedError, UsageError
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.config import Arm, TrainConfig
 from emerging_optimizers.lab.data import Text, load_text
-from emerging_optimizers.lab.record import environment, json_bytes, read_json, sole_writer, write_atomically
+from emerging_optimizers.lab.progress import print_windows
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, sole_writer
 from emerging_optimizers.lab.train import evaluate, lr_factor, make_model, make_optimizer, make_room, read_run
 
 
@@ -145,6 +148,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(config.threads)
     dist.init_process_group("gloo")  # the lab's job runs on the CPU
     text = load_text(config.text, config.context)
+    if dist.get_rank() == 0:
+        print_windows(Console(stderr=True), config, text)
     for name, arm in arms.items():
         _train_one(config, name, arm, text, folder / name)
     dist.destroy_process_group()

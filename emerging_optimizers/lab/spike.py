@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
-from emerging_optimizers.lab.config import Names, lower_names
+from emerging_optimizers.lab.config import Names, lower_names, require_positive
 from emerging_optimizers.lab.experiment import (
     from_json,
     interrupted_behind,
     reproducible,
     require_distinct,
-    require_positive,
     rounded,
     to_json,
     workers,

@@ -20,15 +20,8 @@ from typing import Any
 
 from emerging_optimizers.cli import UsageError
 from emerging_optimizers.cli.progress import Say, quiet
-from emerging_optimizers.lab.config import TUNED, Names, TrainConfig, lower_names
-from emerging_optimizers.lab.experiment import (
-    from_json,
-    interrupted_behind,
-    require_distinct,
-    require_positive,
-    to_json,
-    workers,
-)
+from emerging_optimizers.lab.config import TUNED, Names, TrainConfig, lower_names, require_positive
+from emerging_optimizers.lab.experiment import from_json, interrupted_behind, require_distinct, to_json, workers
 from emerging_optimizers.lab.places import UNSAVED, same_request
 from emerging_optimizers.lab.record import read_json, reading, sealed, sole_writer, write_json
 

@@ -20,23 +20,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from emerging_optimizers import create_optimizer
 from emerging_optimizers.averaging import WeightAverage
 from emerging_optimizers.cli import UsageError
+from emerging_optimizers.cli.files import storing, write_atomically
 from emerging_optimizers.lab.config import SPIKE_GUARD, Arm, TrainConfig, checked
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.measures import recovery, summary
 from emerging_optimizers.lab.model import GPT
 from emerging_optimizers.lab.places import TRAINED, Existing, claim
-from emerging_optimizers.lab.progress import Watch, print_changes, watching
-from emerging_optimizers.lab.record import (
-    environment,
-    json_bytes,
-    read_json,
-    reading,
-    sealed,
-    sole_writer,
-    storing,
-    write_atomically,
-    write_json,
-)
+from emerging_optimizers.lab.progress import Watch, print_changes, print_windows, waiting, watching
+from emerging_optimizers.lab.record import environment, json_bytes, read_json, reading, sealed, sole_writer, write_json
 from emerging_optimizers.lab.runs import RunFolder, RunResult, StepRecord, TrainResult, titles
 
 RUNS = Path("runs")
@@ -68,15 +59,17 @@ def run_train(
     folder = out or new_folder()
     text = load_text(config.text, config.context)
     arms = {name: config.arm(name) for name in config.optimizers}
-    for name, arm in arms.items():
-        for _, variant in _variants(config, name, arm).values():
-            make_optimizer(name, variant, make_model(config, text))
+    console = console or Console(stderr=True)
+    with waiting(console, "eopt train"):
+        for name, arm in arms.items():
+            for _, variant in _variants(config, name, arm).values():
+                make_optimizer(name, variant, make_model(config, text))
     request = {"config": asdict(config), "arms": {name: asdict(arm) for name, arm in arms.items()}}
     files = {"environment.json": environment(config.threads, text), "config.json": request}
     with sole_writer(folder):
         make_room(folder, overwrite)
         write_atomically({folder / name: json_bytes(value) for name, value in files.items()})
-        return _compare(folder, config, arms, text, console or Console(stderr=True))
+        return _compare(folder, config, arms, text, console)
 
 
 def resume_train(folder: Path, console: Console | None = None) -> TrainResult:
@@ -249,6 +242,7 @@ def make_optimizer(name: str, arm: Arm, model: GPT) -> torch.optim.Optimizer:
 
 def _compare(folder: Path, config: TrainConfig, arms: Mapping[str, Arm], text: Text, console: Console) -> TrainResult:
     """Runs what is not finished yet, then writes what the runs came to."""
+    print_windows(console, config, text)
     for name, arm in arms.items():
         for title, (job, variant) in _variants(config, name, arm).items():
             run = RunFolder(folder / title)

@@ -1,5 +1,6 @@
 """Numbers in 8 bits, with one scale for each block of a row: fine near zero, coarse near the largest of the block."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,6 +12,11 @@ _TOP = 127**2
 _SMALLEST = 2.0**-100  # a block whose largest number is smaller is zero
 # Keeps 10 binary digits of a float32 scale (Veltkamp), so that a scale times 127^2 has no rounding of its own.
 _SPLIT = 2**14 + 1
+# The largest scale of so many digits of which 127^2 is finite.
+_LARGEST = {
+    dtype: math.ldexp(math.floor(math.ldexp(torch.finfo(dtype).max / _TOP, digits - power)), power - digits)
+    for dtype, digits, power in ((torch.float32, 10, 115), (torch.float64, 39, 1011))
+}
 
 
 def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -34,7 +40,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     .. math:: |\hat x - x| \le 0.0082 \sqrt{|x| \max |x|} + 0.00002 \max |x| + 2^{-100},
 
     0.8 % of the largest number of a block and less of smaller ones. What `dequantise` returns is found again bitwise.
-    A block that is not finite becomes NaN, and so does one with a number beyond 0.98 of the largest that there is.
+    A block that is not finite becomes NaN.
 
     Args:
         x: (..., N), N >= 1, float32 or float64.
@@ -67,9 +73,9 @@ def quantise_(codes: Tensor, scales: Tensor, x: Tensor) -> None:
 def _scales_of(largest: Tensor) -> Tensor:
     """Of blocks whose largest numbers are given, which are overwritten; NaN where they are not finite."""
     below = _SMALLEST * (1 - torch.finfo(largest.dtype).eps / 2)
-    exact = threshold(largest, below, 0.0, inplace=True).div_(_TOP)
-    wide = exact * _SPLIT
-    return wide.sub_(wide - exact)
+    half = threshold(largest, below, 0.0, inplace=True).div_(2 * _TOP)  # of the whole one `wide` could overflow
+    wide = half * _SPLIT
+    return wide.sub_(wide - half).mul_(2).clamp_max_(_LARGEST[largest.dtype])
 
 
 def dequantise(codes: Tensor, scales: Tensor) -> Tensor:

@@ -401,15 +401,14 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, capsys, monkeypatc
     torch.save(old.state_dict(), tmp_path / "old.pt")
     (tmp_path / "new.pt").write_text("before")
 
-    def full(path, content):
-        path.touch()
+    def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SystemExit) as end:
         main(["convert", str(tmp_path / "old.pt"), "--to", "muon", "--out", str(tmp_path / "new.pt"), "--overwrite"])
     assert end.value.code == 1
-    assert "new.pt cannot be written (No space left on device)" in capsys.readouterr().err
+    assert "new.pt cannot be written (No space left on device); free some space there" in capsys.readouterr().err
     assert (tmp_path / "new.pt").read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt", "old.pt"]
 

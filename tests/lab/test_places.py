@@ -125,6 +125,28 @@ def test_files_of_others_are_left_alone(command, line, capsys):
     assert [path.name for path in out.iterdir()] == ["diary.txt"]
 
 
+@pytest.mark.parametrize("text", ["today", '{"notes": []}', "[]", ""])
+def test_a_grid_replaces_no_file_but_its_own(text, line, capsys):
+    words, out = line("grid")
+    out.write_text(text)
+    for more in ([], ["--overwrite"]):
+        refused([*words, "--out", out, *more], capsys, "no results of `eopt grid`", "another --out")
+    assert contents(out.parent) == {str(out): text.encode()}
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.environment.json"])
+def test_a_new_grid_leaves_the_files_that_stand_where_its_own_come(name, line, capsys):
+    words, out = line("grid")
+    (out.parent / name).write_text("mine")
+    for more in ([], ["--overwrite"], ["--resume"]):
+        refused([*words, "--out", out, *more], capsys, f"{name} is there already", "another --out")
+    assert [(path.name, path.read_text()) for path in out.parent.iterdir()] == [(name, "mine")]
+
+
+def test_results_are_not_where_their_figure_comes(line, capsys, tmp_path):
+    refused([*line("grid")[0], "--out", tmp_path / "a.png"], capsys, "a.png is where the figure comes", "a.json")
+
+
 def test_results_of_another_command_are_left_alone(line, capsys):
     words, out = line("spike")
     main([*words, "--out", str(out)])

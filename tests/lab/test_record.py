@@ -18,18 +18,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from emerging_optimizers.cli.files import write_atomically
 from emerging_optimizers.lab.__main__ import main
 from emerging_optimizers.lab.config import TrainConfig, UsageError
 from emerging_optimizers.lab.present import present_training
-from emerging_optimizers.lab.record import (
-    DamagedError,
-    environment,
-    read_json,
-    sealed,
-    sole_writer,
-    write_atomically,
-    write_json,
-)
+from emerging_optimizers.lab.record import DamagedError, environment, read_json, sealed, sole_writer, write_json
 from emerging_optimizers.lab.report import write_report
 from emerging_optimizers.lab.runs import RunFolder, StepRecord, TrainResult
 from emerging_optimizers.lab.spike import SpikeConfig, run_spike
@@ -574,8 +567,9 @@ def test_a_number_that_cannot_be_shown_is_named(tmp_path):
 
 
 def test_a_new_grid_that_is_refused_leaves_the_old_one(tmp_path):
-    for name in ("grid.json", "grid.environment.json"):
-        (tmp_path / name).write_text("old")
+    (tmp_path / "grid.json").write_text('{"job": {}, "best": {}, "runs": []}')
+    (tmp_path / "grid.environment.json").write_text("old")
+    before = contents(tmp_path)
     with pytest.raises(SystemExit, match="mu0n"):
         main(["grid", "--overwrite", "--optimizers", "mu0n", "--lr", "mu0n=0.1", "--out", str(tmp_path / "grid.json")])
-    assert set(contents(tmp_path).values()) == {b"old"}
+    assert contents(tmp_path) == before

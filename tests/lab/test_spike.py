@@ -243,7 +243,8 @@ def test_an_unknown_optimizer_ends_the_command(tmp_path):
         main(["spike", "--optimizers", "mion", "--out", str(tmp_path)])
 
 
-def test_an_interrupt_waits_for_processes_to_have_begun():
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_interrupt_waits_for_processes_to_have_begun(fails):
     """One whose start is cut short complains by itself, behind the sentence of the command."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a run in the background it is ignored
     begun = []
@@ -252,6 +253,8 @@ def test_an_interrupt_waits_for_processes_to_have_begun():
         with interrupted_behind():
             signal.raise_signal(signal.SIGINT)
             begun.append("all of it")
+            if fails:
+                raise OSError
 
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -53,6 +53,18 @@ def test_zeros_stay_and_what_is_not_finite_stays_so() -> None:
     assert read[1, 256:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_numbers_that_there_are_stay_finite(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    x = torch.tensor([0.984, 0.9845, 0.99, 0.9995, 0.9999, 1.0], dtype=dtype)[:, None] * torch.tensor(
+        [most, -most / 3], dtype=dtype
+    )
+    read = dequantise(*quantise(x))
+    assert bool(((read / most - x / most).abs() <= 0.0082).all())
+    for one, other in zip(quantise(read), quantise(x), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_of_gaussian_numbers_less_is_lost_than_linearly() -> None:
     """Why codes are roots: rows whose elements have sizes of their own, as a moment's do."""
     x = spread_out((64, 256), torch.float64, 0)
