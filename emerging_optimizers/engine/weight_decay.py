@@ -33,7 +33,7 @@ def cautious_keep(keep: Any, weight: Tensor, direction: Tensor) -> Tensor:
     There the update takes the element towards zero anyway, as decay does (Chen et al. 2025, Cautious Weight Decay,
     arXiv 2510.12402).
     """
-    return (direction * weight).ge_(0).mul_(1 - keep).neg_().add_(1)
+    return 1 - (direction * weight >= 0).to(direction.dtype) * (1 - keep)
 
 
 def cautious(direction: Tensor, grad: Tensor) -> Tensor:
