@@ -128,12 +128,16 @@ def _as_given(modules: Mapping[str, nn.Module], projections: Mapping[str, Heads]
         raise TypeError(
             f"QKClip: projections={projections!r} is not allowed; give a dictionary from paths of modules to `Heads`"
         )
-    found = []
+    found: list[Attention] = []
     for pattern, heads in projections.items():
         paths = [path for path in modules if fnmatchcase(path, pattern)]
         if not paths:
             raise ValueError(f"QKClip: projections names {pattern!r}, which is the path of no module of the model")
         for path in paths:
+            if any(attention.name == path for attention in found):
+                raise ValueError(
+                    f"QKClip: projections[{pattern!r}] and a pattern before it both match {called(path)}; give one"
+                )
             try:
                 found.append(_explicit(path, modules[path], heads))
             except _Unfit as reason:
@@ -263,6 +267,11 @@ def _explicit(path: str, module: nn.Module, heads: Heads) -> Attention:
         raise _Unfit(f"{H} heads of {D} rows are not the {q_rows} rows of {query}; give (name, first row)")
     if isinstance(heads.key, str) and k_rows != G * D:
         raise _Unfit(f"{G} key heads of {D} rows are not the {k_rows} rows of {key}; give (name, first row)")
+    if query == key and first_q < first_k + G * D and first_k < first_q + H * D:
+        raise _Unfit(
+            f"rows {first_q} to {first_q + H * D} of {query} are given for queries, and {first_k} to "
+            f"{first_k + G * D} for keys; a row cannot be both"
+        )
     attention = Attention(path, module, H, G, D)
     spans = {query: [Span(QUERY, 1, first_q, H, D)]}
     spans.setdefault(key, []).append(Span(KEY, 1, first_k, G, D))
