@@ -39,7 +39,8 @@ LAYER = Check(
     "the name of a layer, or (name, first row) with a row >= 0",
 )
 # A norm of queries or keys behind their projections; those of latents (`q_a_layernorm`) stand before.
-_NORM = re.compile(r"(q|k|query|key)_?(norm|ln|layer_?norm)|(norm|ln|layer_?norm)_?(q|k|query|key)")
+_NAME, _KIND = "(q|k|qk|query|key)", "((layer|rms|l2)?_?norm|ln)"
+_NORM = re.compile(f"{_NAME}_?{_KIND}|{_KIND}_?{_NAME}")
 LOOKED_FOR = (
     f"torch.nn.MultiheadAttention; layers {', '.join('/'.join(pair) for pair in PAIRS)}; fused ones called "
     f"{', '.join((*FUSED_ATTENTION, *INTERLEAVED_ATTENTION))}; latent attention with {', '.join(LATENT_KEYS)}"

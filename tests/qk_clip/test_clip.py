@@ -514,10 +514,11 @@ def test_what_is_of_another_kind_is_named():
         clip.attach(optimizer)
 
 
-def test_a_norm_behind_a_projection_is_left_alone():
+@pytest.mark.parametrize("name", ["q_norm", "qk_norm", "norm_k", "query_layernorm", "k_rms_norm", "ln_q"])
+def test_a_norm_behind_a_projection_is_left_alone(name):
     model = net(Grouped(), Grouped())
-    model[1].q_norm = nn.RMSNorm(4)
-    with pytest.warns(UserWarning, match=r"leaves modules alone: 1: it normalises queries or keys .*\(q_norm\)"):
+    model[1].add_module(name, nn.RMSNorm(4))
+    with pytest.warns(UserWarning, match=rf"leaves modules alone: 1: it normalises queries or keys .*\({name}\)"):
         clip = QKClip(model)
     assert [*clip.skipped] == ["1"]
     with pytest.raises(
