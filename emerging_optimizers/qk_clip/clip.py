@@ -263,7 +263,7 @@ class QKClip:
         seen = any(attention.seen is not None for attention in attentions)
         flat = torch.cat([x.to(maxima[0].device) for x in maxima])
         if (peers := self._same_everywhere()) is not None:
-            flat = peers.largest(flat)
+            flat = peers.largest(flat.masked_fill(flat.isnan(), torch.inf))  # else chance decides whether NaN is larger
         if not seen and flat.max() == -torch.inf:
             raise ValueError(
                 "QKClip: no attention module has run in training mode since the last step, so no logit was seen; call "
