@@ -28,6 +28,7 @@ from torch import Tensor
 
 from emerging_optimizers.distributed.dtensor import is_dtensor, local_of
 from emerging_optimizers.engine.ambient import eager, undisturbed
+from emerging_optimizers.engine.capture import is_capturing
 from emerging_optimizers.engine.options import FRACTION, NON_NEGATIVE, WHOLE
 
 ModeT = Literal["train", "eval"]
@@ -123,6 +124,11 @@ class _Layer:
             raise RuntimeError(
                 f"{type(self).__name__}: the model has its averaged weights, and a step belongs to those that it is "
                 "trained at; call train() before the step. Nothing has moved"
+            )
+        if is_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: this step is recorded in a CUDA graph, which would repeat its share in the "
+                "average and not count; record the forward and backward pass alone. Nothing has moved"
             )
         # A weight whose first gradient comes later than others': so far it has stayed, and is its own average.
         self._late = {

@@ -279,6 +279,18 @@ def test_complex_weights_and_inference_mode() -> None:
     assert w.tolist() == [2.25 + 4.5j, -2.25j]
 
 
+@pytest.mark.parametrize("layer", [WeightAverage, ScheduleFree])
+def test_a_step_that_a_cuda_graph_records_is_refused(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the question is answered for it."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layer(optimizer)
+    monkeypatch.setattr("emerging_optimizers.averaging.is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="which would repeat its share in the average"):
+        train(model, optimizer, range(1))
+    assert all(map(torch.equal, model.parameters(), net().parameters()))
+
+
 def test_a_second_average_is_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.ambient import eager
+from emerging_optimizers.engine.capture import is_capturing
 from emerging_optimizers.engine.options import COUNT, NON_NEGATIVE, POSITIVE, WHOLE, Check, optional
 from emerging_optimizers.engine.validate import check_group, suggest
 from emerging_optimizers.qk_clip.attention import Attention
@@ -248,8 +249,14 @@ class QKClip:
         """Clip what was seen since the last step; after `optimizer.step()`, where `attach` was not called.
 
         Raises:
+            RuntimeError: a CUDA graph is being recorded.
             ValueError: nothing was seen, or a parameter has another shape than it had.
         """
+        if is_capturing():
+            raise RuntimeError(
+                "QKClip: this step is recorded in a CUDA graph, which would repeat it without counting; call step() "
+                "outside of the graph, and observe() where the graph has the forward pass"
+            )
         self.steps += 1
         self._sight.close()
         if not self._is_due(self.steps):

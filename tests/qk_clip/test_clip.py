@@ -284,6 +284,16 @@ def test_weights_that_keep_their_rounding_are_scaled_in_float32():
     assert torch.equal(model[0].q_proj.weight, wide().bfloat16())
 
 
+def test_a_step_that_a_cuda_graph_records_is_refused(monkeypatch):
+    """Without a GPU: the question is answered for it."""
+    clip = QKClip(net(Grouped()), measure=False)
+    clip.observe("0", [1.0] * 4)
+    monkeypatch.setattr("emerging_optimizers.qk_clip.clip.is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="recorded in a CUDA graph, which would repeat it without counting"):
+        clip.step()
+    assert clip.steps == 0
+
+
 def test_attach_and_close():
     model = net(Grouped())
     optimizer = Muon([model[0].q_proj.weight], lr=0.01)
