@@ -92,6 +92,7 @@ class _Layer:
     @torch.no_grad()
     def eval(self) -> None:
         """Give the model the average; before the first step there is none, and nothing changes."""
+        self._gather_anew()
         for group in self.optimizer.param_groups:
             if group.get(MODE) == "train":
                 for state, p in self._averaged(group):
@@ -103,6 +104,7 @@ class _Layer:
     @torch.no_grad()
     def train(self) -> None:
         """Give the model the weights that it is trained at, bit for bit."""
+        self._gather_anew()
         for group in self.optimizer.param_groups:
             if group.get(MODE) == "eval":
                 for state, p in self._averaged(group):
@@ -112,6 +114,21 @@ class _Layer:
     def _averaged(self, group: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Tensor]]:
         states = self.optimizer.state
         return ((states[p], p) for p in group["params"] if "average" in states.get(p, {}))
+
+    def _gather_anew(self) -> None:
+        """Have FSDP2 forget weights that it has gathered, and would use in place of those that are written now.
+
+        After a forward pass without a backward pass it keeps the root's. An optimizer does not know the modules, but
+        torch has a list of all that are sharded.
+        """
+        if not any(map(is_dtensor, self._parameters())):
+            return
+        from torch.distributed._composable_state import _module_state_mapping
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in list(_module_state_mapping):
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
@@ -300,6 +317,7 @@ class ScheduleFree(_Layer):
     @torch.no_grad()
     def train(self) -> None:
         """Give the model the weights that it is trained at, bit for bit; also where a step has raised."""
+        self._gather_anew()
         for group in self.optimizer.param_groups:
             for state, p in self._averaged(group):
                 if "z" in state:

@@ -346,5 +346,40 @@ def sharded() -> list[float]:
     return far
 
 
+def evaluated() -> list[list[list[float]]]:
+    """Losses of a sharded model and of one process; between steps the average is evaluated without gradients."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = []
+    for layer in (lambda o: WeightAverage(o, 0.5), ScheduleFree):
+        pair = []
+        for shard in (False, True):
+            model = net(torch.float64)
+            if shard:
+                fully_shard(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+            averaged, losses = layer(optimizer), []
+            x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            for _ in range(3):
+                loss = model(x).square().mean()
+                loss.backward()
+                optimizer.step(), optimizer.zero_grad()
+                losses.append(loss.item())
+                for exchange in (averaged.eval, averaged.train):
+                    exchange()
+                    with torch.no_grad():
+                        losses.append(model(x).square().mean().item())
+            pair.append(losses)
+        found.append(pair)
+    return found
+
+
+def test_a_sharded_model_trains_on_after_its_average_was_evaluated() -> None:
+    """FSDP2 keeps the root's gathered weights after an evaluation, and trained at the average in the next step."""
+    for found in run(2, evaluated):
+        for alone, shards in found:
+            assert shards == pytest.approx(alone, rel=1e-9)
+
+
 def test_averages_of_a_sharded_model_are_those_of_one_process() -> None:
     assert all(distance < 1e-5 for found in run(2, sharded) for distance in found)
