@@ -260,6 +260,8 @@ class QKClip:
         self.steps += 1
         self._sight.close()
         if not self._is_due(self.steps):
+            for attention in self._attentions.values():
+                attention.seen = None  # what observe() was told, of weights that have moved since
             return
         for module in self._model.modules():
             if isinstance(module, Gathers):

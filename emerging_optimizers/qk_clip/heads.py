@@ -89,7 +89,7 @@ def find(
     Raises:
         ValueError: there is none, a pattern of `projections` matches no module, or two share a parameter.
     """
-    modules = {plain_path(path): module for path, module in model.named_modules()}
+    modules = _by_path(model)
     found: list[Attention] = []
     skipped: dict[str, str] = {}
     if projections is None:
@@ -111,6 +111,17 @@ def find(
         )
     _check_shared(found)
     return found, skipped
+
+
+def _by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by their paths without wrappers, of which DistributedDataParallel calls what it wraps `module`."""
+    wrapper = [name for name, _ in model.named_children()] == ["module"]
+    found = {}
+    for path, module in model.named_modules():
+        first, _, rest = path.partition(".")
+        own = first == "module" and not wrapper
+        found[f"module.{plain_path(rest)}".rstrip(".") if own else plain_path(path)] = module
+    return found
 
 
 def in_words(skipped: Mapping[str, str]) -> list[str]:

@@ -168,6 +168,20 @@ def test_rows_of_the_batch_and_steps():
     assert clip.maxima()[""] == first
 
 
+def test_values_that_are_given_between_the_steps_that_clip_do_not_count():
+    clip = QKClip(net(Grouped()), threshold=10.0, every=2, measure=False)
+    for value in (50.0, 1.0):
+        clip.observe("0", [value] * 4)
+        clip.step()
+    assert (clip.maxima(), clip.events()) == ({"0": [1.0] * 4}, {})
+
+
+def test_modules_that_are_called_as_a_wrapper_calls_them():
+    inner = nn.ModuleDict({"attention": Grouped(), "module": nn.ModuleDict({"attention": Grouped()})})
+    assert [*QKClip(inner).maxima()] == ["attention", "module.attention"]
+    assert [*QKClip(nn.ModuleDict({"module": inner})).maxima()] == ["attention", "module.attention"]
+
+
 def test_gradients_and_outputs_are_those_without():
     model, other, x = net(Fused(), Grouped()), net(Fused(), Grouped()), batch()
     QKClip(model)
