@@ -44,6 +44,11 @@ def _closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("closure") is not None or any(x is not None for x in args[1:])
 
 
+def _wide(p: Tensor) -> torch.dtype:
+    """Of averages of a weight."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
 class _Layer:
     """Entries beside an optimizer's own in its state, which its checkpoints hold, and weights that can be exchanged.
 
@@ -170,14 +175,14 @@ class _Layer:
                 state: dict[str, Any] = self.optimizer.state[p]
                 if "average" not in state:
                     before = self._late.get(p, p.detach())
-                    state["average"] = before.to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                    state["average"] = before.to(_wide(p), copy=True)
                 average = local_of(state["average"])
                 average.lerp_(local_of(p.detach()).to(average.dtype), share)
                 self._follow(p, state)
         self._late = {}
 
     def _before_loading(self, _: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-        """Keep the averages of a checkpoint as they are: torch's optimizers round them to the parameters' dtype."""
+        """Keep averages as a checkpoint has them: torch's optimizers round what they load to the weights' dtype."""
         ids = (i for group in saved.get("param_groups", ()) for i in group.get("params", ()))
         self._loading = [saved.get("state", {}).get(i, {}).get("average") for i in ids]
         # What a checkpoint of this library says of entries beside an optimizer's own; torch.distributed.checkpoint
@@ -185,10 +190,13 @@ class _Layer:
         saved["others"] = sorted({*saved.get("others", ()), *ENTRIES})
 
     def _after_loading(self, _: torch.optim.Optimizer) -> None:
-        for p, average in zip(self._parameters(), self._loading, strict=True):
-            here = self.optimizer.state.get(p, {}).get("average")
-            if average is not None and here is not None and here.dtype != average.dtype:
-                self.optimizer.state[p]["average"] = average.detach().to(p.device, copy=True)
+        for p, saved in zip(self._parameters(), self._loading, strict=True):
+            state = self.optimizer.state.get(p, {})
+            if (here := state.get("average")) is not None:
+                rounded = saved is not None and saved.dtype != here.dtype
+                state["average"] = (saved.detach().clone() if rounded else here).to(p.device, _wide(p))
+            if "z" in state:
+                state["z"] = state["z"].to(p.dtype)
         self._loading = []
 
     def _share(self, group: dict[str, Any]) -> float:

@@ -262,6 +262,24 @@ def test_a_checkpoint_that_lacks_the_weights_of_training_is_refused() -> None:
             assert all(map(torch.equal, other.parameters(), trained))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float64), (torch.float64, torch.bfloat16)], ids=str)
+@every_maker
+def test_a_checkpoint_of_weights_in_another_precision(make: Any, dtypes: Any) -> None:
+    """The precision of z and of the average is that of the weights that are here."""
+    models = [net(dtype) for dtype in dtypes]
+    optimizers = [make(m) for m in models]
+    for optimizer in optimizers:
+        ScheduleFree(optimizer)
+    train(models[0], optimizers[0], range(2))
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for p, old in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        state, was = optimizers[1].state[p], optimizers[0].state[old]
+        assert (state["z"].dtype, state["average"].dtype) == (p.dtype, torch.promote_types(p.dtype, torch.float32))
+        assert torch.equal(state["average"], was["average"].to(state["average"].dtype))
+    train(models[1], optimizers[1], range(2, 4))
+
+
 def test_complex_weights_and_inference_mode() -> None:
     w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     optimizer = torch.optim.SGD([w], lr=1.0)
