@@ -62,9 +62,10 @@ class _Layer:
     count: str
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not (isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
             raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}; give the torch optimizer that moves the weights"
+                f"optimizer is a {type(optimizer).__name__}; give the torch optimizer that moves the weights, not what "
+                "wraps it"
             )
         if optimizer in _TAKEN:
             raise ValueError(

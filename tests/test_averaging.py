@@ -333,6 +333,9 @@ def test_what_is_wrong_is_named() -> None:
         ScheduleFree(optimizer, beta=1)
     with pytest.raises(TypeError, match="optimizer is a Sequential"):
         WeightAverage(net())  # type: ignore[arg-type]  # the mistake
+    wrapper = object.__new__(type("Wrapper", (torch.optim.Optimizer,), {}))  # as accelerate has one: without hooks
+    with pytest.raises(TypeError, match=r"optimizer is a Wrapper; give .* not what wraps it"):
+        ScheduleFree(wrapper)
     ScheduleFree(optimizer)
     with pytest.raises(RuntimeError, match="call the closure yourself"):
         optimizer.step(lambda: torch.zeros(()))

@@ -150,9 +150,10 @@ class QKClip:
             ValueError: it is attached already, or the optimizer would undo the clipping of a query or key projection in
                 its next step.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not (isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
             raise TypeError(
-                f"QKClip: optimizer is a {type(optimizer).__name__}; give the torch optimizer that moves the weights"
+                f"QKClip: optimizer is a {type(optimizer).__name__}; give the torch optimizer that moves the weights, "
+                "not what wraps it"
             )
         if self._attached is not None:
             name = type(self._attached).__name__

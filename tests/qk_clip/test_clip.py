@@ -533,6 +533,8 @@ def test_what_is_of_another_kind_is_named():
     clip, optimizer = QKClip(model), torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="optimizer is a list; give the torch optimizer"):
         clip.attach([optimizer])
+    with pytest.raises(TypeError, match=r"optimizer is a Wrapper; give .* not what wraps it"):
+        clip.attach(object.__new__(type("Wrapper", (torch.optim.Optimizer,), {})))  # accelerate's has no hooks
     clip.attach(optimizer)
     with pytest.raises(ValueError, match=r"after the steps of a SGD already, .* make a new one"):
         clip.attach(optimizer)
