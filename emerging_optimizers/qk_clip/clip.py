@@ -143,7 +143,7 @@ class QKClip:
         return f"QKClip(threshold={self.threshold}, alpha={self.alpha}, query heads over key heads: {names})"
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip after each of an optimizer's steps; of several optimizers, name the one that steps last.
+        """Clip after each of an optimizer's steps; of several optimizers, name the one with the query projections.
 
         Raises:
             TypeError: `optimizer` is none.
@@ -158,8 +158,8 @@ class QKClip:
         if self._attached is not None:
             name = type(self._attached).__name__
             raise ValueError(
-                f"QKClip: it runs after the steps of a {name} already, and would clip twice; of several "
-                "optimizers, attach the one that steps last; for another one, close() this one and make a new one"
+                f"QKClip: it runs after the steps of a {name} already, and would clip twice; of several optimizers, "
+                "attach the one with the query projections; for another one, close() this one and make a new one"
             )
         if isinstance(optimizer, RuleOptimizer):
             self._check(optimizer)
