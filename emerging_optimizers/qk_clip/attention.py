@@ -12,15 +12,16 @@ its weights bit for bit. A key that all heads share, latent attention's rotary o
 reasoning, and the rotary part of the queries takes :math:`\gamma_h`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from emerging_optimizers.distributed.dtensor import is_dtensor, local_of, piece_of, spread_of
+from emerging_optimizers.linalg.rounding import join_bfloat16_, split_bfloat16_
 
 QUERY, KEY, ROTARY = "query", "key", "rotary"
 
@@ -80,16 +81,34 @@ class Rows:
             )
         return p
 
-    def scale(self, factors_F: Tensor) -> None:
-        """Multiply each row by its factor, in float32 at least, rounded once."""
+    def scale(self, factors_F: Tensor, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Multiply each row by its factor, in float32 at least, rounded once.
+
+        Args:
+            factors_F: `Attention.factors`.
+            states: an optimizer's, in which the same rows are scaled of what goes on being a part of the weight: the
+                bits that it lacks to float32, and the average of `ScheduleFree`, which follows with the rest.
+        """
         p = self.parameter
         if self._here is None or self._here[0] is not p:
             self._here = p, self._factors_here(p).to(p.device)
         local, index = local_of(p.detach()), self._here[1]
-        if local.numel():
-            shape = [1] * local.ndim
-            shape[self.axis] = -1
-            local.copy_(local * factors_F.to(local.device)[index].view(shape))
+        if not local.numel():
+            return
+        shape, state = [1] * local.ndim, states.get(p, {})
+        shape[self.axis] = -1
+        factors = factors_F.to(local.device)[index].view(shape)
+        if "weight_bits" in state:
+            wide, bits = (
+                torch.empty(local.shape, dtype=torch.float32, device=local.device),
+                local_of(state["weight_bits"]),
+            )
+            join_bfloat16_(wide, local, bits)
+            split_bfloat16_(local, bits, wide.mul_(factors))
+        else:
+            local.copy_(local * factors)
+        if "z" in state:
+            local_of(state["average"]).mul_(factors)
 
     def _factors_here(self, p: Tensor) -> Tensor:
         """`factor_R` of the rows that lie on this process."""
@@ -189,15 +208,18 @@ class Attention:
             )
         return number * index
 
-    def clip(self, maxima_H: Tensor, threshold: float, alpha: float) -> None:
-        """Scale the rows of those heads whose largest logit is above the threshold."""
+    def clip(
+        self, maxima_H: Tensor, threshold: float, alpha: float, states: Mapping[Tensor, Mapping[str, Any]]
+    ) -> None:
+        """Scale the rows of those heads whose largest logit is above the threshold; `states` as in `Rows.scale`."""
         clipped_H = torch.isfinite(maxima_H) & (maxima_H > threshold)
         self.latest_H, self.clips_H = maxima_H.clone(), self.clips_H.to(maxima_H.device) + clipped_H
         if maxima_H.device.type == "cpu" and not clipped_H.any():
             return  # an accelerator is not asked: that would wait for it
-        factors_F = self.factors(torch.where(clipped_H, threshold / maxima_H, 1.0), alpha)
+        gamma_H = (threshold / maxima_H).clamp_min(torch.finfo(maxima_H.dtype).tiny)  # at 0 the rest would be 0 / 0
+        factors_F = self.factors(torch.where(clipped_H, gamma_H, 1.0), alpha)
         for rows in self.rows:
-            rows.scale(factors_F)
+            rows.scale(factors_F, states)
 
     def factors(self, gamma_H: Tensor, alpha: float) -> Tensor:
         """1 for rows that stay, then those of queries, of keys, and of the rotary parts of queries."""

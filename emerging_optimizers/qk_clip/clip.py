@@ -13,9 +13,10 @@ References:
 
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -23,13 +24,15 @@ from torch import Tensor, nn
 
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.engine import RuleOptimizer
-from emerging_optimizers.engine.options import COUNT, POSITIVE, Check, optional
+from emerging_optimizers.engine.ambient import eager
+from emerging_optimizers.engine.capture import is_capturing
+from emerging_optimizers.engine.options import COUNT, NON_NEGATIVE, POSITIVE, WHOLE, Check, optional
 from emerging_optimizers.engine.validate import check_group, suggest
 from emerging_optimizers.qk_clip.attention import Attention
 from emerging_optimizers.qk_clip.heads import Heads, find, in_words
-from emerging_optimizers.qk_clip.logits import Sight, not_compiled
+from emerging_optimizers.qk_clip.logits import Sight
 
-SHARE = Check(lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number in [0, 1]")
+SHARE = Check(lambda v: NON_NEGATIVE.holds(v) and v <= 1, "a number in [0, 1]")
 
 # Optimizers that set a weight's size by themselves.
 UNDOES = {
@@ -115,7 +118,7 @@ class QKClip:
         self._model = model
         self._peers: Peers | None = None
         self._handles: list[Any] = []
-        self._attached: str | None = None
+        self._attached: torch.optim.Optimizer | None = None
         self._sight = Sight(rows)
         for attention in found if measure else []:
             before, after = _Hook(self, attention, "_enter"), _Hook(self, attention, "_leave")
@@ -124,31 +127,48 @@ class QKClip:
                 attention.module.register_forward_hook(after, always_call=True),
             ]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses copies and pickles.
+
+        Raises:
+            TypeError: always; the hooks of a copied model and optimizer are gone, and a copy would never see a logit.
+        """
+        raise TypeError(
+            "QKClip: it belongs to its model and optimizer and is not copied with them; make another one for the copy, "
+            "attach it, and give it load_state_dict(clip.state_dict())"
+        )
+
     def __repr__(self) -> str:
         names = ", ".join(f"{a.name}: {a.heads} over {a.key_heads}" for a in self._attentions.values())
         return f"QKClip(threshold={self.threshold}, alpha={self.alpha}, query heads over key heads: {names})"
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip after each of an optimizer's steps; of several optimizers, name the one that steps last.
+        """Clip after each of an optimizer's steps; of several optimizers, name the one with the query projections.
 
         Raises:
             TypeError: `optimizer` is none.
             ValueError: it is attached already, or the optimizer would undo the clipping of a query or key projection in
                 its next step.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not (isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
             raise TypeError(
-                f"QKClip: optimizer is a {type(optimizer).__name__}; give the torch optimizer that moves the weights"
+                f"QKClip: optimizer is a {type(optimizer).__name__}; give the torch optimizer that moves the weights, "
+                "not what wraps it"
             )
         if self._attached is not None:
+            name = type(self._attached).__name__
             raise ValueError(
-                f"QKClip: it runs after the steps of a {self._attached} already, and would clip twice; of several "
-                "optimizers, attach the one that steps last; for another one, close() this one and make a new one"
+                f"QKClip: it runs after the steps of a {name} already, and would clip twice; of several optimizers, "
+                "attach the one with the query projections; for another one, close() this one and make a new one"
             )
         if isinstance(optimizer, RuleOptimizer):
             self._check(optimizer)
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.step()))
-        self._attached = type(optimizer).__name__
+        handle = optimizer.register_step_post_hook(lambda *_: self.step())
+        # First of all, so that averages of the weights follow what was clipped.
+        hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks)
+        hooks.move_to_end(handle.id, last=False)
+        self._handles.append(handle)
+        self._attached = optimizer
 
     def _check(self, optimizer: RuleOptimizer) -> None:
         names = {id(rows.parameter): rows.name for a in self._attentions.values() for rows in a.rows}
@@ -167,6 +187,7 @@ class QKClip:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._sight.close()
 
     # ---- what is seen -----------------------------------------------------------------------------------------------
 
@@ -200,6 +221,8 @@ class QKClip:
         self._attentions[name].record(maxima_H.flatten())
 
     def _enter(self, attention: Attention) -> None:
+        if self._sight.inside and not attention.name.startswith(self._sight.inside[-1].name):
+            self._sight.close()  # an interrupt has ended that call, of which no hook is told
         # An activation checkpoint calls modules once more in the backward pass.
         if attention.module.training and torch._C._current_graph_task_id() == -1 and self._is_due(self.steps + 1):
             attention.looks = 0
@@ -221,33 +244,45 @@ class QKClip:
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
+    @eager
     @torch.no_grad()
     def step(self) -> None:
         """Clip what was seen since the last step; after `optimizer.step()`, where `attach` was not called.
 
         Raises:
+            RuntimeError: a CUDA graph is being recorded.
             ValueError: nothing was seen, or a parameter has another shape than it had.
         """
+        if is_capturing():
+            raise RuntimeError(
+                "QKClip: this step is recorded in a CUDA graph, which would repeat it without counting; call step() "
+                "outside of the graph, and observe() where the graph has the forward pass"
+            )
         self.steps += 1
+        self._sight.close()
         if not self._is_due(self.steps):
+            for attention in self._attentions.values():
+                attention.seen = None  # what observe() was told, of weights that have moved since
             return
         for module in self._model.modules():
             if isinstance(module, Gathers):
                 module.reshard()  # else what is written into gathered weights would be lost
         attentions = [*self._attentions.values()]
+        states = {} if self._attached is None else self._attached.state
         maxima = [attention.whole() for attention in attentions]
         seen = any(attention.seen is not None for attention in attentions)
         flat = torch.cat([x.to(maxima[0].device) for x in maxima])
         if (peers := self._same_everywhere()) is not None:
-            flat = peers.largest(flat)
+            flat = peers.largest(flat.masked_fill(flat.isnan(), torch.inf))  # else chance decides whether NaN is larger
         if not seen and flat.max() == -torch.inf:
             raise ValueError(
                 "QKClip: no attention module has run in training mode since the last step, so no logit was seen; call "
-                "step() after a forward pass, or give the largest logit of each head with observe()"
+                "step() after a forward pass, make QKClip before a model that is compiled runs for the first time, or "
+                "give the largest logit of each head with observe()"
             )
         parts = torch.split(flat, [attention.heads for attention in attentions])
         for attention, maxima_H in zip(attentions, parts, strict=True):
-            attention.clip(maxima_H.to(attention.device), self.threshold, self.alpha)
+            attention.clip(maxima_H.to(attention.device), self.threshold, self.alpha, states)
             attention.seen = None
 
     def _same_everywhere(self) -> Peers | None:
@@ -285,16 +320,23 @@ class QKClip:
         """Go on with the counts of a checkpoint.
 
         Raises:
-            ValueError: it is of other attention modules, or of something else; nothing has changed.
+            TypeError: it is no dictionary.
+        ValueError: it is of other attention modules, or of something else; nothing has changed.
         """
-        if lacking := [key for key in ("steps", "maxima", "clips") if key not in state_dict]:
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"QKClip: the checkpoint is a {type(state_dict).__name__}; give what state_dict() of a QKClip returned"
+            )
+        kinds = {"steps": WHOLE.holds, "maxima": _has_tensors, "clips": _has_tensors}
+        if lacking := [key for key, fits in kinds.items() if not fits(state_dict.get(key))]:
             raise ValueError(
                 f"QKClip: the checkpoint has no {', '.join(lacking)}; give what state_dict() of a QKClip returned"
             )
-        saved = {name: len(x) for name, x in state_dict["clips"].items()}
         here = {name: a.heads for name, a in self._attentions.items()}
-        if saved != here:
-            raise ValueError(f"QKClip: the checkpoint has heads {saved}, and this model {here}")
+        for part in ("maxima", "clips"):
+            saved = {name: len(x) for name, x in state_dict[part].items()}
+            if saved != here:
+                raise ValueError(f"QKClip: the checkpoint has heads {saved}, and this model {here}")
         self.steps = state_dict["steps"]
         for name, attention in self._attentions.items():
             attention.latest_H = state_dict["maxima"][name].to(attention.device, copy=True)
@@ -316,7 +358,7 @@ class _Hook:
     def __init__(self, clip: QKClip, attention: Attention, method: str) -> None:
         self._clip, self._attention, self._method = weakref.ref(clip), attention, method
 
-    @not_compiled
+    @eager
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if (clip := self._clip()) is None:
             return
@@ -327,6 +369,10 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, (_ignore,)
+
+
+def _has_tensors(part: Any) -> bool:
+    return isinstance(part, Mapping) and all(isinstance(x, Tensor) and x.ndim == 1 for x in part.values())
 
 
 def _ignore(*_: Any) -> None:

@@ -39,7 +39,8 @@ LAYER = Check(
     "the name of a layer, or (name, first row) with a row >= 0",
 )
 # A norm of queries or keys behind their projections; those of latents (`q_a_layernorm`) stand before.
-_NORM = re.compile(r"(q|k|query|key)_?(norm|ln|layer_?norm)|(norm|ln|layer_?norm)_?(q|k|query|key)")
+_NAME, _KIND = "(q|k|qk|query|key)", "((layer|rms|l2)?_?norm|ln)"
+_NORM = re.compile(f"{_NAME}_?{_KIND}|{_KIND}_?{_NAME}")
 LOOKED_FOR = (
     f"torch.nn.MultiheadAttention; layers {', '.join('/'.join(pair) for pair in PAIRS)}; fused ones called "
     f"{', '.join((*FUSED_ATTENTION, *INTERLEAVED_ATTENTION))}; latent attention with {', '.join(LATENT_KEYS)}"
@@ -88,7 +89,7 @@ def find(
     Raises:
         ValueError: there is none, a pattern of `projections` matches no module, or two share a parameter.
     """
-    modules = {plain_path(path): module for path, module in model.named_modules()}
+    modules = _by_path(model)
     found: list[Attention] = []
     skipped: dict[str, str] = {}
     if projections is None:
@@ -112,6 +113,17 @@ def find(
     return found, skipped
 
 
+def _by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by their paths without wrappers, of which DistributedDataParallel calls what it wraps `module`."""
+    wrapper = [name for name, _ in model.named_children()] == ["module"]
+    found = {}
+    for path, module in model.named_modules():
+        first, _, rest = path.partition(".")
+        own = first == "module" and not wrapper
+        found[f"module.{plain_path(rest)}".rstrip(".") if own else plain_path(path)] = module
+    return found
+
+
 def in_words(skipped: Mapping[str, str]) -> list[str]:
     """A line for each reason, with the modules for which it holds."""
     paths: dict[str, list[str]] = {}
@@ -128,12 +140,16 @@ def _as_given(modules: Mapping[str, nn.Module], projections: Mapping[str, Heads]
         raise TypeError(
             f"QKClip: projections={projections!r} is not allowed; give a dictionary from paths of modules to `Heads`"
         )
-    found = []
+    found: list[Attention] = []
     for pattern, heads in projections.items():
         paths = [path for path in modules if fnmatchcase(path, pattern)]
         if not paths:
             raise ValueError(f"QKClip: projections names {pattern!r}, which is the path of no module of the model")
         for path in paths:
+            if any(attention.name == path for attention in found):
+                raise ValueError(
+                    f"QKClip: projections[{pattern!r}] and a pattern before it both match {called(path)}; give one"
+                )
             try:
                 found.append(_explicit(path, modules[path], heads))
             except _Unfit as reason:
@@ -263,6 +279,11 @@ def _explicit(path: str, module: nn.Module, heads: Heads) -> Attention:
         raise _Unfit(f"{H} heads of {D} rows are not the {q_rows} rows of {query}; give (name, first row)")
     if isinstance(heads.key, str) and k_rows != G * D:
         raise _Unfit(f"{G} key heads of {D} rows are not the {k_rows} rows of {key}; give (name, first row)")
+    if query == key and first_q < first_k + G * D and first_k < first_q + H * D:
+        raise _Unfit(
+            f"rows {first_q} to {first_q + H * D} of {query} are given for queries, and {first_k} to "
+            f"{first_k + G * D} for keys; a row cannot be both"
+        )
     attention = Attention(path, module, H, G, D)
     spans = {query: [Span(QUERY, 1, first_q, H, D)]}
     spans.setdefault(key, []).append(Span(KEY, 1, first_k, G, D))

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from emerging_optimizers.distributed.dtensor import local_of
+from emerging_optimizers.engine.ambient import eager
 from emerging_optimizers.qk_clip.attention import Attention
 
 # Elements of the logits that are computed at once. On a CPU they stay in the cache (of 2^18 to 2^24 the fastest, for
 # sequences of 512 and 2048); elsewhere 256 MiB in float32, so that launches are few. LEAST: queries in any case.
 CHUNK_CPU, CHUNK, LEAST = 2**20, 2**26, 16
-FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-# Both are untyped in torch.
-_unflatten: Callable[..., Tensor] = torch.unflatten
-not_compiled: Callable[[FunctionT], FunctionT] = torch.compiler.disable
+_unflatten: Callable[..., Tensor] = torch.unflatten  # untyped in torch
 
 
 def largest_logits(
@@ -98,9 +96,14 @@ class Sight(TorchFunctionMode):
         """It has returned."""
         self.inside.pop()
         if not self.inside:
-            self._looking.close()
+            self.close()
 
-    @not_compiled  # what it looks at runs as it is; the layers around are compiled
+    def close(self) -> None:
+        """Whatever was called is over."""
+        self.inside.clear()
+        self._looking.close()
+
+    @eager  # what it looks at runs as it is; the layers around are compiled
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -143,19 +146,37 @@ def _dot_products(
             "the largest logit of each head with observe()"
         )
     scale = attention.head_dim**-0.5 if scale is None else scale
-    q, k = (x[None] if x.ndim == 3 else x for x in map(local_of, (query, key)))
-    mask = None if attn_mask is None else local_of(attn_mask)
-    if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+    q, k = map(local_of, (query, key))
+    mask = None if attn_mask is None else _as_told(local_of(attn_mask))
+    if q.ndim > 4:  # what is the same for several of its sequences is said for each
+        k, mask = k.expand(*q.shape[:-3], *k.shape[-3:]), None if mask is None else mask.expand(*q.shape[:-2], -1, -1)
+    q, k, mask = _in_four(q), _in_four(k), None if mask is None else _in_four(mask)
+    if mask is not None and mask.shape[0] > 1:
         mask = mask[:rows]
     with torch.autocast(q.device.type, enabled=False):
         return largest_logits(q[:rows], k[:rows].to(q.dtype), scale, mask, is_causal)
 
 
+def _in_four(x: Tensor) -> Tensor:
+    """Axes in front of (H, S, D) are one batch."""
+    return x.flatten(0, -4) if x.ndim >= 4 else x[(None,) * (4 - x.ndim)]
+
+
+def _as_told(mask: Tensor) -> Tensor:
+    """Where torch's own causal biases, which hold no numbers, show a key."""
+    if type(mask).__name__ != "CausalBias":  # to import it takes seconds
+        return mask
+    bias: Any = mask
+    S, T = bias.seq_len_q, bias.seq_len_kv
+    below = T - S if bias.variant.name == "LOWER_RIGHT" else 0
+    return torch.ones(S, T, dtype=torch.bool, device=mask.device).tril(below)
+
+
 def _weights(
-    attention: Attention, rows: int | None, x: Tensor, dim: int | None = None, *_: Any, **__: Any
+    attention: Attention, rows: int | None, input: Tensor, dim: int | None = None, *_: Any, **__: Any
 ) -> Tensor | None:
     """What a softmax is given; None for one over something else than the logits (B, H, S, T)."""
-    x = local_of(x)
+    x = local_of(input)
     if x.ndim != 4 or dim not in (-1, 3) or attention.heads % x.shape[1] or not x.numel():
         return None
     return x[:rows].amax((0, 2, 3)).float()
@@ -206,5 +227,6 @@ _LOOKS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.multi_head_attention_forward: _multi_head,
     F.softmax: _weights,
     torch.softmax: _weights,
+    torch.special.softmax: _weights,
     Tensor.softmax: _weights,
 }

@@ -48,9 +48,10 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(words, wrong, 
 
 
 @pytest.mark.slow  # six processes import torch
-def test_a_run_goes_on_with_another_number_of_processes(tiny_args, tmp_path, capfd):
+@pytest.mark.parametrize("words", [(), ("--average", "0.5")], ids=["plain", "average"])
+def test_a_run_goes_on_with_another_number_of_processes(words, tiny_args, tmp_path, capfd):
     folder = tmp_path / "run"
-    main(["train", *tiny_args, "--optimizers", "adamw,soap", "--nproc", "2", "--out", str(folder)])
+    main(["train", *tiny_args, *words, "--optimizers", "adamw,soap", "--nproc", "2", "--out", str(folder)])
     whole = shown(capfd)
     for name in ("adamw", "soap"):
         shutil.rmtree(folder / name / "step-000006")

@@ -1,5 +1,6 @@
 """Attention modules of several kinds, small, and a module run in several processes."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,6 +117,14 @@ def _parallel(model: nn.Module, x: Tensor, kind: str) -> Tensor:
     parallelize_module(model, mesh["b"], plan)
     fully_shard(model, mesh=mesh["a"])
     return x[dist.get_rank() // 2 :: 2]
+
+
+def of_nan() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a clip makes of logits that are not finite on one process of two."""
+    clip = QKClip(net(Grouped()), threshold=4.0, measure=False)
+    clip.observe("0", [math.nan, 5.0, math.inf, math.nan] if dist.get_rank() else [5.0, math.nan, 5.0, 3.0])
+    clip.step()
+    return clip.maxima(), clip.events()
 
 
 def differing() -> str:

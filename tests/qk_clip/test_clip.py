@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from emerging_optimizers import Muon, QKClip, create_optimizer, list_optimizers
+from emerging_optimizers import Muon, QKClip, ScheduleFree, WeightAverage, create_optimizer, list_optimizers
+from emerging_optimizers.linalg.rounding import join_bfloat16_
 from emerging_optimizers.qk_clip import Heads
 from emerging_optimizers.qk_clip.clip import UNDOES
 from emerging_optimizers.qk_clip.logits import largest_logits
@@ -166,6 +168,20 @@ def test_rows_of_the_batch_and_steps():
     assert clip.maxima()[""] == first
 
 
+def test_values_that_are_given_between_the_steps_that_clip_do_not_count():
+    clip = QKClip(net(Grouped()), threshold=10.0, every=2, measure=False)
+    for value in (50.0, 1.0):
+        clip.observe("0", [value] * 4)
+        clip.step()
+    assert (clip.maxima(), clip.events()) == ({"0": [1.0] * 4}, {})
+
+
+def test_modules_that_are_called_as_a_wrapper_calls_them():
+    inner = nn.ModuleDict({"attention": Grouped(), "module": nn.ModuleDict({"attention": Grouped()})})
+    assert [*QKClip(inner).maxima()] == ["attention", "module.attention"]
+    assert [*QKClip(nn.ModuleDict({"module": inner})).maxima()] == ["attention", "module.attention"]
+
+
 def test_gradients_and_outputs_are_those_without():
     model, other, x = net(Fused(), Grouped()), net(Fused(), Grouped()), batch()
     QKClip(model)
@@ -238,6 +254,62 @@ def test_beside_every_optimizer(name):
     assert largest[1:] == pytest.approx([1.0, 1.0], abs=1e-3)  # steps of 1e-7 move it no further
 
 
+@pytest.mark.parametrize("clip_first", [True, False])
+@pytest.mark.parametrize("layer", [ScheduleFree, lambda optimizer: WeightAverage(optimizer, 0.0)])
+def test_averages_follow_what_was_clipped(layer, clip_first):
+    """Schedule-free makes the weights anew out of z and x, and so would bring back what they were before the clip."""
+    model = net(Grouped(), Grouped())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-7)
+    clip = QKClip(model, threshold=5.0)
+    if clip_first:
+        clip.attach(optimizer)
+        averaged = layer(optimizer)
+    else:
+        averaged = layer(optimizer)
+        clip.attach(optimizer)
+    largest = []
+    for _ in range(4):
+        model(batch()).sum().backward()
+        optimizer.step(), optimizer.zero_grad()
+        largest.append(max(map(max, clip.maxima().values())))
+        if len(largest) == 1:  # then the average is the weight itself
+            assert all(torch.equal(p, optimizer.state[p]["average"]) for p in model.parameters())
+    assert largest[0] > 500
+    assert largest[1:] == pytest.approx([5.0] * 3, rel=1e-3)  # of steps, which are short
+    averaged.eval()
+    assert max(seen(clip, model, batch())) == pytest.approx(5.0, rel=1e-3)
+
+
+def test_weights_that_keep_their_rounding_are_scaled_in_float32():
+    model = net(Grouped()).bfloat16()
+    optimizer = create_optimizer("adamw", model, lr=1e-3, weight_rounding="compensated")
+    clip = QKClip(model, threshold=3.0, measure=False)
+
+    def wide():
+        x = torch.empty(16, 16)
+        join_bfloat16_(x, model[0].q_proj.weight.detach(), optimizer.state[model[0].q_proj.weight]["weight_bits"])
+        return x
+
+    model(batch().bfloat16()).sum().backward()
+    optimizer.step()
+    before = wide()
+    clip.attach(optimizer)
+    clip.observe("0", [10.0] * 4)
+    clip.step()
+    torch.testing.assert_close(wide(), before * 0.3**0.5, rtol=1e-6, atol=0)
+    assert torch.equal(model[0].q_proj.weight, wide().bfloat16())
+
+
+def test_a_step_that_a_cuda_graph_records_is_refused(monkeypatch):
+    """Without a GPU: the question is answered for it."""
+    clip = QKClip(net(Grouped()), measure=False)
+    clip.observe("0", [1.0] * 4)
+    monkeypatch.setattr("emerging_optimizers.qk_clip.clip.is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="recorded in a CUDA graph, which would repeat it without counting"):
+        clip.step()
+    assert clip.steps == 0
+
+
 def test_attach_and_close():
     model = net(Grouped())
     optimizer = Muon([model[0].q_proj.weight], lr=0.01)
@@ -267,6 +339,9 @@ def test_a_checkpoint_goes_on(tmp_path):
 def test_a_copy_of_the_model_is_not_looked_at():
     model = net(Grouped())
     clip = QKClip(model)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="is not copied with them; make another one for the copy, attach it"):
+            copied((model, clip))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other(batch())
     with pytest.raises(ValueError, match="no attention module has run in training mode since the last step"):
@@ -293,6 +368,73 @@ def test_given_projections():
     assert not clip._sight.inside
 
 
+def test_an_interrupt_inside_is_over_with_the_next_call():
+    """Torch tells no hook of what is no `Exception`."""
+    model = net(Grouped(), Grouped())
+    clip, others = QKClip(model, threshold=1e30), torch.randn(1, 2, 3, 7)
+    usual, run = seen(clip, model, batch()), model[1].forward
+
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    for after in (lambda: model[0](batch()), model.eval, clip.step, clip.close):
+        model[1].forward = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            model(batch())
+        model[1].forward = run
+        after()
+        model(batch())
+        assert not clip._sight.inside
+        torch.nn.functional.scaled_dot_product_attention(others, others, others)  # in no module of this model
+        model.train()
+    assert seen(QKClip(model), model, batch()) == usual
+
+
+class Asked(Grouped):
+    """How attention is called is given."""
+
+    def __init__(self, call):
+        super().__init__(groups=4)
+        self.call = call
+
+    def forward(self, x):
+        q, k, v = (m(x).unflatten(-1, (-1, 4)).transpose(-3, -2) for m in (self.q_proj, self.k_proj, self.v_proj))
+        return self.call(q, k, v)
+
+
+@pytest.mark.parametrize("softmax", [torch.softmax, torch.special.softmax, torch.nn.functional.softmax])
+def test_a_softmax_by_any_name(softmax):
+    model = net(Asked(lambda q, k, v: softmax(input=q @ k.mT / 2, dim=-1) @ v))
+    fused = net(Asked(torch.nn.functional.scaled_dot_product_attention))
+    assert seen(QKClip(model), model, batch()) == pytest.approx(seen(QKClip(fused), fused, batch()), rel=RTOL)
+
+
+def test_several_axes_of_sequences():
+    attend = torch.nn.functional.scaled_dot_product_attention
+    x, mask = batch(6).unflatten(0, (2, 3)), torch.rand(3, 1, 8, 8) < 0.7
+    model = net(Asked(lambda q, k, v: attend(q, k, v, mask)))
+    found = seen(QKClip(model), model, x)
+    alone = net(Asked(lambda q, k, v: attend(q, k, v, mask.repeat(2, 1, 1, 1))))
+    assert found == pytest.approx(seen(QKClip(alone), alone, x.flatten(0, 1)), rel=RTOL)
+
+
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_masks_that_hold_no_numbers(bias):
+    attend = torch.nn.functional.scaled_dot_product_attention
+    model = net(Asked(lambda q, k, v: attend(q[:, :, -3:], k, v, bias(3, 8))))
+    mask = torch.ones(3, 8, dtype=torch.bool).tril(5 if bias is causal_lower_right else 0)
+    plain = net(Asked(lambda q, k, v: attend(q[:, :, -3:], k, v, mask)))
+    assert seen(QKClip(model), model, batch()) == seen(QKClip(plain), plain, batch())
+
+
+def test_a_threshold_that_is_next_to_nothing():
+    model = net(Grouped())
+    clip = QKClip(model, threshold=1e-300, measure=False)
+    clip.observe("0", [10.0] * 4)
+    clip.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_what_fails_inside_stays_what_it_was():
     model = net(Grouped())
     clip = QKClip(model)
@@ -312,6 +454,15 @@ def test_what_fails_inside_stays_what_it_was():
         ({"projections": {"x": Heads(4, "q_proj", "k_proj")}}, "'x', which is the path of no module"),
         ({"projections": {"0": Heads(4, "wq", "k_proj")}}, "has no layer 'wq'; it has q_proj, k_proj"),
         ({"projections": {"0": Heads(3, "q_proj", "k_proj")}}, "do not fit|are not the 16 rows"),
+        (
+            {"projections": dict.fromkeys(("[0-9]", "0"), Heads(4, "q_proj", "k_proj"))},
+            "a pattern before it both match 0",
+        ),
+        (
+            {"projections": {"0": Heads(2, ("q_proj", 0), ("q_proj", 4), head_dim=4)}},
+            "rows 0 to 8 of q_proj are given for queries, and 4 to 12 for keys; a row cannot be both",
+        ),
+        ({"alpha": True}, "alpha=True"),
     ],
 )
 def test_refused_arguments(given, message):
@@ -346,6 +497,15 @@ def test_refused_values():
         QKClip(Grouped()).observe("", [1.0] * 3)
     with pytest.raises(ValueError, match="the checkpoint has no maxima, clips; give what state_dict"):
         clip.load_state_dict({"steps": 7})
+    saved = clip.state_dict()
+    for wrong in (
+        {"steps": "7"}, {"steps": -1}, {"maxima": None}, {"maxima": {}}, {"clips": {"0": [1, 2, 3, 4]}},
+        {"maxima": {"0": torch.zeros(3)}},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"the checkpoint has (no|heads)"):
+            clip.load_state_dict({**saved, "steps": 5, **wrong})
+    with pytest.raises(TypeError, match="the checkpoint is a NoneType; give what state_dict"):
+        clip.load_state_dict(None)
     assert clip.steps == 0
 
 
@@ -375,15 +535,18 @@ def test_what_is_of_another_kind_is_named():
     clip, optimizer = QKClip(model), torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="optimizer is a list; give the torch optimizer"):
         clip.attach([optimizer])
+    with pytest.raises(TypeError, match=r"optimizer is a Wrapper; give .* not what wraps it"):
+        clip.attach(object.__new__(type("Wrapper", (torch.optim.Optimizer,), {})))  # accelerate's has no hooks
     clip.attach(optimizer)
     with pytest.raises(ValueError, match=r"after the steps of a SGD already, .* make a new one"):
         clip.attach(optimizer)
 
 
-def test_a_norm_behind_a_projection_is_left_alone():
+@pytest.mark.parametrize("name", ["q_norm", "qk_norm", "norm_k", "query_layernorm", "k_rms_norm", "ln_q"])
+def test_a_norm_behind_a_projection_is_left_alone(name):
     model = net(Grouped(), Grouped())
-    model[1].q_norm = nn.RMSNorm(4)
-    with pytest.warns(UserWarning, match=r"leaves modules alone: 1: it normalises queries or keys .*\(q_norm\)"):
+    model[1].add_module(name, nn.RMSNorm(4))
+    with pytest.warns(UserWarning, match=rf"leaves modules alone: 1: it normalises queries or keys .*\({name}\)"):
         clip = QKClip(model)
     assert [*clip.skipped] == ["1"]
     with pytest.raises(

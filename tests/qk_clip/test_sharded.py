@@ -1,5 +1,7 @@
 """QK-Clip on several processes: maxima count together, and each scales what lies on it."""
 
+import math
+
 import pytest
 
 from tests.distributed.processes import run
@@ -28,6 +30,10 @@ def check(kind, found):
         assert all(here[name] == pytest.approx(whole[name], rel=TOLERANCE) for name in whole)
         assert one["events"][0] == one["events"][1] != {}
         assert one["local"]["0.q_proj.weight"] == {"replicated": (16, 16), "both": (4, 16)}.get(kind, (8, 16))
+
+
+def test_logits_that_are_not_finite_on_one_process_clip_nothing():
+    assert run(2, models.of_nan) == [({"0": [math.inf] * 4}, {})] * 2
 
 
 def test_other_modules_on_another_process_are_an_error():
