@@ -71,10 +71,10 @@ def _replacing(beginnings: Mapping[str, str]) -> Callable[[str], str]:
     return give
 
 
-def plain_names(group: Mapping[str, Any]) -> list[str] | None:
-    """`plain_name` of a group's parameters; None: it has none."""
+def plain_names(group: Mapping[str, Any], form: Callable[[str], str] = plain_name) -> list[str] | None:
+    """`plain_name` of a group's parameters, or another form of their names; None: it has none."""
     names = names_of(group)
-    return None if names is None else [*map(plain_name, names)]
+    return None if names is None else [*map(form, names)]
 
 
 def check_format(state_dict: Mapping[str, Any]) -> None:
@@ -105,11 +105,14 @@ def arranged(owner: str, groups: Sequence[Mapping[str, Any]], state_dict: Mappin
         ValueError: the names are not the same, or groups hold others; it lists the difference.
     """
     saved = state_dict["param_groups"]
-    here, there = ([plain_names(group) for group in side if group["params"]] for side in (groups, saved))
-    if not (_are_unique(here) and _are_unique(there)):
+    for form in (plain_name, str):  # a model may have both `a` and `module.a`
+        here, there = ([plain_names(group, form) for group in side if group["params"]] for side in (groups, saved))
+        if _are_unique(here) and _are_unique(there):
+            break
+    else:
         return {**state_dict}
-    place = {name: (k, i) for k, group in enumerate(saved) for i, name in enumerate(plain_names(group) or ())}
-    wanted = {name: k for k, group in enumerate(groups) for name in plain_names(group) or ()}
+    place = {name: (k, i) for k, group in enumerate(saved) for i, name in enumerate(plain_names(group, form) or ())}
+    wanted = {name: k for k, group in enumerate(groups) for name in plain_names(group, form) or ()}
     lines = [f"{name}: absent in the checkpoint" for name in wanted if name not in place]
     lines += [f"{name}: absent here" for name in place if name not in wanted]
     if lines:
@@ -119,7 +122,7 @@ def arranged(owner: str, groups: Sequence[Mapping[str, Any]], state_dict: Mappin
     empty = iter([group for group in saved if not group["params"]])
     found = []
     for k, group in enumerate(groups):
-        names = plain_names(group) or []
+        names = plain_names(group, form) or []
         sources = {place[name][0] for name in names}
         if not names:
             source = next(empty, None)

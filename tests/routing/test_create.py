@@ -417,6 +417,28 @@ def test_a_checkpoint_of_a_compiled_or_wrapped_model_loads_into_the_bare_one() -
         saved = create_optimizer("muon", model).state_dict()
 
 
+def test_a_name_that_only_looks_like_a_wrappers_is_another_one() -> None:
+    def made(names: list[str]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Module()
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            inside = model
+            for part in filter(None, path.split(".")):
+                inside.add_module(part, torch.nn.Module())
+                inside = inside.get_submodule(part)
+            inside.register_parameter(leaf, torch.nn.Parameter(torch.zeros(4, 4)))
+        return model, create_optimizer("adamw", model)
+
+    names = ["a", "module.a"]
+    (model, optimizer), (other, loaded) = made(names), made(names[::-1])
+    for k, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, k + 1.0)
+    optimizer.step()
+    loaded.load_state_dict(optimizer.state_dict())
+    for name, p in model.named_parameters():
+        assert torch.equal(loaded.state[other.get_parameter(name)]["exp_avg"], optimizer.state[p]["exp_avg"])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_of_torchs_adamw_loads_and_goes_on_as_torch_does(tied: bool) -> None:
     model, other = GPTLike(tied=tied), GPTLike(tied=tied)
