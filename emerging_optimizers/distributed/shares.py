@@ -364,7 +364,7 @@ class OwnedShard(Owned):
 
     def localize(self, value: Tensor, view: Tensor, block: int = 1) -> Tensor:
         """It is what belongs here."""
-        return value
+        return view if self.elsewhere else value
 
     def publish_stored(self, local: Tensor) -> Tensor:
         """A shard, too."""
