@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.distributed.dtensor import local_of
-from emerging_optimizers.engine.options import FRACTION, NON_NEGATIVE, WHOLE
+from emerging_optimizers.engine.options import FRACTION, SHARE, WHOLE
 
 ModeT = Literal["train", "eval"]
 
@@ -152,7 +152,7 @@ class WeightAverage(_Layer):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float = 0.999, start: int = 0) -> None:
-        if not (NON_NEGATIVE.holds(decay) and decay <= 1):
+        if not SHARE.holds(decay):
             raise ValueError(f"WeightAverage: decay={decay!r} is not allowed; give a number in [0, 1]")
         if not WHOLE.holds(start):
             raise ValueError(f"WeightAverage: start={start!r} is not allowed; give a number of steps >= 0")

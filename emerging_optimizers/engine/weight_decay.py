@@ -33,7 +33,7 @@ def cautious_keep(keep: Any, weight: Tensor, direction: Tensor) -> Tensor:
     There the update takes the element towards zero anyway, as decay does (Chen et al. 2025, Cautious Weight Decay,
     arXiv 2510.12402).
     """
-    return 1 - (direction * weight >= 0).to(direction.dtype) * (1 - keep)
+    return 1 - (direction.sign() * weight >= 0).to(direction.dtype) * (1 - keep)  # their product may underflow
 
 
 def cautious(direction: Tensor, grad: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def cautious(direction: Tensor, grad: Tensor) -> Tensor:
     with the mean of each unit, over which the first axis runs (Liang et al. 2024, Cautious Optimizers, arXiv
     2411.16085).
     """
-    agrees = (direction * grad > 0).to(direction.dtype)
+    agrees = (direction.sign() * grad > 0).to(direction.dtype)  # their product may underflow
     share = agrees.flatten(1).mean(dim=1).clamp_min(1e-3)
     return direction * agrees / share.view(-1, *(1 for _ in direction.shape[1:]))
 

@@ -23,13 +23,11 @@ from torch import Tensor, nn
 
 from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.engine import RuleOptimizer
-from emerging_optimizers.engine.options import COUNT, POSITIVE, Check, optional
+from emerging_optimizers.engine.options import COUNT, POSITIVE, SHARE, optional
 from emerging_optimizers.engine.validate import check_group, suggest
 from emerging_optimizers.qk_clip.attention import Attention
 from emerging_optimizers.qk_clip.heads import Heads, find, in_words
 from emerging_optimizers.qk_clip.logits import Sight, not_compiled
-
-SHARE = Check(lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number in [0, 1]")
 
 # Optimizers that set a weight's size by themselves.
 UNDOES = {

@@ -8,9 +8,13 @@ r"""SPlus: the sign of the momentum in the eigenbasis of Shampoo's Kronecker fac
     W_t &= (1 - \eta\lambda) W_{t-1} - \eta \frac{2}{M + N}\, Q_L \operatorname{sign}(Q_L^\top M_t Q_R)\, Q_R^\top
 
 for an (M, N) matrix. Every entry in the eigenbasis moves by the same amount, however old the basis is, so that the
-update cannot grow while bases wait: its RMS is exactly 2 / (M + N), by which one rate serves all widths. The momentum
+update cannot grow while bases wait: its RMS is 2 / (M + N), by which one rate serves all widths. The momentum
 is in the parameter's own space and does not turn with the bases. The first step has the identity for its basis and is
 that of signed momentum; the second has the first eigenbasis, of both gradients (published: of the first).
+
+Entries of at most :math:`4 \varepsilon \|M_t\|_F`, with the dtype's :math:`\varepsilon`, have the sign 0 (published: a
+sign). They are what rounding leaves where no gradient has been: with gradients of rank 4 the published update of a
+64 x 64 matrix is 16 times as long beside their span as in it, and which way is up to the machine.
 
 The authors evaluate an average of the weights, as `WeightAverage(optimizer, 0.999)` does, and decay by the scaled
 rate: their weight decay of 0.01 is 0.02 / (M + N) here.
@@ -24,7 +28,9 @@ References:
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
+import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from emerging_optimizers.engine import Phase, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.options import (
@@ -46,6 +52,9 @@ from emerging_optimizers.soap.options import (
     UseEigh,
 )
 from emerging_optimizers.soap.soap import EigenbasisRule
+
+# Of products with both bases, in units of the dtype's epsilon and of the momentum's norm. With less, null spaces move.
+_ROUNDING = 4
 
 
 class SPlusState(NamedTuple):
@@ -74,7 +83,9 @@ class SPlusRule(EigenbasisRule):
         """See the module's equations."""
         s: SPlusState = state
         momentum_BMN = lerp(s.momentum_buffer, grad, 1 - t.momentum)
-        signs_BMN = project_in(momentum_BMN, s.Q_L, s.Q_R).sign()
+        rotated_BMN = project_in(momentum_BMN, s.Q_L, s.Q_R)
+        noise_B11 = _ROUNDING * torch.finfo(grad.dtype).eps * vector_norm(momentum_BMN, dim=(-2, -1), keepdim=True)
+        signs_BMN = rotated_BMN.masked_fill(rotated_BMN.abs() <= noise_B11, 0).sign()
         direction_BMN = project_out(signs_BMN, s.Q_L, s.Q_R) * (2 / (grad.size(-2) + grad.size(-1)))
         return Step(direction_BMN, s._replace(momentum_buffer=momentum_BMN))
 
@@ -111,7 +122,10 @@ class SPlus(RuleOptimizer):
     def __init__(
         self,
         params: MatrixParams,
-        lr: Annotated[LearningRate, "learning rate, >= 0; the RMS of an update is 2 / (M + N) of it."] = 0.1,
+        lr: Annotated[
+            LearningRate,
+            "learning rate, >= 0; the RMS of an update is 2 / (M + N) of it, less where gradients have a low rank.",
+        ] = 0.1,
         momentum: Momentum = 0.9,
         shampoo_beta: ShampooBeta = 0.999,
         weight_decay: WeightDecay = 0.0,

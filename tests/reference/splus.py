@@ -2,6 +2,8 @@
 
     M <- mu M + (1 - mu) G        W <- W - lr 2 / (m + n) Q_L sign(Q_L^T M Q_R) Q_R^T
 
+What is zero but for rounding, 4 eps ||M||, has the sign 0.
+
 Frans, Levine and Abbeel, 2025, arXiv 2506.07254. Factors, bases and their start are those of ``soap.py``.
 """
 
@@ -39,7 +41,9 @@ class ReferenceSPlus(ReferenceSOAP):
         for i in range(G.shape[0]):
             for j in range(G.shape[1]):
                 q, r = self.Q_L[:, i], self.Q_R[:, j]
-                U += torch.sign(q @ self.momentum_buffer @ r) * torch.outer(q, r)
+                entry = q @ self.momentum_buffer @ r
+                if abs(entry) > 4 * torch.finfo(G.dtype).eps * self.momentum_buffer.norm():
+                    U += torch.sign(entry) * torch.outer(q, r)
         if self.overlap and self.refreshes_now():
             self.refresh_bases()
         decayed = decay_weight(W, self.lr, self.weight_decay, self.weight_decay_method)
