@@ -320,10 +320,10 @@ class Declared(NamedTuple):
     arguments: tuple[tuple[str, str], ...] = ()
 
 
-def declared(constructor: Callable[..., Any]) -> Declared:
+def declared(constructor: Callable[..., Any], preset: Mapping[str, Any] = MappingProxyType({})) -> Declared:
     """Read a constructor's signature, and leave plain types in its annotations, as `inspect` is to see them.
 
-    One whose annotations cannot be evaluated declares nothing.
+    One whose annotations cannot be evaluated declares nothing. `preset` has defaults that are the class's own.
     """
     try:
         hints = get_type_hints(constructor, include_extras=True)
@@ -341,7 +341,11 @@ def declared(constructor: Callable[..., Any]) -> Declared:
             ranges |= {key: option.check for key, option in more.items()}
             defaults |= {key: option.default for key, option in more.items()}
             everyones = EngineOptions.__annotations__
-            arguments += [(key, f"{x.text} Default {x.default!r}.") for key, x in more.items() if key not in everyones]
+            arguments += [
+                (key, f"{x.text} Default {preset.get(key, x.default)!r}.")
+                for key, x in more.items()
+                if key not in everyones
+            ]
             arguments.append((f"**{name}", "see `EngineOptions`."))
             continue
         if option := _option_of(hint):
