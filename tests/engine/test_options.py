@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from emerging_optimizers import MARS, SOAP, AdamW, LaProp, Muon, MuonMix, ObliqueSGD
+from emerging_optimizers import MARS, SOAP, AdamW, LaProp, MAdam, Muon, MuonMix, ObliqueSGD
 from emerging_optimizers.engine.validate import suggest
 
 
@@ -95,6 +95,7 @@ def test_what_cannot_be_met_raises_and_says_why() -> None:
         (lambda p: ObliqueSGD(p, dim=1.0), r"dim=1\.0 .*one of 0, 1, -2, -1"),
         (lambda p: ObliqueSGD(p, dim=True), "dim=True .*one of 0, 1, -2, -1"),
         (lambda p: MuonMix(p, slow_share=True), r"slow_share=True .*a number in \[0, 1\]"),
+        (lambda p: MAdam(p, scale_log2=False), "scale_log2=False .*an even integer"),
         (lambda p: MARS(p, gamma=10**400), "gamma=1000.*a finite number >= 0"),
     ],
 )
