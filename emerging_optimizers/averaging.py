@@ -29,7 +29,7 @@ from torch import Tensor
 from emerging_optimizers.distributed.dtensor import is_dtensor, local_of
 from emerging_optimizers.engine.ambient import eager, undisturbed
 from emerging_optimizers.engine.capture import is_capturing
-from emerging_optimizers.engine.options import FRACTION, NON_NEGATIVE, WHOLE
+from emerging_optimizers.engine.options import FRACTION, SHARE, WHOLE
 
 ModeT = Literal["train", "eval"]
 # What stands beside the optimizer's own in its state, and in its groups: which weights the model has.
@@ -252,7 +252,7 @@ class WeightAverage(_Layer):
     count = "averaged_steps"
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float = 0.999, start: int = 0) -> None:
-        if not (NON_NEGATIVE.holds(decay) and decay <= 1):
+        if not SHARE.holds(decay):
             raise ValueError(f"WeightAverage: decay={decay!r} is not allowed; give a number in [0, 1]")
         if not WHOLE.holds(start):
             raise ValueError(f"WeightAverage: start={start!r} is not allowed; give a number of steps >= 0")

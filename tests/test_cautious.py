@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers import Iso, Muon, Muown, Spectron, SpikeWatch
+from emerging_optimizers.engine.weight_decay import cautious, cautious_keep
 from emerging_optimizers.registry import OPTIMIZERS, entry
 from tests.cases import CASES, SEEDS, OptimizerCase
 
@@ -123,6 +124,14 @@ def test_a_rate_of_zero_moves_nothing_and_a_graphs_rate_is_a_tensor() -> None:
         _, tensor = run("muon", capturable=True, **options)
         for p, q in zip(number, tensor, strict=True):
             torch.testing.assert_close(p, q)
+
+
+def test_signs_are_compared_where_a_product_underflows() -> None:
+    """1e-23 times -1e-23 is no number of float32 but zero, which would say that they agree."""
+    small = torch.full((1, 2), 1e-23)
+    assert torch.equal(cautious(small, 2 * small), small)
+    assert torch.equal(cautious_keep(0.5, -small, small), torch.ones(1, 2))
+    assert torch.equal(cautious_keep(0.5, small, small), torch.full((1, 2), 0.5))
 
 
 def test_a_law_of_the_users_comes_behind_it() -> None:

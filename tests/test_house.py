@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def test_help_says_every_option_and_the_signature_has_plain_types(name: str) -> 
     assert "Annotated" not in str(inspect.signature(cls))
     own = set(declared(cls.__init__).ranges)  # with those of its keywords
     assert not (missing & own) - documented_elsewhere
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_help_says_the_defaults_that_a_group_gets(name: str) -> None:
+    cls = entry(name).load()
+    arguments = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", inspect.getdoc(cls) or "", re.MULTILINE)
+    for option, text in arguments:
+        if option in cls.preset and (said := re.search(r"\sDefault (\S+)\.$", text)):
+            assert said[1] == repr(cls.preset[option])
 
 
 def _everyones() -> list[str]:

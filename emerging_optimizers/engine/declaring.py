@@ -45,7 +45,10 @@ class DeclaredOptimizer(WeightDecayMixin, torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        said = declared(vars(cls)["__init__"]) if "__init__" in vars(cls) else Declared(arguments=cls._arguments)
+        own = vars(cls)
+        said = Declared(arguments=cls._arguments)
+        if "__init__" in own:
+            said = declared(own["__init__"], own.get("preset", {}))
         ranges: dict[str, Check] = {}
         preset: dict[str, Any] = {}
         for base in reversed(cls.__mro__[1:]):

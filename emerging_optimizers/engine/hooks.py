@@ -25,14 +25,15 @@ References:
     KellerJordan/modded-nanogpt 2026, pull requests 274 (update_floor) and 328 (row_update_floor).
 """
 
+import difflib
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
-from math import isfinite
+from dataclasses import MISSING, astuple, dataclass, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.scalars import is_number
 from emerging_optimizers.linalg.spectral_clipping import spectral_clipped_weight_decay, spectral_hardcap
 
 HookStateT = TypeVar("HookStateT")
@@ -115,8 +116,8 @@ class HyperballHook(WeightUpdateHook[Any]):
     eps: float = 1e-15
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
-        if self.radius is not None and not self.eps <= self.radius < float("inf"):
+        _check_positive("eps", self.eps)
+        if self.radius is not None and not (is_number(self.radius) and self.radius >= self.eps):
             raise ValueError(f"radius={self.radius!r} is not allowed; give None or a finite number >= eps={self.eps}")
 
     def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
@@ -144,10 +145,9 @@ class RadialBrakeHook(WeightUpdateHook[Any]):
     eps: float = 1e-15
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        _check_positive("eps", self.eps)
         for name in ("outward_scale", "inward_scale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; give a number in [0, 1]")
+            _check_share(name, getattr(self, name))
 
     def retract(self, free: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
         before, after = _norm(decayed), _norm(free)
@@ -170,7 +170,7 @@ class RelativeUpdateHook(WeightUpdateHook[Any]):
     eps: float = 1e-15
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps)
+        _check_positive("eps", self.eps)
 
     def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
         norm = _norm(decayed)
@@ -192,8 +192,7 @@ class UpdateFloorHook(WeightUpdateHook[Any]):
     ratio: float
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.ratio) and self.ratio > 0):
-            raise ValueError(f"ratio={self.ratio!r} is not allowed; give a finite number > 0")
+        _check_positive("ratio", self.ratio)
 
     def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
         least, norm = self.ratio * self.norm(old), self.norm(update)
@@ -230,7 +229,7 @@ class SpectralClipHook(WeightUpdateHook[Any]):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_beta(self.beta)
+        _check_positive("beta", self.beta)
 
     def direct(self, update: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
         return spectral_hardcap(update, self.beta)
@@ -252,9 +251,8 @@ class SpectralWeightDecayHook(WeightUpdateHook[Any]):
     c: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_beta(self.beta)
-        if not 0 <= self.c <= 1:
-            raise ValueError(f"c={self.c!r} is not allowed; give a number in [0, 1]")
+        _check_positive("beta", self.beta)
+        _check_share("c", self.c)
 
     def retract(self, free: Tensor, old: Tensor, decayed: Tensor) -> Tensor:
         return spectral_clipped_weight_decay(free, self.beta, self.c)
@@ -286,6 +284,7 @@ HOOKS: Mapping[str, type[WeightUpdateHook[Any]]] = {
     "spectral_weight_decay": SpectralWeightDecayHook,
     "update_floor": UpdateFloorHook,
 }
+ALLOWED = f"None, a hook, its name ({', '.join(HOOKS)}) or (name, its arguments)"
 _NAMES = {cls: name for name, cls in HOOKS.items()}
 WeightUpdateHookT = WeightUpdateHook[Any] | str | tuple[Any, ...] | None
 Law = WeightUpdateHook[Any] | InPlaceLaw
@@ -307,13 +306,19 @@ def make_hook(value: WeightUpdateHookT) -> Law | None:
         return InPlaceLaw(value)
     if isinstance(value, WeightUpdateHook):
         return value
-    name, *arguments = (value,) if isinstance(value, str) else value
+    name, *arguments = value if isinstance(value, (tuple, list)) and value else (value,)
+    if not isinstance(name, str):
+        raise ValueError(f"give {ALLOWED}")
     if name not in HOOKS:
-        raise ValueError(f"weight_update_hook={name!r} is not one of {', '.join(HOOKS)}")
-    try:
-        return HOOKS[name](*arguments)
-    except TypeError as wrong:
-        raise ValueError(f"weight_update_hook={value!r}: {wrong}") from None
+        close = difflib.get_close_matches(name, HOOKS, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name!r} is not one of {', '.join(HOOKS)}{meant}")
+    options = fields(HOOKS[name])  # type: ignore[arg-type]  # every hook is a dataclass
+    needed = [x for x in options if x.default is MISSING]
+    if not len(needed) <= len(arguments) <= len(options):
+        takes = ", ".join(x.name if x in needed else f"{x.name}={x.default!r}" for x in options)
+        raise ValueError(f"these are not its arguments; give ({name!r}, {takes})")
+    return HOOKS[name](*arguments)
 
 
 def _is_in_place(value: Any) -> bool:
@@ -347,11 +352,11 @@ def _unit(stack: Tensor, eps: float) -> Tensor:
     return torch.where(norm < eps, 0, stack / norm)
 
 
-def _check_eps(eps: float) -> None:
-    if not (isfinite(eps) and eps > 0):
-        raise ValueError(f"eps={eps!r} is not allowed; give a finite number > 0")
+def _check_positive(name: str, value: Any) -> None:
+    if not (is_number(value) and value > 0):
+        raise ValueError(f"{name}={value!r} is not allowed; give a finite number > 0")
 
 
-def _check_beta(beta: float) -> None:
-    if not (isfinite(beta) and beta > 0):
-        raise ValueError(f"beta={beta!r} is not allowed; give a finite number > 0")
+def _check_share(name: str, value: Any) -> None:
+    if not (is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name}={value!r} is not allowed; give a number in [0, 1]")

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.engine.hooks import HOOKS, WeightUpdateHookT, make_hook
+from emerging_optimizers.engine.hooks import ALLOWED as ALLOWED_HOOKS
+from emerging_optimizers.engine.hooks import WeightUpdateHookT, make_hook
 from emerging_optimizers.engine.kept import WeightRoundingT
 from emerging_optimizers.engine.matrix_view import ALLOWED, MatrixViewT, is_view
 from emerging_optimizers.engine.packing import INT8
+from emerging_optimizers.engine.scalars import is_number
 from emerging_optimizers.engine.weight_decay import WeightDecayT
 from emerging_optimizers.linalg.coefficients import SCHEDULES, NSCoeffT
 from emerging_optimizers.linalg.flops import has_no_data
@@ -34,10 +36,17 @@ NonfiniteT = Literal["skip", "raise", "propagate"]
 
 
 class Check(NamedTuple):
-    """A range: a predicate and the words for what it allows."""
+    """A range: a predicate and the words for what it allows.
+
+    Attributes:
+        holds: whether it allows a value.
+        allowed: in words.
+        wrong: what is wrong with a value that it does not allow, where that says more; empty: nothing does.
+    """
 
     holds: Callable[[Any], bool]
     allowed: str
+    wrong: Callable[[Any], str] = lambda value: ""
 
 
 class Option(NamedTuple):
@@ -57,25 +66,26 @@ class Option(NamedTuple):
 # ---- ranges ---------------------------------------------------------------------------------------------------------
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
 def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _makes_hook(value: Any) -> bool:
+def _wrong_with_hook(value: Any) -> str:
     try:
         make_hook(value)
-    except ValueError:
-        return False
-    return True
+    except ValueError as wrong:
+        return str(wrong)
+    return ""
 
 
 def one_of(*values: Any) -> Check:
-    """A choice among fixed values."""
-    return Check(lambda v: v in values, "one of " + ", ".join(map(repr, values)))
+    """A choice among fixed values; 1.0 and True are no 1."""
+
+    def is_one(v: Any) -> bool:
+        same_kind = [x for x in values if isinstance(v, type(x)) and isinstance(v, bool) == isinstance(x, bool)]
+        return v in same_kind
+
+    return Check(is_one, "one of " + ", ".join(map(repr, values)))
 
 
 def optional(check: Check) -> Check:
@@ -83,9 +93,10 @@ def optional(check: Check) -> Check:
     return Check(lambda v: v is None or check.holds(v), f"None, or {check.allowed}")
 
 
-NON_NEGATIVE = Check(lambda v: _number(v) and 0 <= v < float("inf"), "a finite number >= 0")
-POSITIVE = Check(lambda v: _number(v) and 0 < v < float("inf"), "a finite number > 0")
-FRACTION = Check(lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)")
+NON_NEGATIVE = Check(lambda v: is_number(v) and v >= 0, "a finite number >= 0")
+POSITIVE = Check(lambda v: is_number(v) and v > 0, "a finite number > 0")
+FRACTION = Check(lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+SHARE = Check(lambda v: is_number(v) and 0 <= v <= 1, "a number in [0, 1]")
 BETAS = Check(
     lambda v: isinstance(v, tuple) and len(v) == 2 and all(FRACTION.holds(b) for b in v),
     "two numbers in [0, 1)",
@@ -257,7 +268,7 @@ class EngineOptions(TypedDict, total=False):
     weight_update_hook: Annotated[
         WeightUpdateHookT,
         Option(
-            Check(_makes_hook, f"None, a hook, its name ({', '.join(HOOKS)}) or (name, its arguments)"),
+            Check(lambda v: not _wrong_with_hook(v), ALLOWED_HOOKS, _wrong_with_hook),
             'the law by which the weight moves: a name of `engine/hooks.py` ("hyperball", "radial_brake", '
             '"relative_update", "update_floor", "row_update_floor", "spectral_clip", "spectral_weight_decay"), (name, '
             "its arguments), or a `WeightUpdateHook`, which may be two functions of a parameter as published. None: "
@@ -309,10 +320,10 @@ class Declared(NamedTuple):
     arguments: tuple[tuple[str, str], ...] = ()
 
 
-def declared(constructor: Callable[..., Any]) -> Declared:
+def declared(constructor: Callable[..., Any], preset: Mapping[str, Any] = MappingProxyType({})) -> Declared:
     """Read a constructor's signature, and leave plain types in its annotations, as `inspect` is to see them.
 
-    One whose annotations cannot be evaluated declares nothing.
+    One whose annotations cannot be evaluated declares nothing. `preset` has defaults that are the class's own.
     """
     try:
         hints = get_type_hints(constructor, include_extras=True)
@@ -330,7 +341,11 @@ def declared(constructor: Callable[..., Any]) -> Declared:
             ranges |= {key: option.check for key, option in more.items()}
             defaults |= {key: option.default for key, option in more.items()}
             everyones = EngineOptions.__annotations__
-            arguments += [(key, f"{x.text} Default {x.default!r}.") for key, x in more.items() if key not in everyones]
+            arguments += [
+                (key, f"{x.text} Default {preset.get(key, x.default)!r}.")
+                for key, x in more.items()
+                if key not in everyones
+            ]
             arguments.append((f"**{name}", "see `EngineOptions`."))
             continue
         if option := _option_of(hint):

@@ -1,5 +1,6 @@
 """Hyper-parameters on their way into a rule."""
 
+import sys
 from collections import namedtuple
 from collections.abc import Mapping
 from functools import cache
@@ -7,6 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number that a float can be; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def debias(beta: Any, step: Any, like: Tensor) -> Any:

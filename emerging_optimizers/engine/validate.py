@@ -20,8 +20,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def check_group(owner: str, where: str, group: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     """Raise ValueError for the first hyper-parameter of a group that is out of its range."""
     for name, check in checks.items():
-        if not _holds(check, group[name]):
-            raise ValueError(f"{owner}: {name}={group[name]!r} in {where} is not allowed; give {check.allowed}")
+        if not _holds(check, value := group[name]):
+            wrong = check.wrong(value)
+            remedy = f": {wrong}" if wrong else f"; give {check.allowed}"
+            raise ValueError(f"{owner}: {name}={value!r} in {where} is not allowed{remedy}")
 
 
 def _holds(check: Check, value: Any) -> bool:

@@ -33,7 +33,7 @@ def cautious_keep(keep: Any, weight: Tensor, direction: Tensor) -> Tensor:
     There the update takes the element towards zero anyway, as decay does (Chen et al. 2025, Cautious Weight Decay,
     arXiv 2510.12402).
     """
-    return 1 - (direction * weight >= 0).to(direction.dtype) * (1 - keep)
+    return 1 - (direction.sign() * weight >= 0).to(direction.dtype) * (1 - keep)  # their product may underflow
 
 
 def cautious(direction: Tensor, grad: Tensor) -> Tensor:
@@ -44,7 +44,8 @@ def cautious(direction: Tensor, grad: Tensor) -> Tensor:
     with the mean of each unit, over which the first axis runs (Liang et al. 2024, Cautious Optimizers, arXiv
     2411.16085).
     """
-    agrees = (direction * grad).gt_(0)  # 1 or 0; all that follows in the same memory, since new memory costs most
+    # 1 or 0, by signs, since their product may underflow; in one memory, since new memory costs most.
+    agrees = direction.sign().mul_(grad).gt_(0)
     share = agrees.flatten(1).mean(dim=1).clamp_min(1e-3)
     return agrees.mul_(direction).div_(share.view(-1, *(1 for _ in direction.shape[1:])))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from emerging_optimizers.engine import Scalars, Step, lerp
 from emerging_optimizers.engine.options import (
     FRACTION,
-    Check,
+    SHARE,
     ExtraScaleFactor,
     LearningRate,
     MatrixParams,
@@ -107,13 +107,7 @@ class MuonMix(PolarOptimizer):
         weight_decay: WeightDecay = 0.01,
         *,
         slow_momentum: Annotated[float, Option(FRACTION, "decay of the slow average, in [0, 1).")] = 0.985,
-        slow_share: Annotated[
-            float,
-            Option(
-                Check(lambda v: FRACTION.holds(v) or v == 1, "a number in [0, 1]"),
-                "weight of the slow average, in [0, 1]; 0: Muon.",
-            ),
-        ] = 0.5,
+        slow_share: Annotated[float, Option(SHARE, "weight of the slow average, in [0, 1]; 0: Muon.")] = 0.5,
         nesterov: Nesterov = False,
         weight_decay_method: WeightDecayMethod = "decoupled",
         fp32_matmul_prec: NewtonSchulzPrecision = "medium",

@@ -26,13 +26,11 @@ from emerging_optimizers.distributed.groups import Peers
 from emerging_optimizers.engine import RuleOptimizer
 from emerging_optimizers.engine.ambient import eager
 from emerging_optimizers.engine.capture import is_capturing
-from emerging_optimizers.engine.options import COUNT, NON_NEGATIVE, POSITIVE, WHOLE, Check, optional
+from emerging_optimizers.engine.options import COUNT, POSITIVE, SHARE, WHOLE, optional
 from emerging_optimizers.engine.validate import check_group, suggest
 from emerging_optimizers.qk_clip.attention import Attention
 from emerging_optimizers.qk_clip.heads import Heads, find, in_words
 from emerging_optimizers.qk_clip.logits import Sight
-
-SHARE = Check(lambda v: NON_NEGATIVE.holds(v) and v <= 1, "a number in [0, 1]")
 
 # Optimizers that set a weight's size by themselves.
 UNDOES = {

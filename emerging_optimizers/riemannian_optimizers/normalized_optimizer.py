@@ -59,6 +59,7 @@ Dim = Annotated[
 ]
 
 
+ObliqueWeightDecay = Annotated[WeightDecay, ">= 0; where the norm is fixed it only lengthens the step."]
 ObliqueEps = Annotated[PositiveEps, "smaller norms count as this, > 0."]
 ObliqueScale = Annotated[
     ObliqueScaleT,
@@ -191,7 +192,7 @@ class ObliqueSGD(RuleOptimizer):
         params: MatrixParams,
         lr: LearningRate = 1e-3,
         momentum: Momentum = 0.9,
-        weight_decay: Annotated[WeightDecay, ">= 0; see above."] = 0.0,
+        weight_decay: ObliqueWeightDecay = 0.0,
         *,
         weight_decay_method: WeightDecayMethod = "decoupled",
         dim: Dim = 0,
@@ -233,7 +234,7 @@ class ObliqueSteepestSGD(ObliqueSGD):
         params: MatrixParams,
         lr: SteepestLearningRate = 1e-3,
         momentum: Momentum = 0.9,
-        weight_decay: Annotated[WeightDecay, ">= 0; see above."] = 0.0,
+        weight_decay: ObliqueWeightDecay = 0.0,
         *,
         weight_decay_method: WeightDecayMethod = "decoupled",
         dim: Dim = 0,
@@ -285,7 +286,7 @@ class ObliqueAdam(RuleOptimizer):
         params: MatrixParams,
         lr: LearningRate = 1e-3,
         betas: Annotated[Betas, "decay of the first and second moment, each in [0, 1)."] = (0.9, 0.99),
-        weight_decay: Annotated[WeightDecay, ">= 0; see above."] = 0.0,
+        weight_decay: ObliqueWeightDecay = 0.0,
         *,
         weight_decay_method: WeightDecayMethod = "decoupled",
         dim: Dim = 0,
@@ -325,7 +326,7 @@ class ObliqueSteepestAdam(ObliqueAdam):
         params: MatrixParams,
         lr: SteepestLearningRate = 1e-3,
         betas: Annotated[Betas, "decay of the first and second moment, each in [0, 1)."] = (0.9, 0.99),
-        weight_decay: Annotated[WeightDecay, ">= 0; see above."] = 0.0,
+        weight_decay: ObliqueWeightDecay = 0.0,
         *,
         weight_decay_method: WeightDecayMethod = "decoupled",
         dim: Dim = 0,

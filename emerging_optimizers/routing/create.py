@@ -72,7 +72,8 @@ def create_optimizer(
             here goes before, and the companion's learning rate keeps its proportion to `lr`.
         warmup: over how many steps the learning rate rises, >= 0. With a `precondition_frequency` above 1 and no
             `refresh_ramp`, the ramp is half of it: rare refreshes lose most while the rate rises
-            (`docs/performance.md`). None: not known, and rare refreshes without a ramp are warned of.
+            (`docs/performance.md`). None: not known; where you ask for rare refreshes, a warning says that they want a
+            ramp.
         **kwargs: arguments of the optimizer `name`, and `EngineOptions`; all but `weight_update_hook` hold for the
             companion too, and so does `weight_decay`. Of torch.optim's, `fused`, `foreach`, `amsgrad=False` and
             `differentiable=False` are taken and mean nothing.
@@ -96,7 +97,7 @@ def create_optimizer(
     """
     routing = {"companion_lr": companion_lr, "match": match, "embedding": embedding, "roles": roles,
                "overrides": overrides, "example": example, "strict": strict or None}  # fmt: skip
-    kwargs = _with_ramp(name, kwargs, warmup)
+    asks_for_rare = "precondition_frequency" in kwargs
     if recipe is not None and match is not None:
         raise ValueError(
             f"match={match!r} and recipe={recipe!r} are two sources for the same numbers; give one of them"
@@ -115,7 +116,7 @@ def create_optimizer(
             suggested = {pattern: Suggestion(options) for pattern, options in said.overrides.items()}
             overrides = {**(overrides or {})}  # what the user says comes first, and counts
             routing["overrides"] = overrides = {**overrides, **suggested, **overrides} or None
-    kwargs = without_torchs(name, kwargs)
+    kwargs = without_torchs(name, _with_ramp(name, kwargs, warmup, asks_for_rare))
     if companion_options is not None:
         companion_options = without_torchs(companion, companion_options)
     if not isinstance(model_or_params, nn.Module):
@@ -193,16 +194,19 @@ def create_optimizer(
     return RoutedOptimizer(groups, plan, defaults=defaults, router=router, waiting=waiting, strict=strict, **execution)
 
 
-def _with_ramp(name: str, options: dict[str, Any], warmup: int | None) -> dict[str, Any]:
+def _with_ramp(name: str, options: dict[str, Any], warmup: int | None, warns: bool) -> dict[str, Any]:
     """Options in which rare refreshes begin dense, over half of the warm-up, if nothing else is said."""
     if warmup is not None and not (isinstance(warmup, int) and warmup >= 0):
         raise ValueError(f"warmup={warmup!r} is not allowed; give a number of steps >= 0, or None")
-    frequency = options.get("precondition_frequency", 1)
-    if "refresh_ramp" in options or not isinstance(frequency, int) or frequency <= 1:
+    kind = registry.entry(name).load()
+    frequency = options.get("precondition_frequency", kind.preset.get("precondition_frequency", 1))
+    if "refresh_ramp" in options or "refresh_ramp" not in kind.ranges:
         return options
-    if "refresh_ramp" not in registry.entry(name).load().ranges:
+    if not isinstance(frequency, int) or frequency <= 1:
         return options
-    if warmup is None:
+    if warmup is not None:
+        return {**options, "refresh_ramp": -(-warmup // 2)}
+    if warns:
         warnings.warn(
             f"{name}: with precondition_frequency={frequency} from the first step on, much is lost while the learning "
             "rate rises. Give warmup=, the steps over which it does, and refreshes begin dense over half of them; or "
@@ -210,8 +214,7 @@ def _with_ramp(name: str, options: dict[str, Any], warmup: int | None) -> dict[s
             UserWarning,
             stacklevel=3,
         )
-        return options
-    return {**options, "refresh_ramp": -(-warmup // 2)}
+    return options
 
 
 def _check_unit(name: str, lr: Any, companion: str, companion_lr: Any, options: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ from emerging_optimizers.engine.options import (
 )
 from emerging_optimizers.engine.parts import FirstMoment, Like
 
-EVEN = Check(lambda v: isinstance(v, int) and v % 2 == 0, "an even integer")
+EVEN = Check(lambda v: type(v) is int and v % 2 == 0, "an even integer")
 
 
 class MAdamState(NamedTuple):

@@ -256,9 +256,12 @@ class EigenbasisRule(TranslatesState):
     def follow(self, factor: Tensor | None, basis: Tensor | None, seen: Tensor, phase: Phase) -> Followed:
         """A factor's next eigenbasis.
 
-        Where the moments have `seen` nothing but zero gradients, (B, 1, 1), this one is the first: it is not rotated by
-        itself, but in the old basis, or in the identity in place of an eigh.
+        Where the moments have `seen` nothing but zero gradients, (B, 1, 1), and there is no basis yet, this one is the
+        first: it is not rotated by itself, but in the old basis, or in the identity in place of an eigh.
         """
+        if basis is not None:  # without momentum the newest gradient is all that was seen
+            identity = torch.eye(basis.size(-1), dtype=basis.dtype, device=basis.device)
+            seen = seen | (basis != identity).any(dim=-1).any(dim=-1).view(-1, 1, 1)
         return follow(
             *(factor, basis),
             steps=None if self.use_eigh or phase is Phase.FIRST else self.power_iter_steps,

@@ -8,9 +8,17 @@ r"""SPlus: the sign of the momentum in the eigenbasis of Shampoo's Kronecker fac
     W_t &= (1 - \eta\lambda) W_{t-1} - \eta \frac{2}{M + N}\, Q_L \operatorname{sign}(Q_L^\top M_t Q_R)\, Q_R^\top
 
 for an (M, N) matrix. Every entry in the eigenbasis moves by the same amount, however old the basis is, so that the
-update cannot grow while bases wait: its RMS is exactly 2 / (M + N), by which one rate serves all widths. The momentum
+update cannot grow while bases wait: its RMS is 2 / (M + N), by which one rate serves all widths. The momentum
 is in the parameter's own space and does not turn with the bases. The first step has the identity for its basis and is
 that of signed momentum; the second has the first eigenbasis, of both gradients (published: of the first).
+
+An entry of :math:`X = Q_L^\top M_t Q_R` has the sign 0 where rounding may have made it (published: a sign):
+
+.. math::
+    |X_{ij}| \le 8 \varepsilon \max\left( \|X_{i \cdot}\|, \|X_{\cdot j}\|, \|X\|_F / (MN)^{1/4} \right)
+
+with the dtype's :math:`\varepsilon`. Such entries lie where no gradient has been: with gradients of rank 4 the
+published update of a 64 x 64 matrix is 16 times as long beside their span as in it, and goes where rounding takes it.
 
 The authors evaluate an average of the weights, as `WeightAverage(optimizer, 0.999)` does, and decay by the scaled
 rate: their weight decay of 0.01 is 0.02 / (M + N) here.
@@ -24,7 +32,9 @@ References:
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Unpack
 
+import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from emerging_optimizers.engine import Phase, RuleOptimizer, Scalars, Step, lerp
 from emerging_optimizers.engine.options import (
@@ -46,6 +56,11 @@ from emerging_optimizers.soap.options import (
     UseEigh,
 )
 from emerging_optimizers.soap.soap import EigenbasisRule
+
+# Of products with both bases, in units of the dtype's epsilon. With 8 an update beside the span of gradients of low
+# rank is at most 0.56 times as long as in it, mostly 0; of full rank, with singular values like 1/i, at most 0.9 % of the
+# entries of a 1024 x 1024 matrix are lost.
+_ROUNDING = 8
 
 
 class SPlusState(NamedTuple):
@@ -74,7 +89,7 @@ class SPlusRule(EigenbasisRule):
         """See the module's equations."""
         s: SPlusState = state
         momentum_BMN = lerp(s.momentum_buffer, grad, 1 - t.momentum)
-        signs_BMN = project_in(momentum_BMN, s.Q_L, s.Q_R).sign()
+        signs_BMN = _above_rounding(project_in(momentum_BMN, s.Q_L, s.Q_R)).sign()
         direction_BMN = project_out(signs_BMN, s.Q_L, s.Q_R) * (2 / (grad.size(-2) + grad.size(-1)))
         return Step(direction_BMN, s._replace(momentum_buffer=momentum_BMN))
 
@@ -83,6 +98,14 @@ class SPlusRule(EigenbasisRule):
         seen = s.momentum_buffer.abs().amax(dim=(-2, -1), keepdim=True) > 0
         left, right = self.follow(s.L, s.Q_L, seen, phase), self.follow(s.R, s.Q_R, seen, phase)
         return s._replace(Q_L=left.basis, Q_R=right.basis)
+
+
+def _above_rounding(x_BMN: Tensor) -> Tensor:
+    """X without what may be rounding alone; see the module's equations."""
+    row_BM1, column_B1N = (vector_norm(x_BMN, dim=dim, keepdim=True) for dim in (-1, -2))
+    rms_B11 = vector_norm(row_BM1, dim=-2, keepdim=True) / (x_BMN.size(-2) * x_BMN.size(-1)) ** 0.25
+    size_BMN = torch.maximum(torch.maximum(row_BM1, rms_B11), column_B1N)
+    return x_BMN.masked_fill(x_BMN.abs() <= _ROUNDING * torch.finfo(x_BMN.dtype).eps * size_BMN, 0)
 
 
 class SPlus(RuleOptimizer):
@@ -111,7 +134,10 @@ class SPlus(RuleOptimizer):
     def __init__(
         self,
         params: MatrixParams,
-        lr: Annotated[LearningRate, "learning rate, >= 0; the RMS of an update is 2 / (M + N) of it."] = 0.1,
+        lr: Annotated[
+            LearningRate,
+            "learning rate, >= 0; the RMS of an update is 2 / (M + N) of it, less where gradients have a low rank.",
+        ] = 0.1,
         momentum: Momentum = 0.9,
         shampoo_beta: ShampooBeta = 0.999,
         weight_decay: WeightDecay = 0.0,

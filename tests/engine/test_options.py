@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from emerging_optimizers import SOAP, AdamW, LaProp, Muon
+from emerging_optimizers import MARS, SOAP, AdamW, LaProp, MAdam, Muon, MuonMix, ObliqueSGD
 from emerging_optimizers.engine.validate import suggest
 
 
@@ -87,3 +87,19 @@ def test_what_cannot_be_met_raises_and_says_why() -> None:
         Muon([weight()], coefficient_type="deepseekv4")
     with pytest.raises(ValueError, match="made for 5 steps, 6 asked"):
         Muon([weight()], coefficient_type="cubic5", num_ns_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: ObliqueSGD(p, dim=1.0), r"dim=1\.0 .*one of 0, 1, -2, -1"),
+        (lambda p: ObliqueSGD(p, dim=True), "dim=True .*one of 0, 1, -2, -1"),
+        (lambda p: MuonMix(p, slow_share=True), r"slow_share=True .*a number in \[0, 1\]"),
+        (lambda p: MAdam(p, scale_log2=False), "scale_log2=False .*an even integer"),
+        (lambda p: MARS(p, gamma=10**400), "gamma=1000.*a finite number >= 0"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_before_the_step(make: Any, says: str) -> None:
+    """They passed for one that is allowed, and torch refused them in the step, or took them."""
+    with pytest.raises(ValueError, match=says):
+        make([weight()])

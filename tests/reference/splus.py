@@ -2,6 +2,8 @@
 
     M <- mu M + (1 - mu) G        W <- W - lr 2 / (m + n) Q_L sign(Q_L^T M Q_R) Q_R^T
 
+What is zero but for rounding, against its row, its column and all of the rotated momentum, has the sign 0.
+
 Frans, Levine and Abbeel, 2025, arXiv 2506.07254. Factors, bases and their start are those of ``soap.py``.
 """
 
@@ -35,11 +37,12 @@ class ReferenceSPlus(ReferenceSOAP):
         if not self.overlap and self.refreshes_now():
             self.refresh_bases()
         self.momentum_buffer = self.momentum * self.momentum_buffer + (1 - self.momentum) * G
-        U = torch.zeros_like(G)
+        U, X = torch.zeros_like(G), self.Q_L.T @ self.momentum_buffer @ self.Q_R
         for i in range(G.shape[0]):
             for j in range(G.shape[1]):
-                q, r = self.Q_L[:, i], self.Q_R[:, j]
-                U += torch.sign(q @ self.momentum_buffer @ r) * torch.outer(q, r)
+                size = max(X[i].norm(), X[:, j].norm(), X.norm() / G.numel() ** 0.25)
+                if abs(X[i, j]) > 8 * torch.finfo(G.dtype).eps * size:
+                    U += torch.sign(X[i, j]) * torch.outer(self.Q_L[:, i], self.Q_R[:, j])
         if self.overlap and self.refreshes_now():
             self.refresh_bases()
         decayed = decay_weight(W, self.lr, self.weight_decay, self.weight_decay_method)

@@ -483,6 +483,9 @@ def test_rare_refreshes_begin_dense_over_half_of_the_warmup() -> None:
     assert create_optimizer("soap", GPTLike(), warmup=40).param_groups[0]["refresh_ramp"] == 0  # nothing is rare
     matrix = [nn.Parameter(torch.ones(2, 2))]
     assert create_optimizer("rekls", matrix, precondition_frequency=2, warmup=4).refresh_ramp == 2
+    assert create_optimizer("splus", matrix, warmup=4).refresh_ramp == 2  # every hundredth step, if nothing is said
+    assert create_optimizer("soap", matrix, recipe="vyas", warmup=4).refresh_ramp == 2  # every tenth
+    assert create_optimizer("soap", matrix, recipe="vyas").refresh_ramp == 0
     create_optimizer("muon", GPTLike(), warmup=40)
     with pytest.warns(UserWarning, match="precondition_frequency=10 from the first step on.* Give warmup="):
         create_optimizer("soap", GPTLike(), precondition_frequency=10)
