@@ -58,8 +58,8 @@ from emerging_optimizers.soap.options import (
 from emerging_optimizers.soap.soap import EigenbasisRule
 
 # Of products with both bases, in units of the dtype's epsilon. With 8 an update beside the span of gradients of low
-# rank is at most 0.56 times as long as in it, mostly 0; of full rank, with singular values like 1/i, at most 0.9 % of the
-# entries of a 1024 x 1024 matrix are lost.
+# rank is at most 0.56 times as long as in it, mostly 0; of full rank, with singular values like 1/i, at most 0.9 % of
+# the entries of a 1024 x 1024 matrix are lost.
 _ROUNDING = 8
 
 
