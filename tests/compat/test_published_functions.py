@@ -7,6 +7,7 @@ in docs/migrate.md.
 import inspect
 from importlib import import_module
 from inspect import Parameter
+from operator import attrgetter
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ FUNCTIONS = {
     "soap.soap_utils:get_eigenbasis_eigh": "kronecker_factor_list",
     "soap.soap_utils:get_eigenbasis_qr": "kronecker_factor_list, eigenbasis_list, power_iter_steps=1",
     "soap.soap_utils:sort_eigenbasis_by_approx_eigvals": "kronecker_factor_list, eigenbasis_list, exp_avg_sq",
+    "utils.modules:Conv1dFlatWeights.forward": "self, x",
     "utils.eig:conjugate": "a, p, diag=False",
     "utils.eig:eigh_with_fallback": "x, force_double=False",
     "utils.eig:orthogonal_iteration": "kronecker_factor, eigenbasis, power_iter_steps",
@@ -113,7 +115,7 @@ FUNCTIONS = {
 
 def load(path: str):
     module, name = path.split(":")
-    return getattr(import_module(f"emerging_optimizers.{module}"), name)
+    return attrgetter(name)(import_module(f"emerging_optimizers.{module}"))
 
 
 def arguments(function) -> str:
