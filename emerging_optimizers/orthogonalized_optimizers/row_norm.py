@@ -31,7 +31,7 @@ def row_norm_fn(
     """
     if grad.ndim != 2 or not grad.is_floating_point():
         raise ValueError(
-            f"row_norm_fn takes one floating-point matrix; given is {grad.dtype} of shape {tuple(grad.shape)}"
+            f"row_norm_fn takes one matrix, in floating point; given is {grad.dtype} of shape {tuple(grad.shape)}"
         )
     x = grad.double() if grad.element_size() == 8 else grad.float()
     if center_rows:

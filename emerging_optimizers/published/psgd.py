@@ -144,8 +144,8 @@ def partial_contraction(G1: Tensor, G2: Tensor, axis: int) -> Tensor:
     others = [i for i in range(G1.ndim) if i != axis % G1.ndim] if fit else []
     if not fit or any(G1.size(i) != G2.size(i) for i in others):
         raise ValueError(
-            f"partial_contraction: shapes {tuple(G1.shape)} and {tuple(G2.shape)} and axis={axis!r} do not go together; give "
-            "two tensors of one shape and one of their axes"
+            f"partial_contraction: shapes {tuple(G1.shape)} and {tuple(G2.shape)} and axis={axis!r} do not go "
+            "together; give two tensors of one shape and one of their axes"
         )
     return torch.tensordot(G1, G2, dims=(others, others))
 
