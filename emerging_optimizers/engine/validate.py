@@ -47,9 +47,9 @@ def label_of(groups: Iterable[Mapping[str, Any]], p: Tensor) -> str:
 
 
 def checked_update(name: str, update: Any, like: Tensor) -> Tensor:
-    """What a function of the user's has returned, if it is a tensor of the shape that it was given."""
+    """What a function of the user's has returned, in the dtype and if it is of the shape that it was given."""
     if isinstance(update, Tensor) and update.shape == like.shape:
-        return update
+        return update.to(like.dtype)
     found = f"a tensor of shape {tuple(update.shape)}" if isinstance(update, Tensor) else type(update).__name__
     raise TypeError(f"{name} has returned {found}; it has to return the update, a tensor of shape {tuple(like.shape)}")
 

@@ -52,7 +52,7 @@ class UpdateFunctionRule(Rule):
         shape = t.parameters[0].shape
         buffers = [x.clone().view(shape) for x in state]
         update = self.function(grad.view(shape), *buffers, step=t.step)
-        update = checked_update("update_fn", update, t.parameters[0])
+        update = checked_update("update_fn", update, grad.view(shape))
         return Step(update.reshape(grad.shape), type(state)(*(x.view(grad.shape) for x in buffers)))
 
 

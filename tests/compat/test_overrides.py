@@ -204,6 +204,18 @@ def test_what_a_method_has_returned_in_place_of_an_update_is_named(base, method,
     assert torch.equal(p, gradient(9))
 
 
+@pytest.mark.parametrize(
+    ("base", "method"), [(Muon, "orthogonalize"), (Shampoo, "_scalar_update"), (KlSoapV3, "_scalar_update")]
+)
+def test_an_update_in_another_dtype_is_taken(base, method):
+    def rounded(self, *args, **kwargs):
+        return getattr(base, method)(self, *args, **kwargs).bfloat16()
+
+    p, q = nn.Parameter(gradient(9)), nn.Parameter(gradient(9))
+    ends = stepped(type("Mine", (base,), {method: rounded})([p], lr=0.1), p, 1), stepped(base([q], lr=0.1), q, 1)
+    torch.testing.assert_close(*ends, rtol=0, atol=0.1 * 2**-7)
+
+
 def test_an_update_fn_is_held_to_the_same():
     p = nn.Parameter(gradient(9))
     optimizer = SingleMomentumOptimizer([p], {"lr": 0.1}, update_fn=lambda grad, exp_avg, *, step: None)
