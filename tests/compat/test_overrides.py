@@ -163,6 +163,15 @@ def test_a_law_is_the_same_around_an_override_that_does_nothing(hook, shape):
         torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+@pytest.mark.parametrize("cls", [Passing, PassingSignum])
+def test_a_rate_of_zero_moves_nothing_around_an_override(cls, lr):
+    p = nn.Parameter(gradient(9))
+    assert torch.equal(
+        stepped(cls([p], lr=lr, weight_decay=0.5, weight_update_hook=("hyperball", 3.0)), p), gradient(9)
+    )
+
+
 def test_laprop_keeps_a_norm_around_a_hook_of_a_subclass():
     class Mine(LaProp):
         def post_step_inplace(self, p, group, ctx):
