@@ -82,11 +82,9 @@ from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.inverse_root import root_of_eigen
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
-from emerging_optimizers.shampoo.preconditioners import (
-    KlShampooPreconditioner,
-    ShampooPreconditioner,
-    ShampooPreconditionerProtocol,
-)
+from emerging_optimizers.shampoo.preconditioners import KlShampooPreconditioner as KlShampooPreconditioner  # published
+from emerging_optimizers.shampoo.preconditioners import ShampooPreconditioner as ShampooPreconditioner  # here, too
+from emerging_optimizers.shampoo.preconditioners import ShampooPreconditionerProtocol
 
 ShampooScaleT = MuonScaleT | None
 Eigen = tuple[Tensor, Tensor] | None  # eigenvalues (B, N) and eigenvectors (B, N, N) of a factor
