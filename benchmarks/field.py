@@ -77,6 +77,7 @@ ARMS: dict[str, Compared] = {
     "dion3": Compared(optimizer="dion3", rates=(2e-3,)),
     "muon, row floor 10": _muon(weight_update_hook=("row_update_floor", 10.0)),
     "adamw, average 0.95": Compared(optimizer="adamw", rates=(2e-3,), beside=_average),
+    "muon, average 0.95": Compared(optimizer="muon", rates=(4e-3,), beside=_average),
     "muon, rate stays, average 0.95": Compared(optimizer="muon", rates=(4e-3,), beside=_average, stays=True),
     "splus": Compared(optimizer="splus", rates=(0.1,)),
     "adamw, schedule-free": Compared(

@@ -67,7 +67,10 @@ class WeightUpdateHook(Generic[HookStateT]):
         return self.retract(decayed - lr * self.direct(update, weight, decayed), weight, decayed)
 
     def pre_weight_update_inplace(self, p: Tensor, update: Tensor) -> HookStateT:
-        """Turn one parameter's update into a direction, in place; returns what the other method is to be given."""
+        """Turn one parameter's update into a direction, in place; returns what the other method is to be given.
+
+        p has decayed, and stands for the old weight: a norm that is kept is the one after weight decay.
+        """
         self.turn(p, update, p)
         before: Any = p.detach().clone()
         return before
