@@ -2,6 +2,7 @@
 
 `python benchmarks/field.py [ARM ...]` trains the demo with each arm, over its rates with seed 0, then at the best of
 them with two more seeds, and saves each run. An arm is an optimizer, options, and what stands beside the optimizer.
+`python benchmarks/field.py steps` times a step of an optimizer alone on three matrices of GPT-2 small, in a minute.
 """
 
 import json
@@ -22,8 +23,10 @@ from emerging_optimizers.lab.config import TUNED, TrainConfig
 from emerging_optimizers.lab.data import Text, load_text
 from emerging_optimizers.lab.record import environment, write_json
 from emerging_optimizers.lab.train import evaluate, lr_factor, make_model
+from emerging_optimizers.registry import get_optimizer_cls
 
 OUT = Path(__file__).parent / "results" / "field.json"
+STEPS = OUT.with_name("field_steps.json")
 SEEDS = (0, 1, 2)
 
 
@@ -74,6 +77,7 @@ ARMS: dict[str, Compared] = {
     "dion3": Compared(optimizer="dion3", rates=(2e-3,)),
     "muon, row floor 10": _muon(weight_update_hook=("row_update_floor", 10.0)),
     "adamw, average 0.95": Compared(optimizer="adamw", rates=(2e-3,), beside=_average),
+    "muon, average 0.95": Compared(optimizer="muon", rates=(4e-3,), beside=_average),
     "muon, rate stays, average 0.95": Compared(optimizer="muon", rates=(4e-3,), beside=_average, stays=True),
     "splus": Compared(optimizer="splus", rates=(0.1,)),
     "adamw, schedule-free": Compared(
@@ -127,9 +131,59 @@ def rates_of(found: list[dict[str, Any]], arm: Compared, seed: int) -> tuple[flo
     return (min(first, key=lambda row: row["loss"])["lr"],)
 
 
+SHAPES, ROUNDS = ((768, 768), (768, 3072), (3072, 768)), 9
+TIMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("adamw", {}),
+    "adamw, cautious": ("adamw", {"cautious": True}),
+    "mars": ("mars", {}),
+    "muon": ("muon", {}),
+    "muon, cautious": ("muon", {"cautious": True}),
+    "muon, row floor 10": ("muon", {"weight_update_hook": ("row_update_floor", 10.0)}),
+    "muon, update floor 10": ("muon", {"weight_update_hook": ("update_floor", 10.0)}),
+    "muon_mix": ("muon_mix", {}),
+    "dion2": ("dion2", {}),
+    "dion2, half of the rows": ("dion2", {"fraction": 0.5}),
+    "dion3": ("dion3", {}),
+}
+
+
+def steps() -> None:
+    """CPU time of a step in float32, all arms in turns, in milliseconds; medians."""
+    made = {}
+    for name, (optimizer, options) in TIMED.items():
+        g = torch.Generator().manual_seed(0)
+        ps = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in SHAPES]
+        for p in ps:
+            p.grad = torch.randn(p.shape, generator=g)
+        cls = get_optimizer_cls(optimizer)
+        whole = {"fp32_matmul_prec": "highest"} if "fp32_matmul_prec" in cls.ranges else {}
+        made[name] = cls(ps, lr=1e-3, **whole, **options)
+        made[name].step()
+    taken: dict[str, list[float]] = {name: [] for name in made}
+    for _, (name, optimizer) in product(range(ROUNDS), made.items()):
+        before = time.process_time()
+        optimizer.step()
+        taken[name].append(time.process_time() - before)
+    found = {
+        name: {
+            "step_ms": round(1e3 * statistics.median(times), 1),
+            "over": of,
+            "ratio": round(statistics.median(a / b for a, b in zip(times, taken[of], strict=True)), 2),
+        }
+        for name, times in taken.items()
+        for of in ["adamw" if name.startswith("adamw") or name == "mars" else "muon"]
+    }
+    write_json(STEPS, found)
+    write_json(STEPS.with_suffix(".environment.json"), environment(1, None))
+    print(json.dumps(found, indent=1))
+
+
 def main(names: list[str]) -> None:
     """Train, show, save; what is held already is not done again."""
     torch.set_num_threads(1)
+    if names == ["steps"]:
+        steps()
+        return
     config = TrainConfig()
     text = load_text(None, config.context)
     found: dict[str, list[dict[str, Any]]] = json.loads(OUT.read_text()) if OUT.exists() else {}

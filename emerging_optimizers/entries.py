@@ -188,7 +188,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "muon_mix": Entry(
         path="emerging_optimizers.orthogonalized_optimizers.muon_mix:MuonMix",
         description="Muon with a fast and a slow momentum, mixed",
-        paper="modded-nanogpt 2026, pull request 340; Pagliardini et al. 2024, arXiv 2409.03137",
+        paper="modded-nanogpt 2026, pull requests 339 and 340; Pagliardini et al. 2024, arXiv 2409.03137",
         start=0.004,
     ),
     "muown": Entry(

@@ -58,8 +58,10 @@ def give_lr(cls: type) -> str:
         'give lr, 0.009 to start with (measured on a character GPT)'
     """
     name = name_of(cls)
-    start = OPTIMIZERS[name].start if name is not None else None
-    return "give lr" if start is None else f"give lr, {start:g} to start with (measured on a character GPT)"
+    known = None if name is None else OPTIMIZERS[name]
+    if known is None or known.start is None or signature(cls) != signature(known.load()):  # with others not measured
+        return "give lr"
+    return f"give lr, {known.start:g} to start with (measured on a character GPT)"
 
 
 def caution(cls: type, lr: Any) -> None:

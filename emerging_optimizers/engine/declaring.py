@@ -1,6 +1,6 @@
 """A torch optimizer whose classes declare their options in the signatures of their constructors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -41,7 +41,11 @@ class DeclaredOptimizer(WeightDecayMixin, torch.optim.Optimizer):
     fixed: ClassVar[Mapping[str, Any]] = {}
     # Methods for users to override that this optimizer calls, and one that has its rule among others does not.
     overridable: ClassVar[tuple[str, ...]] = ()
+    # Methods that the published optimizers call and that are not called here.
+    uncalled: ClassVar[tuple[str, ...]] = ("_apply_weight_decay_inplace",)
     _arguments: ClassVar[tuple[tuple[str, str], ...]] = ()
+    _never_called: ClassVar[Sequence[str]] = ()  # of these, what a user has written
+    _inits_groups: ClassVar[bool] = False  # by an `_init_group` of the user's
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -58,6 +62,7 @@ class DeclaredOptimizer(WeightDecayMixin, torch.optim.Optimizer):
         cls.ranges = {name: check for name, check in ranges.items() if name not in cls.fixed}
         cls.preset = {**preset, **said.defaults, **vars(cls).get("preset", {})}
         cls._arguments = said.arguments
+        cls._never_called, cls._inits_groups = cls.foreign(cls.uncalled), bool(cls.foreign(["_init_group"]))
         if "__init__" in vars(cls):
             cls.__init__ = _asking_for_lr(cls.__init__)  # type: ignore[method-assign]  # the same signature
         cls.__doc__ = with_arguments(cls.__doc__, said.arguments)
@@ -65,6 +70,23 @@ class DeclaredOptimizer(WeightDecayMixin, torch.optim.Optimizer):
     @property
     def _name(self) -> str:
         return type(self).__name__
+
+    @classmethod
+    def foreign(cls, names: Iterable[str]) -> list[str]:
+        """Those of some methods that a class outside of the library has overridden, or added."""
+        homes = {name: getattr(getattr(cls, name, None), "__module__", None) for name in names}
+        return [
+            name for name, home in homes.items() if home and not home.startswith(("emerging_optimizers.", "torch."))
+        ]
+
+    def _refuse_uncalled(self) -> None:
+        """Raise ValueError for a method that a user has written and that would never be called."""
+        for name in self._never_called:
+            raise ValueError(
+                f"{self._name}.{name} would never be called: a step here works on stacks of matrices. To act on "
+                "weights, give a weight_update_hook with pre_weight_update_inplace and post_weight_update_inplace; "
+                "otherwise write a Rule, or a whole `step` that calls it"
+            )
 
     if not TYPE_CHECKING:  # where a misspelled attribute is an error
 

@@ -17,6 +17,7 @@ from emerging_optimizers.engine.parts import rounded_parts
 from emerging_optimizers.engine.rule import Rule, Where, reason, without_data
 from emerging_optimizers.engine.units import state_dtype
 from emerging_optimizers.engine.validate import label, misspelled
+from emerging_optimizers.registry import name_of
 
 _LAYOUT = attrgetter("layout")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -113,8 +114,9 @@ def _check_hook(rule: Rule, group: Mapping[str, Any], owner: str) -> None:
         )
 
 
-def check_parameter(p: Tensor, rule: Rule, group: Mapping[str, Any], label: str, owner: str) -> None:
+def check_parameter(p: Tensor, rule: Rule, group: Mapping[str, Any], label: str, cls: type) -> None:
     """Raise for a parameter that cannot be updated, or whose weights or state cannot be kept as its group says."""
+    owner = cls.__name__
     if p.dtype not in DTYPES:
         raise ValueError(f"{owner}: {label} has dtype {p.dtype}; allowed are {', '.join(map(str, DTYPES))}")
     if p.dtype == torch.float16 and group["weight_rounding"] == "compensated":
@@ -134,8 +136,8 @@ def check_parameter(p: Tensor, rule: Rule, group: Mapping[str, Any], label: str,
     if p.ndim < 2 and reason(rule, Where(p.dtype, p.device), ndim=p.ndim):
         raise ValueError(
             f"{owner} updates matrices, and {label} is not one. Give vectors and scalars to an "
-            f"element-wise optimizer such as AdamW, or call create_optimizer({owner.lower()!r}, model), which "
-            "does that and keeps one optimizer."
+            f"element-wise optimizer such as AdamW, or call create_optimizer({name_of(cls) or 'muon'!r}, model), "
+            "which does that and keeps one optimizer."
         )
 
 

@@ -68,16 +68,26 @@ class WeightUpdateHook(Generic[HookStateT]):
         return self.retract(decayed - lr * self.direct(update, weight, decayed), weight, decayed)
 
     def pre_weight_update_inplace(self, p: Tensor, update: Tensor) -> HookStateT:
-        """Turn one parameter's update into a direction, in place; returns what the other method is to be given."""
-        update.copy_(self.direct(_one(update), _one(p), _one(p))[0])
+        """Turn one parameter's update into a direction, in place; returns what the other method is to be given.
+
+        p has decayed, and stands for the old weight: a norm that is kept is the one after weight decay.
+        """
+        self.turn(p, update, p)
         before: Any = p.detach().clone()
         return before
 
     def post_weight_update_inplace(self, p: Tensor, pre_update_state: HookStateT) -> None:
         """Take one parameter, decayed and moved, to where it belongs, in place."""
-        before: Any = pre_update_state
-        old = _one(p if before is None else before)
-        p.copy_(self.retract(_one(p), old, old)[0])
+        before: Any = p if pre_update_state is None else pre_update_state
+        self.land(p, before, before)
+
+    def turn(self, p: Tensor, update: Tensor, old: Tensor) -> None:
+        """`direct` for one matrix or parameter p, which has decayed, in place."""
+        update.copy_(self.direct(_one(update), _one(old), _one(p)).view(update.shape))
+
+    def land(self, p: Tensor, old: Tensor, decayed: Tensor) -> None:
+        """`retract` for the same, which has moved by now, in place."""
+        p.copy_(self.retract(_one(p), _one(old), _one(decayed)).view(p.shape))
 
 
 class NoOpWeightUpdateHook(WeightUpdateHook[Any]):
@@ -274,6 +284,18 @@ class Replace(WeightUpdateHook[Any]):
 
 REPLACE = Replace()
 
+
+def follow(law: "Law | None", p: Tensor, update: Tensor, keep: Any, lr: Any) -> None:
+    """One parameter's step by any law, in place."""
+    if isinstance(law, InPlaceLaw):
+        law.step(p, update, keep, lr)
+    elif law is None:
+        p.mul_(keep).sub_(update * lr)
+    else:
+        keep = _one(keep) if isinstance(keep, Tensor) and keep.ndim else keep
+        p.copy_(law.move(_one(p), _one(update), keep, lr).view(p.shape))
+
+
 # The names under which parameter groups, and with them checkpoints, hold a hook as plain data: (name, *arguments).
 HOOKS: Mapping[str, type[WeightUpdateHook[Any]]] = {
     "hyperball": HyperballHook,
@@ -324,8 +346,10 @@ def make_hook(value: WeightUpdateHookT) -> Law | None:
 def _is_in_place(value: Any) -> bool:
     """Whether it has published methods of its own, which it may without being a `WeightUpdateHook`."""
     names = ("pre_weight_update_inplace", "post_weight_update_inplace")
-    return all(hasattr(value, name) for name in names) and any(
-        getattr(type(value), name, None) is not getattr(WeightUpdateHook, name) for name in names
+    return (
+        not isinstance(value, type)
+        and all(hasattr(value, name) for name in names)
+        and any(getattr(type(value), name, None) is not getattr(WeightUpdateHook, name) for name in names)
     )
 
 
@@ -338,8 +362,11 @@ def plain_hook(hook: WeightUpdateHook[Any]) -> Any:
 
 
 def _one(x: Tensor) -> Tensor:
-    """One parameter as a stack, in at least float32."""
-    return (x if x.dtype == torch.float64 else x.float()).unsqueeze(0)
+    """One matrix or parameter as a stack of one, in at least float32; a convolution as (out, rest)."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.ndim == 3 and len(x) == 1:  # a matrix of a batch
+        return x
+    return (x.flatten(1) if x.ndim > 2 else x).unsqueeze(0)
 
 
 def _norm(stack: Tensor) -> Tensor:

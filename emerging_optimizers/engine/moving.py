@@ -54,7 +54,8 @@ class Movement:
         if live is None and self.is_plain:
             return self._subtract(bucket.dtype, *bucket.targets(chunk, direction, members))
         if isinstance(hook, InPlaceLaw):
-            if live is None or bool(live.any()):  # one parameter, or one matrix of it
+            # One parameter, or one matrix of it. Of a rate that is a tensor the host reads here whether it is 0.
+            if (live is None or bool(live.any())) and bool(lr):
                 self._follow_law(hook, bucket.parameters[chunk[0].row], *bucket.targets(chunk, direction, members))
             return []
         old = bucket.stack(chunk, {row: bucket.parameters[row] for row, _, _ in chunk})

@@ -67,6 +67,8 @@ class RuleOptimizer(DeclaredOptimizer):
     _bucket_step: Callable[..., BucketStep] | None = None  # what stands in for it while an estimate counts
 
     def __init__(self, params: ParamsT, defaults: Mapping[str, Any] | None = None, **options: Any) -> None:
+        if not self.foreign(["step"]):  # which may call what this one does not
+            self._refuse_uncalled()
         options = {name: value for name, value in options.items() if name not in self.fixed}
         self.execution: Execution = options.pop("execution", "stacked")
         if self.execution not in (known := get_args(Execution)):
@@ -183,11 +185,11 @@ class RuleOptimizer(DeclaredOptimizer):
     def _check_members(self, index: int, rule: Rule) -> None:
         """Raise for a parameter of a group that the rule cannot update."""
         group = self.param_groups[index]
-        owner = self._algorithm(group).__name__
+        algorithm = self._algorithm(group)
         for i, p in enumerate(group["params"]):
-            check_parameter(p, rule, group, label(group, i, p), owner)
+            check_parameter(p, rule, group, label(group, i, p), algorithm)
         for i, whole in enumerate(self._places.layout.wholes(group)):
-            check_view(whole, rule, group["matrix_view"], label(group, i, whole), owner)
+            check_view(whole, rule, group["matrix_view"], label(group, i, whole), algorithm.__name__)
 
     def _law(self, rule: Rule, group: Mapping[str, Any]) -> Law | None:
         """The law by which the weights of a group move, if it is not the ordinary one."""
@@ -331,6 +333,8 @@ class RuleOptimizer(DeclaredOptimizer):
     def _step(self) -> None:
         places = self._places
         try:
+            if self._never_called:
+                self._refuse_uncalled()
             rules = self._checked()
         except Exception as problem:  # of whatever kind: the others are about to take the step
             Exchange.refuse(self._name, self.param_groups, places.layout, problem)
@@ -357,6 +361,9 @@ class RuleOptimizer(DeclaredOptimizer):
         wanted = self._wanted()
         for w in wanted:
             check_gradients(w.group, w.rule, self._name)
+        if self._inits_groups:  # as published: it may add to the state
+            for group in self.param_groups:
+                self._init_group(group)
         self._places.place(wanted, self.state)
         rules = [w.rule for w in wanted]
         if is_capturing():

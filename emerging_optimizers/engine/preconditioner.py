@@ -65,13 +65,23 @@ class PreconditionerRule(Rule):
 
     Attributes:
         like: a state, whose parts those with the same name are.
+        calls: the methods that the class has to have.
         cls: what is made around the state of a matrix.
         function: what makes an update of the gradient.
     """
 
     like: ClassVar[Any]
+    calls: ClassVar[tuple[str, ...]] = ("init_state", "init_step", "step", "rebind_state")
     cls: type[Any]
     function: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for a class without a method that a step calls."""
+        if lacking := [name for name in self.calls if not callable(getattr(self.cls, name, None))]:
+            raise TypeError(
+                f"PreconditionerCls is {self.cls!r}, which has no {', '.join(lacking)}; give it these methods, "
+                "or derive it from the preconditioner that was there"
+            )
 
     def obstacle(self, where: Where) -> str | None:
         """The step count that the function is given."""

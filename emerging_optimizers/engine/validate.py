@@ -48,6 +48,14 @@ def label_of(groups: Iterable[Mapping[str, Any]], p: Tensor) -> str:
     return f"a parameter of shape {tuple(p.shape)}"
 
 
+def checked_update(name: str, update: Any, like: Tensor) -> Tensor:
+    """What a function of the user's has returned, in the dtype and if it is of the shape that it was given."""
+    if isinstance(update, Tensor) and update.shape == like.shape:
+        return update.to(like.dtype)
+    found = f"a tensor of shape {tuple(update.shape)}" if isinstance(update, Tensor) else type(update).__name__
+    raise TypeError(f"{name} has returned {found}; it has to return the update, a tensor of shape {tuple(like.shape)}")
+
+
 def place(group: Mapping[str, Any], index: int, i: int) -> str:
     """The name of parameter i of the group with this index, or where it stands."""
     names = names_of(group)

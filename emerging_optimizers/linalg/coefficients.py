@@ -192,8 +192,10 @@ def coefficients(
     """
     check_coefficients(coefficient_type, steps)
     if coefficient_type == "custom":
-        if not custom:
-            raise ValueError("coefficient_type='custom' needs custom_coefficient_sets: a list of (a, b, c)")
+        if not custom or any(len(abc) != 3 for abc in custom):
+            raise ValueError(
+                f"coefficient_type='custom' needs custom_coefficient_sets: a list of (a, b, c); given is {custom!r}"
+            )
         sets: Coefficients = tuple((float(a), float(b), float(c)) for a, b, c in custom)
         cycle = True
     else:

@@ -115,7 +115,7 @@ def inverse_fourth_root_cans(x: Tensor, eps: float = 1e-12) -> Tensor:
 
 def _coupled(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The square root and its inverse."""
-    if x.ndim not in (2, 3) or x.size(-2) != x.size(-1):
+    if x.ndim not in (2, 3) or x.size(-2) != x.size(-1) or x.size(-1) == 0:
         raise TypeError(f"x has shape {tuple(x.shape)}; give one square matrix (N, N) or a stack of them (B, N, N)")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x is {x.dtype}; give float32 or float64, x.float() for instance")

@@ -102,7 +102,10 @@ def _precision(precision: FP32MatmulPrecT) -> Iterator[None]:
         saved = (cuda.fp32_precision, mkldnn.fp32_precision)
         try:
             previous = torch.get_float32_matmul_precision()
-        except RuntimeError:  # a backend was set by itself: torch names the global precision once they agree with it
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            # A backend was set by itself: torch names the global precision once they agree with it.
             cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
             previous = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)

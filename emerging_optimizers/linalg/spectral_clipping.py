@@ -36,7 +36,7 @@ def spectral_clip(X: Tensor, sigma_min: float = -1.0, sigma_max: float = 1.0) ->
         A tensor like X.
 
     Raises:
-        ValueError: bounds in the wrong order.
+        ValueError: bounds in the wrong order, or no matrix.
 
     Example:
         >>> spectral_clip(torch.diag(torch.tensor([3.0, 0.5, 0.1])), 0.2, 1.0).diagonal().round(decimals=2)
@@ -62,10 +62,15 @@ def spectral_hardcap(X: Tensor, beta: float = 1.0) -> Tensor:
     Returns:
         A tensor like X.
 
+    Raises:
+        ValueError: a bound that is not positive, or no matrix.
+
     Example:
         >>> spectral_hardcap(torch.diag(torch.tensor([3.0, 0.5]))).diagonal().round(decimals=2)
         tensor([1.0000, 0.5000])
     """
+    if not beta > 0:
+        raise ValueError(f"beta={beta!r} is not allowed; give a number > 0")
     X, shape, tall = _wide(X)
     O = _msign(X)
     distance = beta * O - X
@@ -83,10 +88,15 @@ def spectral_clipped_weight_decay(X: Tensor, beta: float = 1.0, c: float = 0.5) 
     Returns:
         A tensor like X.
 
+    Raises:
+        ValueError: a value out of its range, or no matrix.
+
     Example:
         >>> spectral_clipped_weight_decay(torch.diag(torch.tensor([3.0, 0.5]))).diagonal().round(decimals=2)
         tensor([2.0000, 0.5000])
     """
+    if not 0 <= c <= 1:
+        raise ValueError(f"c={c!r} is not allowed; give a number in [0, 1]")
     return torch.lerp(X, spectral_hardcap(X, beta), c)
 
 
@@ -96,6 +106,8 @@ def _msign(X: Tensor) -> Tensor:
 
 def _wide(X: Tensor) -> tuple[Tensor, torch.Size, bool]:
     """As a stack of matrices with M <= N, so that the square products are the small ones."""
+    if X.ndim < 2:
+        raise ValueError(f"X has shape {tuple(X.shape)}; give a matrix (M, N) or a stack of them")
     tall = X.size(-2) > X.size(-1)
     stack = X.reshape(-1, *X.shape[-2:])
     return stack.mT if tall else stack, X.shape, tall

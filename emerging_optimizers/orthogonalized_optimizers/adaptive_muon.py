@@ -166,6 +166,12 @@ class AdaptiveMuon(PolarOptimizer):
     """
 
     rule = AdaptiveMuonRule
+    uncalled = (
+        *PolarOptimizer.uncalled,
+        "_apply_moment2_normalization",
+        "_apply_muon_scale",
+        "_match_frobenius_norm",
+    )
     set_later = {
         **{field.name: field.default for field in fields(AdaptiveMuonRule)},
         "scale_mode": None,  # a `scaled_orthogonalize_fn` has it

@@ -49,6 +49,8 @@ from emerging_optimizers.orthogonalized_optimizers.orthogonalizer import (
     UseSyrk,
 )
 
+__all__ = ["Muon", "MuonRule", "MuonScaleT", "get_muon_scale_factor"]  # the last two for type checkers
+
 
 @dataclass(frozen=True, kw_only=True)
 class MuonRule(PolarRule):

@@ -16,14 +16,14 @@ References:
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step
-from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
+from emerging_optimizers.engine.hooks import InPlaceLaw, Law, WeightUpdateHook
 from emerging_optimizers.engine.options import (
     LearningRate,
     MatmulPrecision,
@@ -35,7 +35,7 @@ from emerging_optimizers.engine.options import (
 )
 from emerging_optimizers.engine.rule import rule_of
 from emerging_optimizers.engine.scalars import make_scalars
-from emerging_optimizers.engine.validate import suggest
+from emerging_optimizers.engine.validate import checked_update, suggest
 from emerging_optimizers.orthogonalized_optimizers.momentum import MomentumRule, MomentumState, average
 
 
@@ -160,12 +160,14 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         if self._function is None and not self._overrides:
             return super()._make_rule(group)
 
+        name = f"{self._name}.orthogonalize" if self._overrides else "scaled_orthogonalize_fn"
+
         def function(p: Tensor, x_MN: Tensor) -> Tensor:
             # Read now: an entry of the group may be set at any time.
             options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
             self._group = options
             try:
-                return self.orthogonalize(p, x_MN, **options)
+                return checked_update(name, self.orthogonalize(p, x_MN, **options), x_MN)
             finally:
                 self._group = None
 
@@ -215,7 +217,12 @@ class OrthogonalizedOptimizer(RuleOptimizer):
             raise ValueError(
                 f"{self._name} has a law of its own for the weight; override neither {' nor '.join(names)}"
             )
-        return InPlaceLaw(_Around(self, law.hook if isinstance(law, InPlaceLaw) else law or NoOpWeightUpdateHook()))
+        if isinstance(law, WeightUpdateHook) and type(law).move is not WeightUpdateHook.move:
+            raise ValueError(
+                f"{self._name}: weight_update_hook={law!r} moves a weight in one function, `move`, and leaves no place "
+                f"for {' and '.join(names)}; give it `direct` and `retract` instead, or override neither"
+            )
+        return _Around(self, law)
 
     def _map(self, x: Tensor) -> Tensor:
         options = self.defaults if self._group is None else self._group
@@ -224,16 +231,29 @@ class OrthogonalizedOptimizer(RuleOptimizer):
         return rule.orthogonalize(stack, make_scalars(rule.reads, options, {})).view(x.shape)
 
 
-class _Around:
-    """A subclass's functions outside those of its hook."""
+class _Around(InPlaceLaw):
+    """A subclass's functions before and after the update, outside those of a law."""
 
-    def __init__(self, optimizer: OrthogonalizedOptimizer, hook: Any) -> None:
-        self.optimizer, self.hook = optimizer, hook
+    def __init__(self, optimizer: OrthogonalizedOptimizer, law: Law | None) -> None:
+        self.optimizer, self.law = optimizer, law
 
-    def pre_weight_update_inplace(self, p: Tensor, update: Tensor) -> Any:
+    def step(self, p: Tensor, update: Tensor, keep: Any, lr: Any) -> None:
+        old = p.clone()
+        p.mul_(keep)
+        update = update.clone()
         self.optimizer.pre_weight_update_fn_inplace(p, update)
-        return self.hook.pre_weight_update_inplace(p, update)
-
-    def post_weight_update_inplace(self, p: Tensor, pre_update_state: Any) -> None:
+        end = self._begin(p, update, old)
+        p.sub_(update * lr)
         self.optimizer.post_weight_update_fn_inplace(p)
-        self.hook.post_weight_update_inplace(p, pre_update_state)
+        end()
+
+    def _begin(self, p: Tensor, update: Tensor, old: Tensor) -> Callable[[], None]:
+        """What the law does before the update; returns what it does afterwards."""
+        law = self.law
+        if law is None:
+            return lambda: None
+        if isinstance(law, InPlaceLaw):
+            return partial(law.hook.post_weight_update_inplace, p, law.hook.pre_weight_update_inplace(p, update))
+        decayed = p.clone()
+        law.turn(p, update, old)
+        return partial(law.land, p, old, decayed)

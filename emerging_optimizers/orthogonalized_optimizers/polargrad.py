@@ -137,6 +137,8 @@ def one_sided_polargrad_orth_fn(
     """
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r} is not one of 'left', 'right'")
+    if grad.ndim < 2:
+        raise ValueError(f"grad has shape {tuple(grad.shape)}; give a matrix (M, N) or a stack of them")
     x = grad.double() if grad.dtype == torch.float64 else grad.float()
     if center_rows:
         x = x - x.mean(dim=-2, keepdim=True)

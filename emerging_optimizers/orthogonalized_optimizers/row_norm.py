@@ -29,8 +29,10 @@ def row_norm_fn(
         tensor([[0.6000, 0.8000],
                 [0.0000, 1.0000]])
     """
-    if grad.ndim != 2:
-        raise ValueError(f"row_norm_fn takes one matrix; given is a tensor of shape {tuple(grad.shape)}")
+    if grad.ndim != 2 or not grad.is_floating_point():
+        raise ValueError(
+            f"row_norm_fn takes one matrix, in floating point; given is {grad.dtype} of shape {tuple(grad.shape)}"
+        )
     x = grad.double() if grad.element_size() == 8 else grad.float()
     if center_rows:
         x = x - x.mean(dim=0, keepdim=True)

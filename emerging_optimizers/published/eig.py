@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.options import COUNT
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in
 from emerging_optimizers.linalg.power_iteration import power_iteration as _power_iteration
@@ -48,16 +49,17 @@ def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
         (..., K, K), or (..., K) with `diag`.
 
     Raises:
-        ValueError: neither two matrices nor two batches of one length.
+        ValueError: neither two matrices that go together nor two batches of them of one length.
 
     Example:
         >>> conjugate(torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2), diag=True)
         tensor([1., 3.])
     """
-    if a.ndim not in (2, 3) or a.ndim != p.ndim or a.shape[:-2] != p.shape[:-2]:
+    fit = a.ndim == p.ndim and a.shape[:-2] == p.shape[:-2] and a.size(-1) == a.size(-2) == p.size(-2)
+    if a.ndim not in (2, 3) or not fit:
         raise ValueError(
-            f"conjugate: a of shape {tuple(a.shape)} and p of shape {tuple(p.shape)} do not go together; give two "
-            "matrices, or two batches (B, N, N) of one length"
+            f"conjugate: a of shape {tuple(a.shape)} and p of shape {tuple(p.shape)} do not go together; give "
+            "(N, N) and (N, K), or two batches of these of one length"
         )
     return conjugate_diagonal(a, p) if diag else project_in(a, p, p)
 
@@ -89,8 +91,10 @@ def orthogonal_iteration(kronecker_factor: Tensor, eigenbasis: Tensor, power_ite
             f"orthogonal_iteration: eigenbasis has shape {tuple(eigenbasis.shape)}; kronecker_factor's "
             f"{tuple(kronecker_factor.shape)} is needed"
         )
-    if power_iter_steps < 1:
-        raise ValueError(f"orthogonal_iteration: power_iter_steps={power_iter_steps!r} is not allowed; give >= 1")
+    if not COUNT.holds(power_iter_steps):
+        raise ValueError(
+            f"orthogonal_iteration: power_iter_steps={power_iter_steps!r} is not allowed; give {COUNT.allowed}"
+        )
     for _ in range(power_iter_steps):
         eigenbasis = torch.linalg.qr(kronecker_factor @ eigenbasis).Q
     return eigenbasis
@@ -132,3 +136,5 @@ def power_iteration(W: Tensor, u: Tensor, k: int = 1, eps: float = 1e-8) -> tupl
 def _check_square(name: str, x: Tensor) -> None:
     if x.ndim not in (2, 3) or x.size(-1) != x.size(-2):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; give (N, N) or (B, N, N)")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}; give floating-point numbers, {name}.float() for instance")

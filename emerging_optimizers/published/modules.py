@@ -65,11 +65,11 @@ class Conv1dFlatWeights(nn.Conv1d):
         """Of the convolution's kernel: (out, in / groups, kernel)."""
         return (self.out_channels, self.in_channels // self.groups, self.kernel_size[0])
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """As `torch.nn.Conv1d`."""
         weight, bias = (self.weight[:, :-1], self.weight[:, -1]) if self.has_bias else (self.weight, None)
         kernel = weight.reshape(self.weight_shape)
-        return F.conv1d(input, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv1d(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """As `torch.nn.Conv1d`, and the shape of the parameter."""

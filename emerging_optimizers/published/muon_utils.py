@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emerging_optimizers.distributed.groups import gather, get_pg_rank, get_pg_size
+from emerging_optimizers.engine.options import WHOLE
 from emerging_optimizers.linalg.coefficients import CoeffIterMode, NSCoeffT, coefficients
 from emerging_optimizers.linalg.kernels.syrk import no_syrk
 from emerging_optimizers.linalg.newton_schulz import newton_schulz as _newton_schulz
@@ -277,8 +278,10 @@ def get_coefficient_iterator(
     """`steps` coefficient tuples: the sets again and again, or the last one repeated past the end.
 
     Raises:
-        ValueError: no sets, or an unknown mode.
+        ValueError: no sets, an unknown mode, or a negative number of steps.
     """
+    if not WHOLE.holds(steps):
+        raise ValueError(f"steps={steps!r} is not allowed; give {WHOLE.allowed}")
     if not coefficient_sets:
         raise ValueError("coefficient_sets is empty; give at least one (a, b, c)")
     if mode not in ("cycle", "repeat_last"):

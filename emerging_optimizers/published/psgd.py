@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.options import COUNT
 from emerging_optimizers.linalg.power_iteration import norm_lower_bound
 from emerging_optimizers.linalg.precision import fp32_matmul_precision
 from emerging_optimizers.linalg.procrustes import procrustes_step as _procrustes_step
@@ -82,6 +83,8 @@ def _normal_starts(name: str, x: Tensor, k: int = NORM_STARTS) -> Tensor:
     """(1, k, N) normal numbers from torch's generator, for a square x."""
     if x.ndim != 2 or x.size(0) != x.size(1):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; give a square matrix (N, N)")
+    if not COUNT.holds(k):
+        raise ValueError(f"k={k!r} is not allowed; give {COUNT.allowed}")
     return torch.randn(1, k, x.size(0), dtype=x.dtype, device=x.device)
 
 
@@ -124,17 +127,26 @@ def partial_contraction(G1: Tensor, G2: Tensor, axis: int) -> Tensor:
     Args:
         G1: (D_0, ..., D_N).
         G2: the same shape.
-        axis: the one that stays, >= 0.
+        axis: the one that stays.
 
     Returns:
         (D_axis, D_axis).
+
+    Raises:
+        ValueError: shapes that differ, or an axis that they have not.
 
     Example:
         >>> partial_contraction(torch.ones(2, 3), torch.ones(2, 3), axis=0)
         tensor([[3., 3.],
                 [3., 3.]])
     """
-    others = [i for i in range(G1.ndim) if i != axis]
+    fit = G1.ndim == G2.ndim and -G1.ndim <= axis < G1.ndim
+    others = [i for i in range(G1.ndim) if i != axis % G1.ndim] if fit else []
+    if not fit or any(G1.size(i) != G2.size(i) for i in others):
+        raise ValueError(
+            f"partial_contraction: shapes {tuple(G1.shape)} and {tuple(G2.shape)} and axis={axis!r} do not go "
+            "together; give two tensors of one shape and one of their axes"
+        )
     return torch.tensordot(G1, G2, dims=(others, others))
 
 

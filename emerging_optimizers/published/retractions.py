@@ -1,5 +1,8 @@
 """The retractions of `linalg.stiefel` under their published names: from a point against a momentum, by a step size."""
 
+from math import prod
+
+import torch
 from torch import Tensor
 
 from emerging_optimizers.linalg.coefficients import NSCoeffT
@@ -13,12 +16,16 @@ def qr_retraction(point: Tensor, momentum: Tensor, step_size: float) -> Tensor:
     """Q of the QR decomposition of `point - step_size * momentum`, where R has a positive diagonal.
 
     Args:
-        point: (M, K) or a stack, orthonormal columns.
+        point: (M, K) or a stack, orthonormal columns, float32 or float64.
         momentum: shaped like it.
         step_size: how far.
 
     Returns:
         A tensor like `point`, orthonormal columns.
+
+    Raises:
+        TypeError: other dtypes, or two.
+        ValueError: shapes that differ, or that are not those of matrices; here also more columns than rows.
 
     Example:
         >>> import torch
@@ -26,7 +33,7 @@ def qr_retraction(point: Tensor, momentum: Tensor, step_size: float) -> Tensor:
         tensor([[ 0.8000, -0.6000],
                 [ 0.6000,  0.8000]])
     """
-    return RETRACTIONS["qr"](point, -step_size * momentum)
+    return _retract("qr", point, momentum, step_size)
 
 
 def polar_retraction(point: Tensor, momentum: Tensor, step_size: float) -> Tensor:
@@ -38,7 +45,7 @@ def polar_retraction(point: Tensor, momentum: Tensor, step_size: float) -> Tenso
         tensor([[ 0.8000, -0.6000],
                 [ 0.6000,  0.8000]])
     """
-    return RETRACTIONS["polar"](point, -step_size * momentum)
+    return _retract("polar", point, momentum, step_size)
 
 
 def cayley_retraction(point: Tensor, momentum: Tensor, step_size: float) -> Tensor:
@@ -50,7 +57,7 @@ def cayley_retraction(point: Tensor, momentum: Tensor, step_size: float) -> Tens
         tensor([[ 0.6000, -0.8000],
                 [ 0.8000,  0.6000]])
     """
-    return RETRACTIONS["cayley"](point, -step_size * momentum)
+    return _retract("cayley", point, momentum, step_size)
 
 
 def newton_schulz_retraction(
@@ -70,8 +77,8 @@ def newton_schulz_retraction(
         num_ns_steps: as `steps` there.
 
     Raises:
-        TypeError: another dtype than float32, or another rank.
-        ValueError: as in `newton_schulz`.
+        TypeError: another dtype than float32.
+        ValueError: shapes as above; otherwise as in `newton_schulz`.
 
     Example:
         >>> import torch
@@ -80,4 +87,25 @@ def newton_schulz_retraction(
         tensor([[ 0.8000, -0.6000],
                 [ 0.6000,  0.8000]])
     """
-    return newton_schulz(point - step_size * momentum, steps=num_ns_steps, coefficient_type=coefficient_type)
+    stack, direction = _stack("newton_schulz", point, momentum, step_size)
+    return newton_schulz(stack + direction, steps=num_ns_steps, coefficient_type=coefficient_type).view(point.shape)
+
+
+def _retract(how: RetractionT, point: Tensor, momentum: Tensor, step_size: float) -> Tensor:
+    return RETRACTIONS[how](*_stack(how, point, momentum, step_size)).view(point.shape)
+
+
+def _stack(how: RetractionT, point: Tensor, momentum: Tensor, step_size: float) -> tuple[Tensor, Tensor]:
+    """Point and direction as stacks (B, M, K), once they have been looked at."""
+    given = f"{how}_retraction: point is {point.dtype} of shape {tuple(point.shape)}"
+    if point.ndim < 2 or momentum.shape != point.shape:
+        raise ValueError(
+            f"{given} and momentum has shape {tuple(momentum.shape)}; give two matrices (M, K) of one shape, or two "
+            "stacks of them"
+        )
+    if point.dtype not in (torch.float32, torch.float64) or momentum.dtype != point.dtype:
+        raise TypeError(f"{given} and momentum is {momentum.dtype}; give both in float32, or both in float64")
+    if how == "qr" and point.size(-1) > point.size(-2):
+        raise ValueError(f"{given}, which has more columns than rows; give the transposes of both")
+    shape = (prod(point.shape[:-2]), *point.shape[-2:])
+    return point.reshape(shape), (-step_size * momentum).reshape(shape)

@@ -1,10 +1,9 @@
 """`linalg.sinkhorn.balance` under its published name."""
 
-from math import isfinite
-
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.options import COUNT, NON_NEGATIVE, POSITIVE
 from emerging_optimizers.linalg.sinkhorn import balance
 
 __all__ = ["sinkhorn_balance"]
@@ -35,13 +34,18 @@ def sinkhorn_balance(
         tensor([[0.8485, 1.1314],
                 [0.0000, 1.4142]])
     """
-    if update.ndim < 2 or update.numel() == 0:
-        raise ValueError(f"sinkhorn_balance takes matrices with entries; update has shape {tuple(update.shape)}")
-    if num_normalization_steps < 1 or num_normalization_steps % 2 == 0:
-        raise ValueError(f"num_normalization_steps={num_normalization_steps!r} is not allowed; give an odd number >= 1")
-    if not (eps > 0 and isfinite(eps)):
-        raise ValueError(f"eps={eps!r} is not allowed; give a finite number > 0")
-    if not (zero_row_threshold >= 0 and isfinite(zero_row_threshold)):
-        raise ValueError(f"zero_row_threshold={zero_row_threshold!r} is not allowed; give a finite number >= 0")
+    if update.ndim < 2 or update.numel() == 0 or not update.is_floating_point():
+        raise ValueError(
+            "sinkhorn_balance takes matrices of floating-point numbers, with entries; update is "
+            f"{update.dtype} of shape {tuple(update.shape)}"
+        )
+    if not (COUNT.holds(num_normalization_steps) and num_normalization_steps % 2):
+        raise ValueError(
+            f"num_normalization_steps={num_normalization_steps!r} is not allowed; give an odd integer >= 1"
+        )
+    if not POSITIVE.holds(eps):
+        raise ValueError(f"eps={eps!r} is not allowed; give {POSITIVE.allowed}")
+    if not NON_NEGATIVE.holds(zero_row_threshold):
+        raise ValueError(f"zero_row_threshold={zero_row_threshold!r} is not allowed; give {NON_NEGATIVE.allowed}")
     x = update if update.dtype == torch.float64 else update.float()
     return balance(x, num_normalization_steps, zero_row_threshold, eps).to(update.dtype)

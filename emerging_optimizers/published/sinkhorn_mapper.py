@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from emerging_optimizers.engine.options import POSITIVE, WHOLE
 from emerging_optimizers.linalg.sinkhorn import sinkhorn
 
 __all__ = ["SinkhornMapper"]
@@ -24,10 +25,10 @@ class SinkhornMapper:
     """
 
     def __init__(self, num_iters: int = 20, eps: float = 1e-8) -> None:
-        if num_iters < 0:
-            raise ValueError(f"SinkhornMapper: num_iters={num_iters!r} is not allowed; give an integer >= 0")
-        if not eps > 0:
-            raise ValueError(f"SinkhornMapper: eps={eps!r} is not allowed; give a number > 0")
+        if not WHOLE.holds(num_iters):
+            raise ValueError(f"SinkhornMapper: num_iters={num_iters!r} is not allowed; give {WHOLE.allowed}")
+        if not POSITIVE.holds(eps):
+            raise ValueError(f"SinkhornMapper: eps={eps!r} is not allowed; give {POSITIVE.allowed}")
         self.num_iters = num_iters
         self.eps = eps
 

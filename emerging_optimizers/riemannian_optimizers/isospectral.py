@@ -128,6 +128,7 @@ class Iso(RuleOptimizer):
     """
 
     rule = IsoRule
+    uncalled = (*RuleOptimizer.uncalled, "_init_state")
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -231,9 +232,17 @@ def _routes(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def _check_overrides(cls: type[RuleOptimizer]) -> None:
     """Raise ValueError for a user's class whose methods would not be called here, where groups have rules alone."""
-    for name in cls.overridable:
-        if not (method := getattr(cls, name)).__module__.startswith("emerging_optimizers."):
-            raise ValueError(
-                f"{cls.__name__}.{name} of {method.__module__} is not called in an optimizer of several algorithms; "
-                f"give {cls.__name__} its parameters itself, or a rule of its own"
-            )
+    for name in cls.foreign([*_OF_AN_OPTIMIZER, *cls.overridable, *cls.uncalled]):
+        raise ValueError(
+            f"{cls.__name__}.{name} of {getattr(cls, name).__module__} is not called in an optimizer of several "
+            f"algorithms; give {cls.__name__} its parameters itself, or a rule of its own"
+        )
+
+
+# Methods of one optimizer, not of a group: this optimizer's are called.
+_OF_AN_OPTIMIZER = [
+    name
+    for base in (RuleOptimizer, torch.optim.Optimizer)
+    for name, value in vars(base).items()
+    if isfunction(value) and not name.startswith("__")
+]

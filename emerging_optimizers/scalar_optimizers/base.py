@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.engine import Rule, RuleOptimizer, Scalars, Step
-from emerging_optimizers.engine.hooks import InPlaceLaw, Law, NoOpWeightUpdateHook
+from emerging_optimizers.engine.hooks import InPlaceLaw, Law, follow
 from emerging_optimizers.engine.parts import Part, before_first_step
 from emerging_optimizers.engine.rule import Where
+from emerging_optimizers.engine.validate import checked_update
 
 __all__ = ["SingleMomentumOptimizer", "TwoMomentsOptimizer"]
 
@@ -51,6 +52,7 @@ class UpdateFunctionRule(Rule):
         shape = t.parameters[0].shape
         buffers = [x.clone().view(shape) for x in state]
         update = self.function(grad.view(shape), *buffers, step=t.step)
+        update = checked_update("update_fn", update, grad.view(shape))
         return Step(update.reshape(grad.shape), type(state)(*(x.view(grad.shape) for x in buffers)))
 
 
@@ -79,6 +81,8 @@ class ScalarOptimizer(RuleOptimizer):
         defaults = defaults or {}
         if update_fn is None and self.rule is UpdateFunctionRule:
             raise TypeError(f"{self._name} has no rule of its own; give update_fn, a function of gradient and moments")
+        if "lr" not in defaults and "lr" not in options:
+            raise TypeError(f"{self._name} has no default learning rate; give 'lr' in defaults")
         if missing := set(update_kwarg_names) - defaults.keys():
             raise ValueError(
                 f"{self._name}: update_kwarg_names has {', '.join(map(repr, sorted(missing)))}, which defaults has "
@@ -102,7 +106,7 @@ class ScalarOptimizer(RuleOptimizer):
         law = super()._law(rule, group)
         if all(getattr(type(self), name) is getattr(ScalarOptimizer, name) for name in self.overridable):
             return law
-        return _Around(self, group, law.hook if isinstance(law, InPlaceLaw) else law or NoOpWeightUpdateHook())
+        return _Around(self, group, law)
 
     def pre_step_inplace(self, p: Tensor, group: dict[str, Any]) -> Any:
         """What happens to one parameter before weight decay; returns what the other method is to be given."""
@@ -114,13 +118,12 @@ class ScalarOptimizer(RuleOptimizer):
 class _Around(InPlaceLaw):
     """A subclass's functions around decay and update."""
 
-    def __init__(self, optimizer: ScalarOptimizer, group: Any, hook: Any) -> None:
-        super().__init__(hook)
-        self.optimizer, self.group = optimizer, group
+    def __init__(self, optimizer: ScalarOptimizer, group: Any, law: Law | None) -> None:
+        self.optimizer, self.group, self.law = optimizer, group, law
 
     def step(self, p: Tensor, update: Tensor, keep: Any, lr: Any) -> None:
         before = self.optimizer.pre_step_inplace(p, self.group)
-        super().step(p, update, keep, lr)
+        follow(self.law, p, update, keep, lr)
         self.optimizer.post_step_inplace(p, self.group, before)
 
 

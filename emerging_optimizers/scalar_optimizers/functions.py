@@ -43,6 +43,8 @@ __all__ = [
 @torch.no_grad()
 def _advance(rule: Rule, grad: Tensor, state: Any, **scalars: Any) -> Tensor:
     """The update of a rule, whose new state takes the place of the old one."""
+    if not isinstance(step := scalars.get("step"), Tensor) and step is not None and step < 1:
+        raise ValueError(f"step={step!r} is not allowed; it counts from 1, the first update included")
     out = rule.update(grad, state, make_scalars((), {}, scalars))
     for old, new in zip(state, out.state, strict=True):
         old.copy_(new)

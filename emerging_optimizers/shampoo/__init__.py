@@ -6,9 +6,25 @@ Layer 3: imports the engine and linalg, never another family of matrix optimizer
 from importlib import import_module
 from typing import Any
 
-from emerging_optimizers.shampoo.shampoo import KlShampoo, Shampoo, ShampooBase
+from emerging_optimizers.shampoo.shampoo import (
+    KlShampoo,
+    KlShampooPreconditioner,
+    Shampoo,
+    ShampooBase,
+    ShampooPreconditioner,
+    ShampooScaleT,
+    get_shampoo_scale_factor,
+)
 
-__all__ = ["KlShampoo", "Shampoo", "ShampooBase"]
+__all__ = [
+    "KlShampoo",
+    "KlShampooPreconditioner",
+    "Shampoo",
+    "ShampooBase",
+    "ShampooPreconditioner",
+    "ShampooScaleT",
+    "get_shampoo_scale_factor",
+]
 
 PUBLISHED = ("KlMSoap", "KlSoapV3", "ReklsV3")  # here too, of another family
 

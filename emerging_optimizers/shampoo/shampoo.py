@@ -51,7 +51,7 @@ from torch import Tensor
 
 from emerging_optimizers.engine import EngineOptions, Rule, RuleOptimizer, Scalars, Step, debias, lerp
 from emerging_optimizers.engine.options import (
-    COUNT,
+    POSITIVE,
     LearningRate,
     MatrixParams,
     MaxPrecondDim,
@@ -76,16 +76,15 @@ from emerging_optimizers.engine.parts import (
 )
 from emerging_optimizers.engine.preconditioner import PreconditionerRule
 from emerging_optimizers.engine.rule import Where, rule_of
+from emerging_optimizers.engine.validate import checked_update
 from emerging_optimizers.linalg.eigenbasis import floored, kl_sides
 from emerging_optimizers.linalg.eigh import eigh_descending
 from emerging_optimizers.linalg.inverse_root import root_of_eigen
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.scaling import MuonScaleT, muon_scale_factor
-from emerging_optimizers.shampoo.preconditioners import (
-    KlShampooPreconditioner,
-    ShampooPreconditioner,
-    ShampooPreconditionerProtocol,
-)
+from emerging_optimizers.shampoo.preconditioners import KlShampooPreconditioner as KlShampooPreconditioner  # published
+from emerging_optimizers.shampoo.preconditioners import ShampooPreconditioner as ShampooPreconditioner  # here, too
+from emerging_optimizers.shampoo.preconditioners import ShampooPreconditionerProtocol
 
 ShampooScaleT = MuonScaleT | None
 Eigen = tuple[Tensor, Tensor] | None  # eigenvalues (B, N) and eigenvectors (B, N, N) of a factor
@@ -118,7 +117,7 @@ class ShampooRule(Rule):
 
     State: ClassVar[type[Any]] = ShampooState
     reads = ("momentum", "shampoo_beta", "eps", "step")
-    p_root_inv: int = 4
+    p_root_inv: float = 4
     max_precond_dim: int | None = 10000
     scale_mode: ShampooScaleT = None
     of_rows: ClassVar[tuple[str, ...]] = ("L",)
@@ -200,7 +199,8 @@ class OneByOneRule(PreconditionerRule):
 
     reads = ("momentum", "shampoo_beta", "eps", "step", "parameters")
     like = ShampooState
-    p_root_inv: int
+    calls = (*PreconditionerRule.calls, "precondition")
+    p_root_inv: float
     scale_mode: ShampooScaleT
 
     def before(self, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
@@ -211,8 +211,9 @@ class OneByOneRule(PreconditionerRule):
         """The published step."""
         preconditioner = self.cls(state, self.p_root_inv, t.eps)
         update_MN = self.function(grad_MN, state["exp_avg"], momentum=t.momentum)
+        update_MN = checked_update(self.function.__qualname__, update_MN, grad_MN)
         self.take_in(preconditioner, grad_MN, t, step)
-        update_MN = preconditioner.precondition(update_MN)
+        update_MN = checked_update(f"{self.cls.__name__}.precondition", preconditioner.precondition(update_MN), grad_MN)
         preconditioner.rebind_state(state)
         return update_MN * get_shampoo_scale_factor(grad_MN.size(0), grad_MN.size(1), self.scale_mode)
 
@@ -223,10 +224,10 @@ ShampooLearningRate = Annotated[
     "grows with the agreement of successive gradients: sqrt((1 - mu) / (1 + mu)) for independent ones.",
 ]
 PRootInv = Annotated[
-    int,
+    float,
     Option(
-        COUNT,
-        "p, an integer >= 1. 4 is Shampoo's; 2 whitens twice as much, and the update then shrinks as gradients grow.",
+        POSITIVE,
+        "p, > 0. 4 is Shampoo's; 2 whitens twice as much, and the update then shrinks as gradients grow.",
     ),
 ]
 

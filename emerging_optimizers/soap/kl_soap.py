@@ -35,6 +35,7 @@ from emerging_optimizers.engine.options import (
     given,
 )
 from emerging_optimizers.engine.rule import Where, rule_of
+from emerging_optimizers.engine.validate import checked_update
 from emerging_optimizers.scalar_optimizers.adamw import AdamState
 from emerging_optimizers.scalar_optimizers.functions import calculate_adam_update, calculate_madam_update
 from emerging_optimizers.scalar_optimizers.madam import MAdamState, madam_direction, madam_largest_norm
@@ -64,8 +65,9 @@ class ScalarUpdateRule(SOAPRule):
     def inner(self, rotated_BMN: Tensor, moments: AdamState, t: Scalars) -> tuple[Tensor, AdamState]:
         """The function, which writes the moments."""
         new = AdamState(*(x.clone() for x in moments))
+        name = self.function.__qualname__
         updates = [
-            self.function(grad, m, v, betas=t.betas, step=int(step))
+            checked_update(name, self.function(grad, m, v, betas=t.betas, step=int(step)), grad)
             for grad, m, v, step in zip(rotated_BMN, *new, t.step.flatten(), strict=True)
         ]
         return torch.stack(updates), new

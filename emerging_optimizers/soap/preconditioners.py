@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emerging_optimizers.engine import Scalars
 from emerging_optimizers.engine.preconditioner import PreconditionerProtocol, PreconditionerRule, TensorPair
+from emerging_optimizers.engine.validate import checked_update
 from emerging_optimizers.linalg.eigenbasis import floored, follow, kl_sides
 from emerging_optimizers.linalg.kernels.symmetric import gram
 from emerging_optimizers.linalg.kronecker import conjugate_diagonal, project_in
@@ -142,6 +143,7 @@ class SoapPreconditionerRule(PreconditionerRule):
 
     reads = ("betas", "shampoo_beta", "eps", "step", "parameters")
     like = SOAPState
+    calls = (*PreconditionerRule.calls, "project_in", "project_out")
 
     def one(self, grad_MN: Tensor, state: dict[str, Tensor], t: Scalars, step: int) -> Tensor:
         """The published step."""
@@ -149,6 +151,7 @@ class SoapPreconditionerRule(PreconditionerRule):
         self.take_in(preconditioner, grad_MN, t, step)
         moments = preconditioner.exp_avg, preconditioner.exp_avg_sq
         inner = self.function(preconditioner.project_in(grad_MN), *moments, betas=t.betas, step=step)
-        update: Tensor = preconditioner.project_out(inner)
+        inner = checked_update(self.function.__qualname__, inner, grad_MN)
+        update = checked_update(f"{self.cls.__name__}.project_out", preconditioner.project_out(inner), grad_MN)
         preconditioner.rebind_state(state)
         return update

@@ -328,6 +328,8 @@ def load(path: str):
         "shampoo.matrix_root_inverse_utils:mat_4th_root_inv_via_scaled_cans",
         "shampoo.matrix_root_inverse_utils:mat_root_inv_via_scaled_cans",
         *(f"shampoo:{name}" for name in ("KlMSoap", "KlShampoo", "KlSoapV3", "ReklsV3")),
+        *(f"shampoo:{name}" for name in ("ShampooBase", "ShampooPreconditioner", "get_shampoo_scale_factor")),
+        "riemannian_optimizers:ObliqueScaleT",
         "shampoo.soap_v3:KlSoapPreconditioner",
         "shampoo.soap_v3:ReklsPreconditioner",
         "shampoo.soap_v3:SoapBase",

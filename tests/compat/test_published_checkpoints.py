@@ -84,6 +84,18 @@ CHECKPOINTS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], set
     ("laprop", {}, ADAM, {"betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.1, "correct_bias": False}, set()),
     ("sim_ademamix", {}, ADAM, {"betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.1, "alpha": 3.0}, set()),
     ("oblique_sgd", {}, MOMENTUM, {"momentum": 0.8, "weight_decay": 0.1, "dim": 1, "eps": 1e-7}, set()),
+    *(
+        (name, {"scale_mode": "unit_rms_norm"}, ADAM, {"betas": (0.8, 0.9), "weight_decay": 0.1, "dim": 1}, set[str]())
+        for name in ("oblique_adam", "oblique_steepest_adam")
+    ),
+    ("oblique_steepest_sgd", {}, MOMENTUM, {"momentum": 0.8, "weight_decay": 0.1, "dim": 1, "eps": 1e-7}, set()),
+    (
+        "shampoo",
+        {"scale_mode": "spectral"},
+        {"step": 3, "exp_avg": MN, "L": MM, "R": NN},
+        {"momentum": 0.8, "shampoo_beta": 0.9, "eps": 1e-7, "weight_decay": 0.1},
+        set(),
+    ),
     ("oblique_adam", {}, ADAM, {"betas": (0.8, 0.9), "weight_decay": 0.1, "dim": 1, "eps": 1e-7}, set()),
     (
         "iso",

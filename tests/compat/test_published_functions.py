@@ -7,6 +7,7 @@ in docs/migrate.md.
 import inspect
 from importlib import import_module
 from inspect import Parameter
+from operator import attrgetter
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ FUNCTIONS = {
     "soap.soap_utils:get_eigenbasis_eigh": "kronecker_factor_list",
     "soap.soap_utils:get_eigenbasis_qr": "kronecker_factor_list, eigenbasis_list, power_iter_steps=1",
     "soap.soap_utils:sort_eigenbasis_by_approx_eigvals": "kronecker_factor_list, eigenbasis_list, exp_avg_sq",
+    "utils.modules:Conv1dFlatWeights.forward": "self, x",
     "utils.eig:conjugate": "a, p, diag=False",
     "utils.eig:eigh_with_fallback": "x, force_double=False",
     "utils.eig:orthogonal_iteration": "kronecker_factor, eigenbasis, power_iter_steps",
@@ -113,7 +115,7 @@ FUNCTIONS = {
 
 def load(path: str):
     module, name = path.split(":")
-    return getattr(import_module(f"emerging_optimizers.{module}"), name)
+    return attrgetter(name)(import_module(f"emerging_optimizers.{module}"))
 
 
 def arguments(function) -> str:
@@ -244,3 +246,53 @@ def test_the_mixin_decays_as_the_engine_does(method, keep):
     Mine.weight_decay_method = "l3"
     with pytest.raises(ValueError, match="weight_decay_method='l3'"):
         Mine()._apply_weight_decay_inplace(p, grad, 0.1, 0.5)
+
+
+X, I = torch.ones(4, 3), torch.eye(3)
+ADAM_OPTIONS = {"betas": (0.9, 0.99), "eps": 1e-8, "correct_bias": True, "nesterov": False}
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "options", "match"),
+    [
+        ("utils.eig:conjugate", (I, torch.eye(4)), {}, r"\(3, 3\) and p of shape \(4, 4\) do not go together"),
+        ("utils.eig:eigh_with_fallback", (I.int(),), {}, r"x is torch.int32; give floating-point"),
+        ("utils.eig:orthogonal_iteration", (I, I, 1.5), {}, r"power_iter_steps=1.5 .* give an integer >= 1"),
+        ("utils:SinkhornMapper", (1.5,), {}, r"num_iters=1.5 .* give an integer >= 0"),
+        ("contrib.row_norm:row_norm_fn", (X.int(),), {}, r"given is torch.int32"),
+        (
+            "orthogonalized_optimizers.polargrad:left_polargrad_orth_fn",
+            (X[0],),
+            {},
+            r"grad has shape \(3,\); give a matrix",
+        ),
+        ("orthogonalized_optimizers.muon_utils:get_coefficient_iterator", (-1, [(1.0, 2.0, 3.0)]), {}, r"steps=-1"),
+        (
+            "orthogonalized_optimizers.muon_utils:newton_schulz",
+            (X, 5, "custom", [(1, 2)]),
+            {},
+            r"given is \[\(1, 2\)\]",
+        ),
+        ("orthogonalized_optimizers.spectral_clipping_utils:spectral_clip", (X[0],), {}, r"X has shape \(3,\); give"),
+        ("orthogonalized_optimizers.spectral_clipping_utils:spectral_hardcap", (X, -1.0), {}, r"beta=-1.0 is not"),
+        (
+            "orthogonalized_optimizers.spectral_clipping_utils:spectral_clipped_weight_decay",
+            (X, 1.0, 2.0),
+            {},
+            r"c=2.0 is not allowed; give a number in \[0, 1\]",
+        ),
+        ("psgd.psgd_utils:norm_lower_bound_spd", (I, 0), {}, r"k=0 is not allowed; give an integer >= 1"),
+        ("psgd.psgd_kron_contractions:partial_contraction", (X, X, 2), {}, r"axis=2 do not go together"),
+        ("psgd.psgd_kron_contractions:partial_contraction", (X, X.T, 0), {}, r"\(4, 3\) and \(3, 4\) and axis=0"),
+        ("scalar_optimizers:calculate_adam_update", (X, X, X), {**ADAM_OPTIONS, "step": 0}, r"step=0 .* counts from 1"),
+    ],
+)
+def test_what_a_published_function_cannot_take_is_named(path, args, options, match):
+    with pytest.raises(ValueError, match=match):
+        load(path)(*args, **options)
+
+
+def test_an_axis_may_count_from_the_end():
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    contract = load("psgd.psgd_kron_contractions:partial_contraction")
+    assert torch.equal(contract(x, x, -1), contract(x, x, 2))

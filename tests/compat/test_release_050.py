@@ -156,6 +156,33 @@ def test_a_retraction_leads_along_its_direction_to_orthonormal_columns(how):
     assert list(inspect.signature(retract).parameters)[:3] == ["point", "momentum", "step_size"]
 
 
+@pytest.mark.parametrize("how", get_args(stiefel.RetractionT))
+def test_a_retraction_names_what_it_cannot_take(how):
+    retract = getattr(stiefel, f"{how}_retraction")
+    x = torch.eye(6, 4)
+    for point, momentum in ((x[:, 0], x[:, 0]), (x, x[:, :1]), (x, x.T)):
+        with pytest.raises(ValueError, match=rf"{how}_retraction: point is .* of one shape, or two stacks of them"):
+            retract(point, momentum, 0.1)
+    for point, momentum in ((x.bfloat16(), x.bfloat16()), (x.double(), x), (x.int(), x.int())):
+        with pytest.raises(TypeError, match=rf"{how}_retraction: point is .*give both in float32, or both in float64"):
+            retract(point, momentum, 0.1)
+    if how == "qr":
+        with pytest.raises(ValueError, match="more columns than rows; give the transposes of both"):
+            retract(x.T, x.T, 0.1)
+
+
+@pytest.mark.parametrize("how", get_args(stiefel.RetractionT))
+def test_a_retraction_takes_stacks_and_a_matrix_that_is_not_finite_stays_alone(how):
+    retract = getattr(stiefel, f"{how}_retraction")
+    points, momenta = torch.linalg.qr(gradient(9, (2, 3, 6, 4))).Q, gradient(0, (2, 3, 6, 4))
+    momenta[1, 0] = torch.nan
+    new = retract(points, momenta, 0.1)
+    assert new.shape == points.shape
+    assert new[1, 0].isnan().all()
+    torch.testing.assert_close(new[0, 2], retract(points[0, 2], momenta[0, 2], 0.1), rtol=1e-4, atol=1e-5)
+    assert retract(points[1, 0], momenta[1, 0], 0.1).isnan().all()
+
+
 def test_the_newton_schulz_retraction_has_its_published_options():
     options = inspect.signature(stiefel.newton_schulz_retraction).parameters
     assert [options[n].default for n in ("coefficient_type", "num_ns_steps")] == ["polar_express", 8]
@@ -202,6 +229,16 @@ def test_shampoo_is_multiplied_by_muons_factor(mode):
         p = nn.Parameter(torch.zeros(6, 4))
         moved.append(stepped(Shampoo([p], lr=0.1, weight_decay=0.0, scale_mode=scale_mode), p))
     torch.testing.assert_close(moved[0] * get_shampoo_scale_factor(6, 4, mode), moved[1])
+
+
+@pytest.mark.parametrize("p_root_inv", [4.0, 2.5])
+def test_the_root_may_be_any_positive_number(p_root_inv):
+    """Published as a float."""
+    p = nn.Parameter(torch.zeros(2, 2))
+    p.grad = torch.diag(torch.tensor([16.0, 1.0]))
+    Shampoo([p], lr=0.1, momentum=0.0, weight_decay=0.0, p_root_inv=p_root_inv).step()
+    expected = torch.diag(p.grad) ** (1 - 4 / p_root_inv) * -0.1
+    torch.testing.assert_close(p.detach().diagonal(), expected, rtol=1e-3, atol=0)
 
 
 def test_a_single_gradient_gives_an_update_of_rms_one_by_default_of_the_base():
@@ -325,8 +362,11 @@ def test_sinkhorn_balance_has_the_published_arguments_and_balances():
 @pytest.mark.parametrize(
     ("x", "options", "match"),
     [
-        (torch.ones(3), {}, r"update has shape \(3,\)"),
-        (torch.ones(3, 2), {"num_normalization_steps": 4}, "give an odd number"),
+        (torch.ones(3), {}, r"update is torch.float32 of shape \(3,\)"),
+        (torch.ones(3, 2, dtype=torch.int32), {}, r"update is torch.int32 of shape \(3, 2\)"),
+        (torch.ones(3, 2), {"num_normalization_steps": 4}, "give an odd integer"),
+        (torch.ones(3, 2), {"num_normalization_steps": 3.0}, "num_normalization_steps=3.0"),
+        (torch.ones(3, 2), {"eps": None}, "eps=None"),
         (torch.ones(3, 2), {"eps": 0.0}, "eps=0.0"),
         (torch.ones(3, 2), {"zero_row_threshold": -1.0}, "zero_row_threshold=-1.0"),
     ],
