@@ -21,9 +21,9 @@ def check_group(owner: str, where: str, group: Mapping[str, Any], checks: Mappin
     """Raise ValueError for the first hyper-parameter of a group that is out of its range."""
     for name, check in checks.items():
         if not _holds(check, value := group[name]):
-            wrong = check.wrong(value)
-            remedy = f": {wrong}" if wrong else f"; give {check.allowed}"
-            raise ValueError(f"{owner}: {name}={value!r} in {where} is not allowed{remedy}")
+            if wrong := check.wrong(value):
+                raise ValueError(f"{owner}: {name}={value!r} in {where} is not allowed: {wrong}")
+            raise ValueError(f"{owner}: {name}={value!r} in {where} is not allowed; give {check.allowed}")
 
 
 def _holds(check: Check, value: Any) -> bool:
