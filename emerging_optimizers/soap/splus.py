@@ -113,7 +113,7 @@ class SPlus(RuleOptimizer):
 
     Update: 2/(M + N) Q_L sign(Q_Lᵀ m Q_R) Q_Rᵀ, Q the eigenvectors of L and R
     When to use it: bases refreshed rarely, with an average of the weights for evaluation
-    When not to use it: without that average: on the demo it ended at 2.045 and SOAP at 1.648
+    When not to use it: without that average: on the demo it ended at 2.050 and SOAP at 1.648
 
     Raises:
         ValueError: a value out of its range, or a parameter with fewer than two dimensions.
