@@ -219,9 +219,12 @@ def test_two_threads_leave_the_matmul_precision_as_they_found_it() -> None:
     before, inside, leave = torch.get_float32_matmul_precision(), threading.Event(), threading.Event()
 
     def other() -> None:
-        with fp32_matmul_precision("medium"):
-            inside.set()
-            leave.wait()
+        try:
+            with fp32_matmul_precision("medium"):
+                inside.set()
+                leave.wait()
+        finally:
+            inside.set()  # nobody waits for a thread that has raised
 
     thread = threading.Thread(target=other)
     with fp32_matmul_precision("high"):
