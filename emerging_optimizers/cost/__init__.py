@@ -91,8 +91,8 @@ def estimate(
         workspaces of LAPACK and cuSOLVER. Against their own times (a CPU, one thread), those by a smaller call are 1.0
         times for products of 2048 and 3072, 0.9 to 1.2 for QR of 1536 to 3072, 1.0 to 1.25 for eigh of 1024 to 2048;
         calls over elements whose results are longer than 32 MiB take up to 4 times what is said, for the pages of new
-        memory. A whole step of an element-wise optimizer takes 1.0 to 1.4 times what is said, and 1.4 to 2 times with
-        `cautious=True`, whose many temporaries fall out of the caches.
+        memory. A whole step of an element-wise optimizer takes 0.8 to 1.4 times what is said, and 2 to 3 times with
+        `cautious=True` on a matrix of 64 MiB, whose temporaries are new memory.
 
     Raises:
         TypeError: `options` beside a function, or neither a name nor a function.
