@@ -130,18 +130,21 @@ def new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """A group of some processes, of which each calls this.
 
     They meet under its name. Before 2.14 torch names such a group by how many a process has, and processes that are in
-    different groups wait for each other under different names. Here the name follows from the ranks.
+    different groups wait for each other under different names; from then on by how many have been made, and counts this
+    one, of which others do not know. Here the name follows from the ranks, and torch's count stays as it is.
     """
     world, count = _made.get(ranks, (None, 0))
     count = count + 1 if world is dist.group.WORLD else 1
     _made[ranks] = (dist.group.WORLD, count)
     name = f"emerging_optimizers_{'_'.join(map(str, ranks))}_{count}"
-    torchs, where = dist.distributed_c10d._hash_ranks_to_str, vars(dist.distributed_c10d)
+    where: Any = vars(dist.distributed_c10d)
+    torchs, made = where["_hash_ranks_to_str"], where["_world"].group_count
     where["_hash_ranks_to_str"] = lambda _: name
     try:
         group: Any = dist.new_group(list(ranks), use_local_synchronization=True)  # a number where this is not in it
     finally:
         where["_hash_ranks_to_str"] = torchs
+        where["_world"].group_count = made
     return group
 
 

@@ -28,6 +28,9 @@ def meet() -> None:
             total = torch.ones(1)
             dist.all_reduce(total, group=new_group((1, 2)))
             assert float(total) == 2
+    total = torch.ones(1)
+    dist.all_reduce(total, group=dist.new_group())  # which torch names by how many have been made
+    assert float(total) == 3
 
 
 def test_processes_meet_in_a_group_whatever_others_they_are_in() -> None:
