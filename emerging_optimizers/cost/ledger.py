@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from emerging_optimizers.cost.models import Weight
 from emerging_optimizers.distributed.dtensor import Spread
-from emerging_optimizers.distributed.layout import WorkT, bytes_each, job_of, work_of
+from emerging_optimizers.distributed.layout import WITH_OWNERS, WorkT, bytes_each, job_of, work_of
 from emerging_optimizers.distributed.owners import Job, Span, share_out
 from emerging_optimizers.distributed.plan import Shard, Sharding, coordinates
 from emerging_optimizers.engine.filling import needs
@@ -140,7 +140,7 @@ class Place(NamedTuple):
 
 def owners_of(places: Sequence[Place]) -> list[list[list[Span]]]:
     """The owners of each of the parameters of each place, as the engine shares them out; where there are none, []."""
-    jobs = [[place.job] * place.weight.number if place.work in ("rows", "owned") else [] for place in places]
+    jobs = [[place.job] * place.weight.number if place.work in WITH_OWNERS else [] for place in places]
     ranks = len(places[0].spread.ranks) if places else 1
     found = iter(share_out([job for some in jobs for job in some], dict.fromkeys(range(ranks), 0)))
     return [[next(found) for _ in some] for some in jobs]

@@ -13,6 +13,7 @@ from emerging_optimizers.distributed.owners import Job, Span, owners_of_batch, s
 from emerging_optimizers.distributed.shares import CutMatrix, Here, Local, Owned, OwnedShard, Share
 
 WorkT = Literal["elements", "copies", "matrices", "rows", "owned"]
+WITH_OWNERS = frozenset({"rows", "owned"})  # where somebody puts something together
 
 
 class Needs(NamedTuple):
@@ -103,7 +104,7 @@ class Asked(NamedTuple):
     def owned(self) -> list[Tensor]:
         """The parameters that need owners."""
         shared = (p for p in self.parameters if p in self.spreads)
-        return [p for p in shared if work_of(self.spreads[p], self.needs) in ("rows", "owned")]
+        return [p for p in shared if work_of(self.spreads[p], self.needs) in WITH_OWNERS]
 
 
 class Layout:
@@ -180,10 +181,11 @@ class Layout:
         spread, peers = asked.spreads.get(p), self.peers(p, asked.group)
         if spread is None or peers is None:
             return Here(p)
-        if (work := work_of(spread, asked.needs)) != "owned":
-            if work == "rows":
-                return CutMatrix(p, spread, peers, self._spans_of[p][0].rank)
+        work = work_of(spread, asked.needs)
+        if work not in WITH_OWNERS:
             return Local(p, spread, peers, work == "elements")
+        if work == "rows":
+            return CutMatrix(p, spread, peers, self._spans_of[p][0].rank)
         owned = Owned if is_dtensor(p) else OwnedShard
         return owned(p, spread, peers, self._spans_of[p], asked.needs.weights, asked.needs.wide)
 

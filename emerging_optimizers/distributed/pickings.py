@@ -37,7 +37,8 @@ class Picking:
         mine_BK = index_BK[owners == ranks.index(self.peers.rank)]
         self._mine = len(mine_BK)
         # Which rows of those of this process's own matrices, one after the other, lie on each process.
-        self._from = [(self._local(rank, mine_BK) >= 0).flatten().nonzero().flatten() for rank in ranks]
+        held = ((self._local(rank, mine_BK) >= 0).flatten().nonzero().flatten() for rank in ranks)
+        self._from = [at.to(self._device) for at in held]
 
     def _local(self, rank: int, index_BK: Tensor) -> Tensor:
         """Where rows lie in what a process has; -1: elsewhere."""
@@ -56,7 +57,7 @@ class Picking:
         """Which numbers of a whole row a process has; it has all of the `beside` that stand behind them."""
         length = self._spread.shape[1 - self._axis]
         columns = self._spread.indices(rank, 1 - self._axis)
-        return torch.cat([columns, torch.arange(length, length + beside)])
+        return torch.cat([columns, torch.arange(length, length + beside)]).to(self._device)
 
     def fetch(self, rows: Tensor) -> Tensor:
         """Send the picked rows that lie here, in the order of `here`, to the owners of their matrices.
@@ -67,23 +68,27 @@ class Picking:
         Returns:
             (own matrices, picked, N) of this process.
         """
-        self._beside = rows.size(1) - len(self._spread.indices(self.peers.rank, 1 - self._axis))
-        columns = [self._columns(rank, self._beside) for rank in self.peers.ranks]
+        beside = rows.size(1) - len(self._spread.indices(self.peers.rank, 1 - self._axis))
+        columns = [self._columns(rank, beside) for rank in self.peers.ranks]
+        # Where in this process's own rows, one after the other, stands what each process has of them.
+        self._places = [(at[:, None], some) for at, some in zip(self._from, columns, strict=True)]
         pieces = [
             piece if near else piece[:0]
             for piece, near in zip(torch.split(rows, self._to_owners), self._near, strict=True)
         ]
-        counts = [len(at) * len(some) * near for at, some, near in zip(self._from, columns, self._near, strict=True)]
+        counts = [len(at) * len(some) * near for (at, some), near in zip(self._places, self._near, strict=True)]
         arrived = self.peers.exchange([piece.flatten() for piece in pieces], counts)
-        width = self._spread.shape[1 - self._axis] + self._beside
+        width = self._spread.shape[1 - self._axis] + beside
         whole = rows.new_empty(self._mine * self._count, width)
-        for at, some, near, piece in zip(self._from, columns, self._near, arrived, strict=True):
+        for (at, some), near, piece in zip(self._places, self._near, arrived, strict=True):
             if near:
-                whole[at.to(self._device)[:, None], some.to(self._device)] = piece.view(len(at), len(some))
+                whole[at, some] = piece.view(len(at), len(some))
         return whole.view(self._mine, self._count, width)
 
     def deliver(self, whole: Tensor, words: Tensor) -> tuple[Tensor, list[float]]:
         """Send rows of this process's own matrices back to where they lie, with a word of each matrix to everyone.
+
+        After `fetch`, whose places they go back to.
 
         Args:
             whole: as `fetch` returns it.
@@ -93,11 +98,8 @@ class Picking:
             The rows that lie here, in the order of `here`, and what is said of each matrix of the stack.
         """
         rows = whole.flatten(0, 1)
-        pieces = []
-        for rank, at in zip(self.peers.ranks, self._from, strict=True):
-            some = self._columns(rank, self._beside).to(self._device)
-            pieces.append(torch.cat([words, rows[at.to(self._device)[:, None], some].flatten()]))
-        width = len(self._columns(self.peers.rank, self._beside))
+        pieces = [torch.cat([words, rows[place].flatten()]) for place in self._places]
+        width = len(self._places[self.peers.ranks.index(self.peers.rank)][1])
         counts = [own + count * width for own, count in zip(self._owned, self._to_owners, strict=True)]
         arrived = self.peers.exchange(pieces, counts)
         said = torch.cat([piece[:own] for piece, own in zip(arrived, self._owned, strict=True)]).tolist()

@@ -10,7 +10,7 @@ import torch
 
 from emerging_optimizers.columns import in_columns
 from emerging_optimizers.distributed.dtensor import Spread
-from emerging_optimizers.distributed.layout import Needs, bytes_each, job_of, work_of
+from emerging_optimizers.distributed.layout import WITH_OWNERS, Needs, bytes_each, job_of, work_of
 from emerging_optimizers.distributed.owners import Span, least_load
 from emerging_optimizers.distributed.shares import within
 
@@ -148,7 +148,7 @@ def entry_of(name: str, spread: Spread, needs: Needs, spans: Sequence[Span], dty
     """
     ranks = tuple(sorted(spread.ranks))
     work = work_of(spread, needs)
-    if work not in ("rows", "owned"):
+    if work not in WITH_OWNERS:
         norms = work == "elements" and spread.is_cut
         return Entry(
             name=name,

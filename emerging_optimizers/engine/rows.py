@@ -110,7 +110,7 @@ class CutRows(Rows):
         self._others_wait = True
         try:
             yield
-        except Exception:
+        except Exception:  # of whatever kind
             if self._others_wait:
                 self._summed(self._nothing(like_BMN), failed=True)
             raise

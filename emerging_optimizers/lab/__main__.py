@@ -68,7 +68,7 @@ def command() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
-    except Exception as error:
+    except Exception as error:  # of whatever kind an interrupt becomes on its way
         if not _interrupted.is_set():
             raise
         raise _ended(str(error), 1) from None

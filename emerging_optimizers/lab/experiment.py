@@ -43,7 +43,7 @@ def workers(processes: int, most: int, context: BaseContext) -> Iterator[Process
     pool = ProcessPoolExecutor(min(processes, most), context)
     try:
         yield pool
-    except BaseException as error:
+    except BaseException as error:  # an interrupt, too: no process stays behind
         running = [*pool._processes.values()]  # the public name, `terminate_workers`, is of Python 3.14
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running:

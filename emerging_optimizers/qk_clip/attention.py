@@ -99,10 +99,8 @@ class Rows:
         shape[self.axis] = -1
         factors = factors_F.to(local.device)[index].view(shape)
         if "weight_bits" in state:
-            wide, bits = (
-                torch.empty(local.shape, dtype=torch.float32, device=local.device),
-                local_of(state["weight_bits"]),
-            )
+            bits = local_of(state["weight_bits"])
+            wide = torch.empty(local.shape, dtype=torch.float32, device=local.device)
             join_bfloat16_(wide, local, bits)
             split_bfloat16_(local, bits, wide.mul_(factors))
         else:

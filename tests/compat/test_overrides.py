@@ -18,18 +18,7 @@ from emerging_optimizers.riemannian_optimizers import Iso
 from emerging_optimizers.scalar_optimizers import LaProp, Signum, SingleMomentumOptimizer
 from emerging_optimizers.shampoo import KlShampoo, Shampoo
 from emerging_optimizers.shampoo.soap_v3 import KlSoapV3
-
-
-def gradient(t: int, shape: tuple[int, ...] = (6, 4)) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(t))
-
-
-def stepped(optimizer: torch.optim.Optimizer, p: Tensor, steps: int = 4) -> Tensor:
-    for t in range(steps):
-        p.grad = gradient(t, tuple(p.shape))
-        optimizer.step()
-    return p.detach()
-
+from tests.compat.test_release_050 import gradient, stepped
 
 # ---- what is not called ---------------------------------------------------------------------------------------------
 

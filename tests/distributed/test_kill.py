@@ -89,7 +89,7 @@ def _main(rank: int, port: int, words: Sequence[str], phase: Any, pipe: connecti
     with open(os.devnull, "w") as sys.stdout:
         try:
             example.main()
-        except BaseException as error:
+        except BaseException as error:  # an interrupt, too: the test reads it
             pipe.send(f"{type(error).__name__}: {error}")
         else:
             pipe.send("")

@@ -173,7 +173,7 @@ def failing(where: str) -> tuple[str, list[str], list[str]]:
     try:
         step_of(optimizer, model, 1)
         message = "nothing"
-    except Exception as error:
+    except Exception as error:  # its text is what is asked for
         message = f"{type(error).__name__}: {error}"
     Failing.fails = ""
     between = parts(model, optimizer)

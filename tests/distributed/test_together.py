@@ -73,7 +73,7 @@ def error_of(model: nn.Module, optimizer: Any, spoil: Callable[[], None]) -> tup
     try:
         optimizer.step()
         after = "nothing"
-    except Exception as error:
+    except Exception as error:  # its text is what is asked for
         after = f"{type(error).__name__}: {error}"
     return message, stayed, after
 
@@ -183,7 +183,7 @@ def other_model() -> Any:
     give_gradients(model)
     try:
         optimizer.step()
-    except Exception as error:
+    except Exception as error:  # its text is what is asked for
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -197,7 +197,7 @@ def late() -> Any:
     try:
         optimizer.step()
         message = "nothing"
-    except Exception as error:
+    except Exception as error:  # its text is what is asked for
         message = f"{type(error).__name__}: {error}"
     new = dict(model.named_parameters())
     for group in optimizer.param_groups:
